@@ -1,0 +1,1 @@
+"""The interfaces between rooms. Nothing here knows an implementation."""

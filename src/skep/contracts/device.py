@@ -1,0 +1,32 @@
+"""The life of a device, the same for all of them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+SavedState = dict[str, Any]
+"""A device's state in plain values (int, bool, str, bytes, list, dict), with its version under "version"."""
+
+
+class Device(Protocol):
+    """What the board asks of every device.
+
+    Order: created, ``reset`` once, then any sequence of the others; ``close`` ends it and is the
+    last call. ``pause`` returns when nothing of the device can change guest memory or its own state any
+    more, and pausing twice is pausing once. ``save`` is called only between ``pause`` and ``resume``;
+    ``load`` of what ``save`` gave is the identity.
+    """
+
+    name: str
+
+    def reset(self) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def save(self) -> SavedState: ...
+
+    def load(self, state: SavedState) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,54 @@
+"""How guest accesses reach devices, and how devices reach the guest's interrupt controllers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class IoRegion(Protocol):
+    """A window of ports or of MMIO that a device answers.
+
+    ``offset`` is in bytes from the window's start, ``size`` is 1, 2, 4 or 8, and values are
+    unsigned little-endian integers of that size. A region never raises on what a guest sends:
+    a read nobody understands gives what the hardware would give, usually all ones.
+    """
+
+    def read(self, offset: int, size: int) -> int: ...
+
+    def write(self, offset: int, size: int, value: int) -> None: ...
+
+
+class IoSpace(Protocol):
+    """Everything outside RAM, as an engine sees it. The bus implements it.
+
+    An engine calls it from a vCPU thread, in the middle of the instruction that needs the value:
+    an instruction may have two accesses, and a read's value may decide the next one.
+    """
+
+    def port_read(self, port: int, size: int) -> int: ...
+
+    def port_write(self, port: int, size: int, value: int) -> None: ...
+
+    def mmio_read(self, gpa: int, size: int) -> int: ...
+
+    def mmio_write(self, gpa: int, size: int, value: int) -> None: ...
+
+
+class IrqLine(Protocol):
+    """One wire into an interrupt controller. ``set`` may be called from any thread, repeatedly."""
+
+    def set(self, level: bool) -> None: ...
+
+
+class MsiSink(Protocol):
+    """Where message-signalled interrupts go: a 32-bit write of ``data`` to ``address``."""
+
+    def signal(self, address: int, data: int) -> None: ...
+
+
+class Doorbell(Protocol):
+    """A guest write that only wakes somebody. ``fileno`` is an eventfd that becomes readable."""
+
+    def fileno(self) -> int: ...
+
+    def close(self) -> None: ...

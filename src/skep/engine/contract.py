@@ -1,0 +1,77 @@
+"""The engine contract: what executes guest instructions.
+
+An engine makes an :class:`EngineVm` from guest memory, the I/O space and the number of vCPUs, which is
+fixed from then on. A vCPU's own structures come with its first start. I/O happens by calls on the
+:class:`~skep.contracts.io.IoSpace`, from inside ``run``; ``run`` itself returns only for what the VM must decide.
+State goes in and out by the names of the manuals, so that what is saved under one engine loads under another.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.io import IoSpace
+from skep.memory import GuestMemory
+
+
+class ExitReason(enum.Enum):
+    """Why ``Vcpu.run`` returned."""
+
+    KICKED = "kicked"
+    """Somebody called ``kick``; ask what is to be done and run again."""
+    HALTED = "halted"
+    """HLT was executed; ``detail["interrupts"]`` is RFLAGS.IF. Run again when something is pending."""
+    SHUTDOWN = "shutdown"
+    """Triple fault; ``detail["exits"]`` holds the last exits, as text."""
+    FAILED = "failed"
+    """The engine could not go on; ``detail["message"]`` says why. Ours, not the guest's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    reason: ExitReason
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+class Vcpu(Protocol):
+    """One virtual processor. All but ``kick`` are called on, or while not running on, its own thread."""
+
+    index: int
+
+    def run(self) -> Exit: ...
+
+    def kick(self) -> None:
+        """From any thread: make ``run`` look for interrupts, and for ``request_exit``, soon. Never lost:
+        a kick between two runs makes the next one look."""
+
+    def request_exit(self) -> None:
+        """From any thread: make ``run`` return KICKED soon. Never lost."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Architectural names: rax.., rip, rflags, cr0.., efer, cs.. (selector, base, limit, attributes), gdtr, idtr,
+        ldtr, tr, dr0.., xcr0, xsave (bytes, standard format), msrs {index: value}."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Takes any subset of what ``get_state`` gives."""
+
+    def close(self) -> None: ...
+
+
+class EngineVm(Protocol):
+    max_vcpus: int
+
+    def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> Vcpu: ...
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    name: str
+
+    def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> EngineVm:
+        """``cpu_model`` is "baseline" or "host"; the guest's TSC is the host's plus ``tsc_offset``.
+
+        Raises skep.errors.UserError where the host cannot do it."""

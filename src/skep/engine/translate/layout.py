@@ -1,0 +1,165 @@
+"""The state block: everything one vCPU keeps where machine code reaches it through GS.
+
+One block per vCPU thread. Plain fields are 64-bit words at fixed offsets; behind them lie the areas (FPU state,
+bounce buffers, TLB, jump cache). Python reads and writes the fields as attributes of :class:`StateBlock`; machine
+code uses ``gs:[OFFSET]`` with the offsets of :data:`OFFSETS`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import TYPE_CHECKING, Any
+
+GPRS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
+SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
+
+_FIELDS = (
+    *GPRS,  # 0x000
+    "rip",  # 0x080 where the guest goes on
+    "page",  # 0x088 guest virtual address of the page that is executing
+    "brk",  # 0x090 byte 0: look up from guest code (set by kick); byte 1: the same, set by the guest's own STI
+    "iflag",  # RFLAGS.IF: 0 or 0x200
+    "irq",  # 1 while the local APIC may have an interrupt for us (set by kick)
+    "flags",  # arithmetic flags and DF while outside guest code
+    "sysfl",  # RFLAGS.TF, IOPL, NT, RF, AC, VIF, VIP, ID
+    "kind",  # why guest code was left: layout.Kind
+    "info",  # with kind: the exit's own number
+    "va",  # with kind MEM: the guest virtual address
+    "desc",  # with kind MEM: the access descriptor
+    "site",  # host address of a jump to be patched, or 0
+    "host_rsp",
+    "host_mxcsr",
+    "t0", "t1", "t2", "t3", "t4", "t5", "t6", "t7",  # temporaries of one instruction
+    *(f"{s}_sel" for s in SEGMENTS),
+    *(f"{s}_base" for s in SEGMENTS),
+    *(f"{s}_limit" for s in SEGMENTS),  # in bytes, granularity applied
+    *(f"{s}_attr" for s in SEGMENTS),  # descriptor bits 40-47 and 52-55 as in VMX/SVM: type, S, DPL, P, -, AVL, L, D, G (bits 0-7, 12-15)
+    "ldtr_sel", "ldtr_base", "ldtr_limit", "ldtr_attr",
+    "tr_sel", "tr_base", "tr_limit", "tr_attr",
+    "gdt_base", "gdt_limit", "idt_base", "idt_limit",
+    "cr0", "cr2", "cr3", "cr4", "efer", "xcr0",
+    "cpl",
+    "mode",  # layout.Mode bits, and the legality class above them
+    "kernel_gs_base",
+    "star", "lstar", "cstar", "sfmask", "sysenter_cs", "sysenter_esp", "sysenter_eip",
+    "tsc_offset", "tsc_aux", "pat",
+    "dr0", "dr1", "dr2", "dr3", "dr6", "dr7",
+    "self_",  # host address of this block
+    "ram",  # host address of guest-physical 0
+    "low_end",  # end of low RAM
+    "high_base", "high_size",
+    "codemask",  # host address of a u64 per guest page frame: bit i is set where its 64-byte line i was translated
+    "wmapped",  # host address of a byte per guest page frame: 1 where some TLB entry may hold a write tag
+    "hash",  # host address of the block table
+    "hash_mask",
+    "rw_delta",  # writable alias of the code buffer less its executable address
+    "xfmask",  # XCR0 as XSAVE sees it: bits the host saves for us
+    "ng_count",  # entries in the list of non-global TLB entries
+    "jl_count",  # entries in the list of non-global jump-cache sets
+    "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_jcmiss", "n_link",  # counters
+    "vector", "error", "has_error",  # arguments of delivery
+    "nop_jump",  # host address of the exit taken on a jump-cache miss
+    "pdep_mask",  # 0x3ffe0: jump-cache set number to byte offset
+    "slow", "link", "jump_second",  # host addresses of stubs that templates call through GS
+    "irq_exit", "emu_exit", "exit_common",
+)
+
+OFFSETS: dict[str, int] = {name: 8 * i for i, name in enumerate(_FIELDS)}
+assert 8 * len(_FIELDS) <= 0x800
+
+XSAVE_AREA = 0x1000  # 1 KiB, the guest's FPU state while outside guest code (standard format)
+BOUNCE = 0x2000  # four slots of 1 KiB for operands that are not plain RAM within a page
+BOUNCE_SIZE = 0x400
+TLB = 0x10000  # three arrays: user, supervisor, supervisor with AC
+TLB_ENTRIES = 2048
+TLB_ENTRY = 32  # read tag, write tag, execute tag, host address of the page
+TLB_ARRAY = TLB_ENTRIES * TLB_ENTRY
+TLB_READ, TLB_WRITE, TLB_EXEC, TLB_HOST = 0, 8, 16, 24
+NG_LIST = 0x40000  # u32 offsets of TLB entries that a CR3 load drops
+NG_MAX = 16384
+JC_LIST = 0x50000  # u32 offsets of jump-cache sets that a CR3 load drops
+JC_LIST_MAX = 16384
+JC_PAGES = 0x60000  # a byte per hashed page number: the page may have jump-cache entries
+JC_PAGES_SIZE = 0x4000
+JC = 0x80000  # three arrays of sets: {tag0, entry0, tag1, entry1}
+JC_SETS = 8192
+JC_SET = 32
+JC_ARRAY = JC_SETS * JC_SET
+SIZE = 0x200000
+
+EMPTY_JC = 1 << 63 | 1  # no guest address looks like this
+
+
+class Mode:
+    """Bits of the ``mode`` field; the number above them names a set of CR0/CR4/XCR0 bits that change legality."""
+
+    USER = 1
+    AC = 2  # supervisor with RFLAGS.AC while SMAP is on
+    CODE32 = 4
+    CODE16 = 8
+    CLASS_SHIFT = 4
+
+
+class Kind:
+    """Why machine code came back to Python."""
+
+    JUMP = 0  # no translation known for rip; `site` may be patched
+    MEM = 1  # an access that machine code cannot finish: va, desc
+    EMULATE = 2  # the instruction at rip is Python's
+    BREAK = 3  # brk was set
+    FAULT = 4  # the host CPU faulted in guest code
+    EXCEPTION = 5  # deliver `vector` (with `error` if has_error) at rip, in Python
+
+
+class StateBlock:
+    """One vCPU's state block. Every name in :data:`OFFSETS` is an attribute (an int, 0 to 2**64 - 1)."""
+
+    __slots__ = ("address", "buffer", "bytes", "q", "_keep")
+
+    def __init__(self) -> None:
+        self.buffer = mmap.mmap(-1, SIZE)
+        self._keep = ctypes.c_char.from_buffer(self.buffer)
+        self.address = ctypes.addressof(self._keep)
+        self.bytes = memoryview(self.buffer)
+        self.q = self.bytes.cast("Q")
+        self.self_ = self.address
+
+    def close(self) -> None:
+        self.q.release()
+        self.bytes.release()
+        del self._keep
+        self.buffer.close()
+
+    @property
+    def rflags(self) -> int:
+        """RFLAGS as the guest would see it."""
+        return (self.flags & 0xCD5) | 2 | self.iflag | self.sysfl
+
+    @rflags.setter
+    def rflags(self, value: int) -> None:
+        self.flags = value & 0xCD5
+        self.iflag = value & 0x200
+        self.sysfl = value & 0x3F7100
+
+    if TYPE_CHECKING:  # the fields' properties are made by _install
+
+        def __getattr__(self, name: str) -> int: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+
+def _install() -> None:
+    for name, offset in OFFSETS.items():
+        i = offset >> 3
+
+        def get(self: StateBlock, i: int = i) -> int:
+            return self.q[i]
+
+        def put(self: StateBlock, value: int, i: int = i) -> None:
+            self.q[i] = value & 0xFFFFFFFFFFFFFFFF
+
+        setattr(StateBlock, name, property(get, put))
+
+
+_install()

@@ -1,0 +1,50 @@
+"""What the Python parts of the translator (emulation of rare instructions, delivery) ask of their vCPU."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.io import IoSpace
+from skep.engine.translate.layout import StateBlock
+
+
+class GuestFault(Exception):
+    """An exception of the guest's own: ``vector``, ``error`` code if it has one, ``address`` for CR2."""
+
+    def __init__(self, vector: int, error: int | None = None, address: int | None = None) -> None:
+        super().__init__(vector, error, address)
+        self.vector = vector
+        self.error = error
+        self.address = address
+
+
+class TripleFault(Exception):
+    """Delivery of a double fault faulted."""
+
+
+class CpuPort(Protocol):
+    st: StateBlock
+    io: IoSpace
+    interrupts: LocalInterrupts
+
+    def read(self, va: int, size: int, supervisor: bool = False) -> bytes:
+        """Read guest virtual memory (RAM or MMIO) with the current privilege, or as the CPU's own implicit supervisor
+        access (descriptor tables, TSS). ``va`` is a linear address, already truncated to 32 bits where the mode says so.
+        Raises GuestFault (#PF, #GP for non-canonical)."""
+
+    def write(self, va: int, data: bytes, supervisor: bool = False) -> None:
+        """All or nothing: both pages are checked before the first byte is stored."""
+
+    def check_write(self, va: int, size: int, supervisor: bool = False) -> None:
+        """Raise what ``write`` would raise."""
+
+    def physical(self, va: int, *, write: bool = False, execute: bool = False) -> int:
+        """Walk the page tables as the current privilege would; sets accessed and dirty bits."""
+
+    def flush_tlb(self, global_too: bool) -> None: ...
+
+    def invalidate_page(self, va: int) -> None: ...
+
+    def state_changed(self) -> None:
+        """CR0, CR4, EFER, XCR0, CPL, CS or RFLAGS.AC/TF changed: recompute the mode."""
