@@ -1,0 +1,119 @@
+"""Named locks with one order, which can say who holds and who waits for what.
+
+Two threads that take two locks in opposite orders may stop each other for good. So every lock has a place in one
+order, and taking a lock whose place lies before one already held raises at once, on the first run that does it,
+rather than hanging on the unlucky one. A lock is never held over guest code or a blocking call.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import weakref
+from dataclasses import dataclass
+from types import TracebackType
+
+from skep.errors import InternalError
+
+
+class Order(enum.IntEnum):
+    """Places in the order: a thread that holds one may take only those further down."""
+
+    VM = 10
+    """The VM's state machine: what it is doing, and what was asked of it."""
+    BOARD = 20
+    """Every register of every device of one VM; vCPU threads, timers and backends' callbacks take it."""
+    BLOCK = 30
+    """A disk's queue of requests."""
+    CHARDEV = 40
+    """A serial backend's buffers."""
+    CLOCK = 50
+    """A guest clock's queue of timers."""
+    MEMORY = 60
+    """The map of guest memory: its listeners, its dirty pages."""
+    ENGINE = 70
+    """An engine's own structures: translated code, memory slots."""
+
+
+class _Held(threading.local):
+    """The orders that this thread holds, the innermost last."""
+
+    def __init__(self) -> None:
+        self.orders: list[int] = []
+
+
+_held = _Held()
+_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+class Lock:
+    """A lock that its thread may take again while it holds it. Locks of equal order do not nest."""
+
+    __slots__ = ("__weakref__", "_depth", "_inner", "_owner", "_waiting", "name", "order")
+
+    def __init__(self, name: str, order: int) -> None:
+        self.name = name
+        self.order = int(order)
+        self._inner = threading.Lock()
+        self._owner = 0
+        self._depth = 0
+        self._waiting: set[int] = set()
+        _locks.add(self)
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        # Only this thread can have made _owner its own ident, so the unlocked read is safe.
+        if self._owner == me:
+            self._depth += 1
+            return
+        orders = _held.orders
+        if orders and orders[-1] >= self.order:
+            raise InternalError(f"lock {self.name!r} (order {self.order}) taken while holding order {orders[-1]}")
+        if not self._inner.acquire(False):
+            self._waiting.add(me)
+            try:
+                self._inner.acquire()
+            finally:
+                self._waiting.discard(me)
+        self._owner = me
+        orders.append(self.order)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._owner != threading.get_ident():
+            raise InternalError(f"lock {self.name!r} released by a thread that does not hold it")
+        if self._depth:
+            self._depth -= 1
+            return
+        _held.orders.pop()
+        self._owner = 0
+        self._inner.release()
+
+    def held(self) -> bool:
+        """The calling thread holds this lock."""
+        return self._owner == threading.get_ident()
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Who has to do with one lock at this moment; threads by their names."""
+
+    lock: str
+    holder: str | None
+    waiting: tuple[str, ...]
+
+
+def holders() -> list[Holding]:
+    """Every lock of this process that is held or waited for: what to read when nothing moves."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+
+    def name(ident: int) -> str:
+        return names.get(ident, f"thread {ident}")
+
+    found = []
+    for lock in sorted(_locks, key=lambda lock: (lock.order, lock.name)):
+        owner, waiting = lock._owner, sorted(lock._waiting)
+        if owner or waiting:
+            found.append(Holding(lock.name, name(owner) if owner else None, tuple(map(name, waiting))))
+    return found
