@@ -1,0 +1,1 @@
+"""Guests to try Skep with, made on this machine from the distribution's own packages."""

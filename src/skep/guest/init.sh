@@ -1,0 +1,49 @@
+#!/bin/sh
+# The guest's first process. What it does is told by the kernel's command line:
+#   skep.poweroff        power off as soon as BOOT was printed
+#   skep.exec=BASE64     run this shell script, print "EXIT status", power off
+#   neither              an interactive shell on the console; the guest powers off when it ends
+echo BOOT
+export PATH=/bin HOME=/root TERM=vt100 PS1='skep# '
+mount -t proc proc /proc
+read -r words < /proc/cmdline
+script=
+for word in $words; do
+    case $word in
+        skep.poweroff) poweroff -f ;;
+        skep.exec=*) script=${word#skep.exec=} ;;
+    esac
+done
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts
+mount -t devpts pts /dev/pts
+
+# NAME.order lists a driver's modules, those that others need first.
+load() {
+    while read -r module; do
+        insmod "/lib/modules/$module"
+    done < "/lib/modules/$1.order"
+}
+
+if cat /sys/bus/pci/devices/*/vendor 2> /dev/null | grep -q 0x1af4; then
+    load virtio_pci
+    load virtio_blk
+fi
+
+if [ -n "$script" ]; then
+    echo "$script" | base64 -d > /tmp/script
+    sh /tmp/script
+    echo "EXIT $?"
+    poweroff -f
+fi
+
+# The power button: acpid runs the programs that lie in /etc/acpi.
+load button
+load evdev
+acpid -l /dev/null
+
+cd /root || exit
+# A session of its own with the console as its terminal, so that the shell has job control.
+setsid cttyhack sh
+poweroff -f
