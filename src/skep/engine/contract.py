@@ -52,7 +52,8 @@ class Vcpu(Protocol):
 
     def get_state(self) -> dict[str, Any]:
         """Architectural names: rax.., rip, rflags, cr0.., efer, cs.. (selector, base, limit, attributes), gdtr, idtr,
-        ldtr, tr, dr0.., xcr0, xsave (bytes, standard format), msrs {index: value}."""
+        ldtr, tr, dr0.., xcr0, xsave (bytes, standard format), msrs {index: value}. Each machine says their exact shape:
+        on amd64 it is :class:`skep.engine.amd64.registers.CpuState`."""
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes any subset of what ``get_state`` gives."""
@@ -64,6 +65,9 @@ class EngineVm(Protocol):
     max_vcpus: int
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> Vcpu: ...
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """The guest's TSC is the host's plus ``offset`` from now on. Called while no vCPU runs: at a thaw."""
 
     def close(self) -> None: ...
 
