@@ -1,0 +1,64 @@
+"""The keys that belong to the VM as a whole, bhyve's names where bhyve has them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from skep.config import values
+from skep.config.tree import Tree
+from skep.config.views import option, view
+from skep.errors import HostError, UserError
+
+MAX_CPUS = 255
+"""What 8-bit APIC identifiers can name, less the broadcast."""
+_PAGE = 4096
+_LEAST_MEMORY = 2 * values.MIB
+"""The first MiB is spoken for by a PC's history; a guest needs some of its own."""
+
+BRANCHES = ("pci", "lpc")
+"""Branches of the tree whose keys the devices declare."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The VM's own keys, as values."""
+
+    name: str = option(values.text, "guest", doc="what the VM is called, in messages and thread names")
+    cpus: int = option(values.integer(1, MAX_CPUS), 1, doc="number of virtual CPUs")
+    memory_size: int = option(
+        values.memory_size, 256 * values.MIB, key="memory.size", doc="guest memory: 512M, 4G; a bare number is MiB"
+    )
+    acpi_tables: bool = option(values.boolean, True, doc="describe the board to the guest by ACPI tables")
+    rtc_use_localtime: bool = option(
+        values.boolean, False, key="rtc.use_localtime", doc="the clock chip keeps local time, otherwise UTC"
+    )
+    uuid: str | None = option(values.uuid, None, doc="the VM's UUID")
+    engine: str = option(
+        values.choice("auto", "kvm", "translate"), "auto", doc="what executes guest code: auto, kvm or translate"
+    )
+    cpu_model: str = option(
+        values.choice("baseline", "host"),
+        "baseline",
+        key="cpu.model",
+        doc="baseline (x86-64-v2, the same on every host) or host (all that this host has)",
+    )
+    boot_kernel: str | None = option(values.text, None, key="boot.kernel", doc="the Linux kernel to boot, a bzImage")
+    boot_initrd: str | None = option(values.text, None, key="boot.initrd", doc="the initramfs that goes with it")
+    boot_cmdline: str = option(values.any_text, "", key="boot.cmdline", doc="the kernel's command line")
+    no_reboot: bool = option(values.boolean, False, doc="a reboot of the guest ends the VM")
+    config_dump: bool = option(values.boolean, False, key="config.dump", doc="print the tree and exit")
+
+
+def check_settings(tree: Tree) -> Settings:
+    """The VM's own keys of a tree, checked against each other and against this host."""
+    settings = view(tree.node(), Settings, others=BRANCHES)
+    memory = settings.memory_size
+    if memory < _LEAST_MEMORY:
+        raise UserError(f"{memory} bytes of memory are too few", "memory.size", "give 512M or more to boot a Linux")
+    if memory % _PAGE:
+        raise UserError(f"{memory} bytes are not whole pages of {_PAGE}", "memory.size")
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if memory > host:
+        raise HostError(f"{memory >> 20} MiB are more than this host's {host >> 20} MiB", "memory.size")
+    return settings
