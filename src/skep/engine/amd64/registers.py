@@ -23,8 +23,8 @@ class Segment(TypedDict):
     """A segment register with its hidden part.
 
     ``limit`` is in bytes (granularity applied). ``attributes`` are bits 40-47 and 52-55 of the descriptor as VMX has
-    them (SDM 3, table 25-2): type | S << 4 | DPL << 5 | P << 7 | AVL << 12 | L << 13 | D << 14 | G << 15. A segment
-    that was loaded with a null selector has attributes 0: not present, not usable.
+    them (SDM 3, table 25-2): type | S << 4 | DPL << 5 | P << 7 | AVL << 12 | L << 13 | D << 14 | G << 15. After a load
+    with a null selector P is clear: the segment cannot be used outside 64-bit mode.
     """
 
     selector: int
@@ -247,7 +247,7 @@ class PfError:
     W = 1 << 1
     U = 1 << 2
     RSVD = 1 << 3
-    I = 1 << 4  # noqa: E741 - the manual's name
+    FETCH = 1 << 4  # I/D in the manual
 
 
 def canonical(address: int) -> bool:

@@ -1,0 +1,241 @@
+"""What the emulation of an instruction works with: registers, operands, addresses, the stack.
+
+Methods that touch memory may raise GuestFault; an instruction calls them before it commits anything.
+"""
+
+from __future__ import annotations
+
+from iced_x86 import Instruction, MemorySizeExt, OpKind, Register, RegisterExt
+
+from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.io import IoSpace
+from skep.engine.amd64.registers import Attr, Cr0, Rflags, Vector, canonical
+from skep.engine.translate import segments
+from skep.engine.translate.delivery import Stack, in_limit
+from skep.engine.translate.layout import SEGMENTS, XSAVE_AREA, StateBlock
+from skep.engine.translate.port import CpuPort, GuestFault
+
+M64 = 0xFFFF_FFFF_FFFF_FFFF
+M32 = 0xFFFF_FFFF
+MASK = {1: 0xFF, 2: 0xFFFF, 4: M32, 8: M64}
+
+RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+
+
+def _general() -> dict[int, tuple[int, int, int]]:
+    """iced register -> (number, size in bytes, shift: 8 for AH to DH)."""
+    table = {}
+    high = (Register.AH, Register.CH, Register.DH, Register.BH)
+    for register in range(Register.AL, Register.R15 + 1):
+        full = RegisterExt.full_register(register)
+        number = RegisterExt.number(full)
+        table[register] = (number, RegisterExt.size(register), 8 if register in high else 0)
+    return table
+
+
+GENERAL = _general()
+SEGMENT_NAME = {getattr(Register, name.upper()): name for name in SEGMENTS}
+
+_IMMEDIATES = frozenset(
+    getattr(OpKind, name) for name in dir(OpKind) if name.startswith("IMMEDIATE")
+)
+_STRING_INDEX = {
+    OpKind.MEMORY_SEG_SI: (RSI, 2), OpKind.MEMORY_SEG_ESI: (RSI, 4), OpKind.MEMORY_SEG_RSI: (RSI, 8),
+    OpKind.MEMORY_SEG_DI: (RDI, 2), OpKind.MEMORY_SEG_EDI: (RDI, 4), OpKind.MEMORY_SEG_RDI: (RDI, 8),
+    OpKind.MEMORY_ESDI: (RDI, 2), OpKind.MEMORY_ESEDI: (RDI, 4), OpKind.MEMORY_ESRDI: (RDI, 8),
+}  # fmt: skip
+
+XSTATE_BV = XSAVE_AREA + 512
+XMM = XSAVE_AREA + 160
+YMM_HIGH = XSAVE_AREA + 576
+MMX = XSAVE_AREA + 32
+
+
+class Context:
+    """One instruction's view of its vCPU."""
+
+    def __init__(self, cpu: CpuPort) -> None:
+        self.cpu = cpu
+        self.st: StateBlock = cpu.st
+        self.io: IoSpace = cpu.io
+        self.interrupts: LocalInterrupts = cpu.interrupts
+        self.bits = 64
+        """Default size of the current code: 16, 32 or 64."""
+        self.next_rip = 0
+        """Where the guest goes on; an instruction that jumps sets it."""
+        self.halted = False
+        self.shadow = False
+        """The instruction holds off interrupts until after the next one (STI, MOV SS, POP SS)."""
+
+    # Registers
+
+    def get(self, register: int) -> int:
+        """A general register of any size, or a segment register's selector."""
+        entry = GENERAL.get(register)
+        if entry is None:
+            selector: int = getattr(self.st, f"{SEGMENT_NAME[register]}_sel")
+            return selector
+        number, size, shift = entry
+        return self.st.q[number] >> shift & MASK[size]
+
+    def put(self, register: int, value: int) -> None:
+        """As the CPU writes it: a 32-bit result clears the upper half, smaller ones keep the rest."""
+        number, size, shift = GENERAL[register]
+        self.put_number(number, size, value, shift)
+
+    def put_number(self, number: int, size: int, value: int, shift: int = 0) -> None:
+        q = self.st.q
+        if size >= 4:
+            q[number] = value & MASK[size]
+        else:
+            mask = MASK[size] << shift
+            q[number] = q[number] & ~mask | (value << shift) & mask
+
+    def operand_size(self, i: Instruction, operand: int) -> int:
+        """In bytes."""
+        if i.op_kind(operand) == OpKind.REGISTER:
+            return RegisterExt.size(i.op_register(operand))
+        return MemorySizeExt.size(i.memory_size)
+
+    def load(self, i: Instruction, operand: int) -> int:
+        """An operand's value: register, memory or immediate."""
+        kind = i.op_kind(operand)
+        if kind == OpKind.REGISTER:
+            return self.get(i.op_register(operand))
+        if kind in _IMMEDIATES:
+            return i.immediate(operand)
+        return int.from_bytes(self.read(i, MemorySizeExt.size(i.memory_size)), "little")
+
+    def store(self, i: Instruction, operand: int, value: int) -> None:
+        """To a register or to memory, cut to the operand's size."""
+        if i.op_kind(operand) == OpKind.REGISTER:
+            self.put(i.op_register(operand), value)
+        else:
+            size = MemorySizeExt.size(i.memory_size)
+            self.write(i, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
+
+    # Memory operands
+
+    def address_size(self, i: Instruction) -> int:
+        """The size in bytes of the effective address of the memory operand."""
+        for register in (i.memory_base, i.memory_index):
+            if register in (Register.RIP, Register.EIP):
+                return 8 if register == Register.RIP else 4
+            if register in GENERAL:
+                return GENERAL[register][1]
+        return i.memory_displ_size or self.bits // 8
+
+    def offset(self, i: Instruction) -> int:
+        """The effective address of the memory operand, before segmentation."""
+        q = self.st.q
+        value = i.memory_displacement  # RIP-relative: iced has added rip
+        base, index = i.memory_base, i.memory_index
+        if base in GENERAL:
+            value += q[GENERAL[base][0]]
+        if index in GENERAL:
+            value += q[GENERAL[index][0]] * i.memory_index_scale
+        return value & MASK[self.address_size(i)]
+
+    def linear(self, segment: str, offset: int, size: int, *, write: bool = False) -> int:
+        """The linear address of ``size`` bytes in a segment, with the checks of the mode.
+
+        Outside 64-bit mode a null segment, an offset past the limit, a store to code or read-only data fault (SDM 3,
+        5.3 and 5.5). The offset does not wrap inside an access: no compiler and no kernel depends on that.
+        """
+        st = self.st
+        vector = Vector.SS if segment == "ss" else Vector.GP
+        if self.bits == 64:
+            if segment in ("fs", "gs"):
+                offset = offset + getattr(st, f"{segment}_base") & M64
+            if not canonical(offset):
+                raise GuestFault(vector, 0)
+            return offset
+        held = segments.held(st, segment)
+        if st.cr0 & Cr0.PE:
+            if not held.present or (write and not held.writable_data) or not (write or held.readable):
+                raise GuestFault(vector, 0)
+            in_limit(held, offset, size, vector=vector)
+        return held.base + offset & M32
+
+    def address(self, i: Instruction, size: int, *, write: bool = False, plus: int = 0) -> int:
+        """The linear address of the memory operand, ``plus`` bytes further on."""
+        offset = self.offset(i) + plus & MASK[self.address_size(i)]
+        return self.linear(SEGMENT_NAME[i.memory_segment], offset, size, write=write)
+
+    def read(self, i: Instruction, size: int, plus: int = 0) -> bytes:
+        return self.cpu.read(self.address(i, size, plus=plus), size)
+
+    def write(self, i: Instruction, data: bytes, plus: int = 0) -> None:
+        self.cpu.write(self.address(i, len(data), write=True, plus=plus), data)
+
+    def string_index(self, i: Instruction, operand: int) -> tuple[int, int]:
+        """(register number, address size) of a string operand."""
+        return _STRING_INDEX[i.op_kind(operand)]
+
+    # Stack
+
+    def stack(self) -> Stack:
+        """Pops in the making; commit them with ``st.rsp = stack.rsp``."""
+        return Stack(self.cpu)
+
+    @property
+    def stack_mask(self) -> int:
+        """What part of RSP the stack uses: by the mode, or by SS.B."""
+        if self.bits == 64:
+            return M64
+        return M32 if self.st.ss_attr & Attr.D else 0xFFFF
+
+    def push(self, data: bytes) -> None:
+        """Store ``data`` below the stack pointer and move it: one push, or several as one."""
+        st, mask = self.st, self.stack_mask
+        below = st.rsp - len(data) & mask
+        self.cpu.write(self.linear("ss", below, len(data), write=True), data)
+        st.rsp = st.rsp & ~mask | below
+
+    # Checks and flags
+
+    def require_cpl0(self) -> None:
+        if self.st.cpl:
+            raise GuestFault(Vector.GP, 0)
+
+    @property
+    def iopl(self) -> int:
+        return self.st.sysfl >> Rflags.IOPL_SHIFT & 3
+
+    def set_status(self, value: int, mask: int = Rflags.STATUS) -> None:
+        """Write those of CF, PF, AF, ZF, SF, OF that are in ``mask``."""
+        st = self.st
+        st.flags = st.flags & ~mask | value & mask
+
+    # Vector registers, in the XSAVE area
+
+    def touch_state(self, component: int) -> None:
+        """Bring a state component into use: an area that is in its initial configuration may hold anything."""
+        area = self.st.bytes
+        (present,) = area[XSTATE_BV : XSTATE_BV + 8].cast("Q")
+        if present & component:
+            return
+        if component == 2:
+            area[XMM : XMM + 256] = bytes(256)
+        elif component == 4:
+            area[YMM_HIGH : YMM_HIGH + 256] = bytes(256)
+        area[XSTATE_BV : XSTATE_BV + 8].cast("Q")[0] = present | component
+
+    def get_vector(self, register: int) -> bytes:
+        """An XMM (16 bytes) or YMM (32 bytes) register."""
+        area, number = self.st.bytes, RegisterExt.number(register)
+        self.touch_state(2)
+        low = bytes(area[XMM + 16 * number : XMM + 16 * number + 16])
+        if RegisterExt.size(register) == 16:
+            return low
+        self.touch_state(4)
+        return low + bytes(area[YMM_HIGH + 16 * number : YMM_HIGH + 16 * number + 16])
+
+    def put_vector(self, register: int, data: bytes) -> None:
+        """As a VEX instruction does: the part above ``data`` becomes zero."""
+        area, number = self.st.bytes, RegisterExt.number(register)
+        self.touch_state(2)
+        self.touch_state(4)
+        data = data.ljust(32, b"\0")
+        area[XMM + 16 * number : XMM + 16 * number + 16] = data[:16]
+        area[YMM_HIGH + 16 * number : YMM_HIGH + 16 * number + 16] = data[16:]
