@@ -560,8 +560,12 @@ class Assembler:
         self._bytes += bytes((0x0F, 0x80 | cond))
         self._relative(4, address)
 
-    def ret(self) -> None:
-        self.raw(b"\xc3")
+    def ret(self, pop: int = 0) -> None:
+        """Return, and drop ``pop`` bytes of arguments."""
+        if pop:
+            self._bytes += b"\xc2" + pop.to_bytes(2, "little")
+        else:
+            self._bytes.append(0xC3)
 
     def int3(self) -> None:
         self.raw(b"\xcc")

@@ -52,17 +52,20 @@ _FIELDS = (
     "codemask",  # host address of a u64 per guest page frame: bit i is set where its 64-byte line i was translated
     "wmapped",  # host address of a byte per guest page frame: 1 where some TLB entry may hold a write tag
     "hash",  # host address of the block table
-    "hash_mask",
     "rw_delta",  # writable alias of the code buffer less its executable address
-    "xfmask",  # XCR0 as XSAVE sees it: bits the host saves for us
+    "pairs",  # host address of the window where two pages lie side by side
+    "pair_tags",  # host address of a u64 per slot of it: frame of the first page << 32 | frame of the second
     "ng_count",  # entries in the list of non-global TLB entries
     "jl_count",  # entries in the list of non-global jump-cache sets
-    "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_jcmiss", "n_link",  # counters
-    "vector", "error", "has_error",  # arguments of delivery
-    "nop_jump",  # host address of the exit taken on a jump-cache miss
-    "pdep_mask",  # 0x3ffe0: jump-cache set number to byte offset
-    "slow", "link", "jump_second",  # host addresses of stubs that templates call through GS
-    "irq_exit", "emu_exit", "exit_common",
+    "nmi_blocked",  # 1 between the delivery of an NMI and the next IRET
+    "large",  # 1 once a 1 GiB page was used since the last whole flush
+    "w_pa", "w_flags", "w_error",  # what walk found: physical address; bit 0 global, 1 large; #PF error code
+    "tag", "set",  # for a jump: host r10 and r11 at a checked entry (tag and set offset)
+    "target",  # host address to enter at
+    "pdep_mask",  # jump-cache set number to byte offset
+    # host addresses of the stubs that templates reach through GS (stubs.py)
+    "slow", "link", "miss", "brk_exit", "emu_exit", "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs",
+    "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link",  # counters
 )
 
 OFFSETS: dict[str, int] = {name: 8 * i for i, name in enumerate(_FIELDS)}
@@ -71,7 +74,7 @@ assert 8 * len(_FIELDS) <= 0x800
 XSAVE_AREA = 0x1000  # 1 KiB, the guest's FPU state while outside guest code (standard format)
 BOUNCE = 0x2000  # four slots of 1 KiB for operands that are not plain RAM within a page
 BOUNCE_SIZE = 0x400
-TLB = 0x10000  # three arrays: user, supervisor, supervisor with AC
+TLB = 0x10000  # three arrays by mode & 3: supervisor, user, supervisor with AC
 TLB_ENTRIES = 2048
 TLB_ENTRY = 32  # read tag, write tag, execute tag, host address of the page
 TLB_ARRAY = TLB_ENTRIES * TLB_ENTRY
@@ -82,11 +85,18 @@ JC_LIST = 0x50000  # u32 offsets of jump-cache sets that a CR3 load drops
 JC_LIST_MAX = 16384
 JC_PAGES = 0x60000  # a byte per hashed page number: the page may have jump-cache entries
 JC_PAGES_SIZE = 0x4000
+LARGE_PAGES = 0x64000  # a byte per hashed 2 MiB region: some TLB entry may come from a large page there
+LARGE_PAGES_SIZE = 0x1000
+PAIR_SLOTS = 4096
+HASH_ENTRY = 32  # key, checked entry, plain entry, unused
+HASH_BITS = 18
 JC = 0x80000  # three arrays of sets: {tag0, entry0, tag1, entry1}
 JC_SETS = 8192
 JC_SET = 32
 JC_ARRAY = JC_SETS * JC_SET
 SIZE = 0x200000
+
+BRK, BRK_STI = OFFSETS["brk"], OFFSETS["brk"] + 1
 
 EMPTY_JC = 1 << 63 | 1  # no guest address looks like this
 
@@ -105,11 +115,12 @@ class Kind:
     """Why machine code came back to Python."""
 
     JUMP = 0  # no translation known for rip; `site` may be patched
-    MEM = 1  # an access that machine code cannot finish: va, desc
+    MEM = 1  # an access that machine code cannot finish: va, desc; rip is the instruction
     EMULATE = 2  # the instruction at rip is Python's
     BREAK = 3  # brk was set
     FAULT = 4  # the host CPU faulted in guest code
-    EXCEPTION = 5  # deliver `vector` (with `error` if has_error) at rip, in Python
+    EXCEPTION = 5  # deliver #PF with error code w_error, address va, at rip, in Python
+    PAIR = 6  # map the frames of tag `info` side by side, then run the instruction at rip again
 
 
 class StateBlock:

@@ -1,0 +1,902 @@
+"""The routines that guest code must not leave machine code for: walk, fill, look up, deliver, return.
+
+Written in the subset of Python that :mod:`compiler` turns into machine code; all numbers are unsigned 64-bit words.
+Stubs (stubs.py) call them with the guest's registers saved in ``st``. A routine that decides where the guest goes on returns
+the host address to enter at, with ``st.tag`` and ``st.set`` for its checked entry, or 0 to leave for Python, with ``st.kind`` saying why.
+"""
+
+from __future__ import annotations
+
+from skep.engine.translate.compiler import (
+    cas64,
+    copy8,
+    copy16,
+    copy32,
+    copy64,
+    inline,
+    ld8,
+    ld16,
+    ld32,
+    ld64,
+    sar,
+    set8,
+    set16,
+    set32,
+    set64,
+    st,
+    st8,
+    st32,
+    st64,
+)
+from skep.engine.translate.layout import (
+    BRK,
+    BRK_STI,
+    EMPTY_JC,
+    HASH_BITS,
+    HASH_ENTRY,
+    JC,
+    JC_ARRAY,
+    JC_LIST,
+    JC_LIST_MAX,
+    JC_PAGES,
+    JC_PAGES_SIZE,
+    JC_SET,
+    JC_SETS,
+    LARGE_PAGES,
+    LARGE_PAGES_SIZE,
+    NG_LIST,
+    NG_MAX,
+    OFFSETS,
+    PAIR_SLOTS,
+    TLB,
+    TLB_ARRAY,
+    TLB_ENTRIES,
+    TLB_ENTRY,
+    TLB_EXEC,
+    TLB_HOST,
+    TLB_READ,
+    TLB_WRITE,
+    Kind,
+    Mode,
+)
+
+# CR0, CR4, EFER, RFLAGS
+WP = 1 << 16
+PG = 1 << 31
+PGE = 1 << 7
+PCIDE = 1 << 17
+SMEP = 1 << 20
+SMAP = 1 << 21
+LMA = 1 << 10
+NXE = 1 << 11
+TF = 0x100
+IF = 0x200
+NT = 0x4000
+RF = 0x10000
+VM = 0x20000
+AC = 0x40000
+
+# Page-table entries (Intel SDM 3, 4.5)
+P, RW, US, ACCESSED, DIRTY, PS, GLOBAL = 1, 2, 4, 0x20, 0x40, 0x80, 0x100
+FRAME = 0x000FFFFFFFFFF000
+RESERVED = 0x000FC00000000000  # MAXPHYADDR is 46
+UPPER = 0xFFFFFFFFFFFFFFFF
+
+# Access kinds of walk, and the page-fault error code's bits
+WRITE, FETCH = 1, 2
+PF_P, PF_W, PF_U, PF_RSVD, PF_I = 1, 2, 4, 8, 16
+
+SUPERVISOR, USER, SUPERVISOR_AC = 0, 1, 2
+ATTR_CODE64 = 0xA09B
+ATTR_UNUSABLE = 0x10000
+REGS_RSP = OFFSETS["rsp"]
+
+
+def walk(va: int, access: int, array: int) -> int:
+    """Translate ``va`` (SDM 3, 4.5 and 4.6): 0 and ``st.w_pa``, or 14 with ``st.w_error``, or 13 for a non-canonical address.
+
+    ``array`` is the privilege: supervisor, user, or supervisor with RFLAGS.AC. Accessed and dirty bits are set as the
+    hardware sets them. Without paging the address is physical; legacy paging is Python's (255).
+    """
+    if st.cr0 & PG == 0:
+        st.w_pa = va & 0xFFFFFFFF
+        st.w_flags = 0
+        return 0
+    if st.efer & LMA == 0:
+        return 255
+    top = sar(va, 47)
+    if top + 1 > 1:
+        return 13
+    error = 0
+    if access & WRITE:
+        error = PF_W
+    if array == USER:
+        error = error | PF_U
+    if (access & FETCH) != 0 and (st.efer & NXE or st.cr4 & SMEP):
+        error = error | PF_I
+    st.w_error = error
+    while True:
+        table = st.cr3 & FRAME
+        shift = 39
+        rights = RW | US
+        nx = 0
+        flags = 0
+        bad = 0
+        while True:
+            gpa = table + ((va >> shift) & 511) * 8
+            if gpa >= st.low_end and gpa - st.high_base >= st.high_size:
+                return 14
+            slot = st.ram + gpa
+            entry = ld64(slot)
+            if entry & P == 0:
+                return 14
+            if entry & RESERVED:
+                bad = 1
+            rights = rights & entry
+            nx = nx | entry
+            if shift == 12:
+                break
+            if entry & PS and shift != 39:
+                break
+            if entry & PS:
+                bad = 1
+            if entry & ACCESSED == 0 and bad == 0:
+                cas64(slot, entry, entry | ACCESSED)
+            table = entry & FRAME
+            shift = shift - 9
+        size = 1 << shift
+        if shift != 12:
+            flags = 2
+            if entry & FRAME & (size - 1) & 0xFFFFFFFFFFFFE000:
+                bad = 1
+            if shift == 30:
+                flags = 6
+        if nx >> 63 and st.efer & NXE == 0:
+            bad = 1
+        if bad:
+            st.w_error = error | PF_P | PF_RSVD
+            return 14
+        st.w_error = error | PF_P
+        if array == USER:
+            if rights & US == 0:
+                return 14
+        elif rights & US:
+            if access & FETCH:
+                if st.cr4 & SMEP:
+                    return 14
+            elif array == SUPERVISOR and st.cr4 & SMAP:
+                return 14
+        if access & WRITE and rights & RW == 0:
+            if array == USER or st.cr0 & WP:
+                return 14
+        if access & FETCH and nx >> 63:
+            return 14
+        wanted = entry | ACCESSED
+        if access & WRITE:
+            wanted = wanted | DIRTY
+        if wanted == entry or cas64(slot, entry, wanted):
+            break
+        st.w_error = error
+    if entry & GLOBAL and st.cr4 & PGE:
+        flags = flags | 1
+    st.w_pa = (entry & FRAME & (0 - size)) | (va & (size - 1))
+    st.w_flags = flags
+    return 0
+
+
+def is_ram(gpa: int) -> int:
+    if gpa < st.low_end:
+        return 1
+    if gpa - st.high_base < st.high_size:
+        return 1
+    return 0
+
+
+def flush_tlb(everything: int) -> int:
+    """Drop the TLB entries of non-global pages, or all of them, and the jump-cache sets that rest on them."""
+    me = st.self_
+    if everything == 0:
+        i = 0
+        while i < st.ng_count:
+            entry = me + ld32(me + NG_LIST + i * 4)
+            empty_entry(entry)
+            i = i + 1
+        i = 0
+        while i < st.jl_count:
+            jc = me + ld32(me + JC_LIST + i * 4)
+            st64(jc, EMPTY_JC)
+            st64(jc + 16, EMPTY_JC)
+            i = i + 1
+    else:
+        entry = me + TLB
+        end = entry + 3 * TLB_ARRAY
+        while entry < end:
+            empty_entry(entry)
+            entry = entry + TLB_ENTRY
+        flush_jumps()
+        set64(me + LARGE_PAGES, 0, LARGE_PAGES_SIZE // 8)
+        st.large = 0
+    st.ng_count = 0
+    st.jl_count = 0
+    return 0
+
+
+@inline
+def empty_entry(entry: int) -> int:
+    """An empty entry must match nothing: it holds a page number that cannot index it."""
+    number = ((entry - st.self_ - TLB) >> 5) & (TLB_ENTRIES - 1)
+    other = (number ^ 1) << 12
+    st64(entry + TLB_READ, other)
+    st64(entry + TLB_WRITE, other)
+    st64(entry + TLB_EXEC, other)
+    return 0
+
+
+def flush_jumps() -> int:
+    """Forget every jump target."""
+    jc = st.self_ + JC
+    end = jc + 3 * JC_ARRAY
+    while jc < end:
+        st64(jc, EMPTY_JC)
+        st64(jc + 16, EMPTY_JC)
+        jc = jc + JC_SET
+    set64(st.self_ + JC_PAGES, 0, JC_PAGES_SIZE // 8)
+    st.jl_count = 0
+    return 0
+
+
+def invalidate(va: int) -> int:
+    """INVLPG: drop what one page, however large, left in the TLB and in the jump cache."""
+    me = st.self_
+    page = va & ~4095
+    region = 0
+    if ld8(me + LARGE_PAGES + ((va >> 21) & (LARGE_PAGES_SIZE - 1))):
+        region = 21
+    if st.large:
+        region = 30
+    if region:
+        entry = me + TLB
+        end = entry + 3 * TLB_ARRAY
+        while entry < end:
+            if (ld64(entry + TLB_READ) ^ va) >> region == 0 or (ld64(entry + TLB_EXEC) ^ va) >> region == 0:
+                empty_entry(entry)
+            entry = entry + TLB_ENTRY
+        flush_jumps()
+    else:
+        entry = me + TLB + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
+        end = entry + 3 * TLB_ARRAY
+        while entry < end:
+            empty_entry(entry)
+            entry = entry + TLB_ARRAY
+        mark = me + JC_PAGES + ((va >> 12) & (JC_PAGES_SIZE - 1))
+        if ld8(mark):
+            number = jump_set(page)
+            left = 4096
+            while left != 0:
+                jc = me + JC + number * JC_SET
+                st64(jc, EMPTY_JC)
+                st64(jc + 16, EMPTY_JC)
+                st64(jc + JC_ARRAY, EMPTY_JC)
+                st64(jc + JC_ARRAY + 16, EMPTY_JC)
+                st64(jc + 2 * JC_ARRAY, EMPTY_JC)
+                st64(jc + 2 * JC_ARRAY + 16, EMPTY_JC)
+                number = (number + 1) & (JC_SETS - 1)
+                left = left - 1
+    return 0
+
+
+def clear_write_tags(gpa: int) -> int:
+    """A page became code: no TLB entry may let a store through unseen."""
+    host = st.ram + gpa
+    entry = st.self_ + TLB
+    end = entry + 3 * TLB_ARRAY
+    number = 0
+    while entry < end:
+        if ld64(entry + TLB_HOST) == host:
+            st64(entry + TLB_WRITE, ((number & (TLB_ENTRIES - 1)) ^ 1) << 12)
+        entry = entry + TLB_ENTRY
+        number = number + 1
+    st8(st.wmapped + (gpa >> 12), 0)
+    return 0
+
+
+def enter_page(va: int, array: int, kind: int) -> int:
+    """Put the page that walk just found (``st.w_pa``) into the TLB; ``kind`` is the tag to set besides those that follow from it."""
+    me = st.self_
+    page = va & ~4095
+    entry = me + TLB + array * TLB_ARRAY + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
+    host = st.ram + (st.w_pa & ~4095)
+    fresh = 1
+    if ld64(entry + TLB_HOST) == host:
+        if ld64(entry + TLB_READ) == page or ld64(entry + TLB_EXEC) & ~1 == page:
+            fresh = 0
+    if fresh:
+        empty_entry(entry)
+        st64(entry + TLB_HOST, host)
+        if st.w_flags & 1 == 0:
+            count = st.ng_count
+            if count >= NG_MAX:
+                flush_tlb(1)
+                st64(entry + TLB_HOST, host)
+                count = 0
+            st32(me + NG_LIST + count * 4, entry - me)
+            st.ng_count = count + 1
+        if st.w_flags & 2:
+            st8(me + LARGE_PAGES + ((va >> 21) & (LARGE_PAGES_SIZE - 1)), 1)
+            if st.w_flags & 4:
+                st.large = 1
+    if kind == TLB_EXEC:
+        st64(entry + TLB_EXEC, page | (st.w_flags & 1))
+    else:
+        st64(entry + TLB_READ, page)
+        if kind == TLB_WRITE:
+            st64(entry + TLB_WRITE, page)
+            st8(st.wmapped + (st.w_pa >> 12), 1)
+    return entry
+
+
+@inline
+def lines(gpa: int, size: int) -> int:
+    """The bits of a page's code mask that [gpa, gpa + size) touches; it lies within one page."""
+    first = (gpa >> 6) & 63
+    last = ((gpa + size - 1) >> 6) & 63
+    return (UPPER << first) & (UPPER >> (63 - last))
+
+
+@inline
+def mask_at(gpa: int) -> int:
+    return ld64(st.codemask + (gpa >> 12) * 8)
+
+
+def page_fault(va: int, rip: int) -> int:
+    """Deliver #PF with ``st.w_error``: 1 with ``st.target`` set, or 0 for Python to do it."""
+    st.va = va
+    st.rip = rip
+    error = st.w_error
+    if deliver(14, error, 1, rip) == 0:
+        st.w_error = error
+        st.kind = Kind.EXCEPTION
+        return 0
+    st.cr2 = va
+    st.n_pf = st.n_pf + 1
+    target = lookup(st.rip)
+    if target == 0:
+        return 0
+    st.target = target
+    return 1
+
+
+def fill(va: int, desc: int) -> int:
+    """What a failed TLB check calls: the host address of the operand at ``va``, however it has to be made.
+
+    ``desc`` is the access descriptor (lower.py): instruction offset, size, kind, array, number. 0 leaves for Python; 1 enters the
+    guest at ``st.target`` instead of going on.
+    """
+    size = (desc >> 12) & 1023
+    kind = (desc >> 22) & 3
+    array = (desc >> 24) & 3
+    write = 0
+    if kind:
+        write = WRITE
+    st.n_fill = st.n_fill + 1
+    rip = st.page + (desc & 4095)
+    if (va & 4095) + size > 4096:
+        return fill_crossing(va, desc, size, write, array, rip)
+    failed = walk(va, write, array)
+    if failed == 14:
+        return page_fault(va, rip)
+    if failed:
+        return to_python(va, desc, rip)
+    gpa = st.w_pa
+    if is_ram(gpa) == 0:
+        return to_python(va, desc, rip)
+    if write:
+        mask = mask_at(gpa)
+        if mask:
+            if mask & lines(gpa, size):
+                return to_python(va, desc, rip)
+            enter_page(va, array, TLB_READ)
+            return st.ram + gpa
+        enter_page(va, array, TLB_WRITE)
+    else:
+        enter_page(va, array, TLB_READ)
+    return st.ram + gpa
+
+
+def to_python(va: int, desc: int, rip: int) -> int:
+    st.kind = Kind.MEM
+    st.va = va
+    st.desc = desc
+    st.rip = rip
+    return 0
+
+
+def fill_crossing(va: int, desc: int, size: int, write: int, array: int, rip: int) -> int:
+    """An operand on two pages. Where their frames are no neighbours they are looked at through a window that has them side by side."""
+    first = 4096 - (va & 4095)
+    second_va = va + first
+    if st.efer & LMA == 0:
+        second_va = second_va & 0xFFFFFFFF
+    failed = walk(va, write, array)
+    if failed == 14:
+        return page_fault(va, rip)
+    if failed:
+        return to_python(va, desc, rip)
+    low = st.w_pa
+    failed = walk(second_va, write, array)
+    if failed == 14:
+        return page_fault(second_va, rip)
+    if failed:
+        return to_python(va, desc, rip)
+    high = st.w_pa
+    if is_ram(low) == 0 or is_ram(high) == 0:
+        return to_python(va, desc, rip)
+    if write:
+        if mask_at(low) & lines(low, first) or mask_at(high) & lines(high, size - first):
+            return to_python(va, desc, rip)
+    if low + first == high:
+        return st.ram + low
+    tag = (low >> 12 << 32) | (high >> 12)
+    number = (tag * 0x9E3779B97F4A7C15) >> 52
+    if ld64(st.pair_tags + number * 8) != tag:
+        st.kind = Kind.PAIR
+        st.info = tag
+        st.rip = rip
+        return 0
+    return st.pairs + number * 8192 + (low & 4095)
+
+
+def supervisor_pointer(va: int, size: int, write: int) -> int:
+    """Host address of a structure the CPU itself uses (descriptor tables, TSS, stacks); 0 where that is Python's."""
+    if (va & 4095) + size > 4096:
+        return 0
+    entry = st.self_ + TLB + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
+    tag = ld64(entry + TLB_READ)
+    if write:
+        tag = ld64(entry + TLB_WRITE)
+    if tag ^ va < 4096:
+        return ld64(entry + TLB_HOST) + (va & 4095)
+    if walk(va, write, SUPERVISOR):
+        return 0
+    gpa = st.w_pa
+    if is_ram(gpa) == 0:
+        return 0
+    if write:
+        if mask_at(gpa):
+            return 0
+        enter_page(va, SUPERVISOR, TLB_WRITE)
+    else:
+        enter_page(va, SUPERVISOR, TLB_READ)
+    return st.ram + gpa
+
+
+def deliver(vector: int, error: int, has_error: int, rip: int) -> int:
+    """Deliver an exception or interrupt through a long-mode gate (SDM 3, 6.14): 1 with ``st.rip`` at the handler.
+
+    0 and nothing changed where anything is unusual; Python's delivery.py then does the same with every check and every nested fault.
+    """
+    if st.efer & LMA == 0 or vector * 16 + 15 > st.idt_limit:
+        return 0
+    gate = supervisor_pointer(st.idt_base + vector * 16, 16, 0)
+    if gate == 0:
+        return 0
+    low = ld64(gate)
+    high = ld64(gate + 8)
+    kind = (low >> 40) & 0xFF
+    if kind & 0x9E != 0x8E:
+        return 0
+    selector = (low >> 16) & 0xFFFF
+    if selector & 4 or selector & ~3 == 0 or (selector | 7) > st.gdt_limit:
+        return 0
+    segment = supervisor_pointer(st.gdt_base + (selector & ~7), 8, 0)
+    if segment == 0:
+        return 0
+    descriptor = ld64(segment)
+    if (descriptor >> 40) & 0xFC != 0x98 or (descriptor >> 53) & 3 != 1:
+        return 0
+    cpl = st.cpl
+    stack = st.rsp
+    ist = (low >> 32) & 7
+    slot = 0
+    if ist:
+        slot = 28 + ist * 8
+    elif cpl:
+        slot = 4
+    if slot:
+        if slot + 7 > st.tr_limit:
+            return 0
+        pointer = supervisor_pointer(st.tr_base + slot, 8, 0)
+        if pointer == 0:
+            return 0
+        stack = ld64(pointer)
+    target = (low & 0xFFFF) | ((low >> 48) << 16) | ((high & 0xFFFFFFFF) << 32)
+    if sar(target, 47) + 1 > 1:
+        return 0
+    size = 40 + has_error * 8
+    stack = (stack & ~15) - size
+    frame = supervisor_pointer(stack, size, WRITE)
+    if frame == 0:
+        return 0
+    flags = (st.flags & 0xCD5) | 2 | st.iflag | st.sysfl
+    if has_error:
+        st64(frame, error)
+        frame = frame + 8
+        flags = flags | RF
+    st64(frame, rip)
+    st64(frame + 8, st.cs_sel)
+    st64(frame + 16, flags)
+    st64(frame + 24, st.rsp)
+    st64(frame + 32, st.ss_sel)
+    if cpl:
+        st.ss_sel = 0
+        st.ss_attr = ATTR_UNUSABLE
+        st.cpl = 0
+    st.rsp = stack
+    st.cs_sel = selector & ~3
+    st.cs_attr = ATTR_CODE64
+    st.cs_base = 0
+    if kind & 1 == 0:
+        st.iflag = 0
+    st.sysfl = st.sysfl & ~(TF | NT | RF | VM)
+    set_mode()
+    st.rip = target
+    return 1
+
+
+def set_mode() -> int:
+    """The mode of 64-bit code at ``st.cpl``; the legality class stays."""
+    mode = st.mode & ~15
+    if st.cpl:
+        mode = mode | Mode.USER
+    elif st.sysfl & AC and st.cr4 & SMAP:
+        mode = mode | Mode.AC
+    st.mode = mode
+    return 0
+
+
+@inline
+def jump_set(va: int) -> int:
+    """The jump cache's set for a target; the same function stands inline in every indirect jump (lower.py)."""
+    return ((va >> 14) + va) & (JC_SETS - 1)
+
+
+def find(key: int) -> int:
+    """The block table's entry for a key (physical address << 12 | mode), or 0."""
+    number = (key * 0x9E3779B97F4A7C15) >> (64 - HASH_BITS)
+    while True:
+        entry = st.hash + number * HASH_ENTRY
+        have = ld64(entry)
+        if have == key:
+            return entry
+        if have == 0:
+            return 0
+        number = (number + 1) & ((1 << HASH_BITS) - 1)
+
+
+def insert(key: int, checked: int, plain: int) -> int:
+    """Enter a block into the block table."""
+    number = (key * 0x9E3779B97F4A7C15) >> (64 - HASH_BITS)
+    while True:
+        entry = st.hash + number * HASH_ENTRY
+        have = ld64(entry)
+        if have < 2 or have == key:
+            break
+        number = (number + 1) & ((1 << HASH_BITS) - 1)
+    st64(entry, key)
+    st64(entry + 8, checked)
+    st64(entry + 16, plain)
+    return 0
+
+
+def remove(key: int) -> int:
+    entry = find(key)
+    if entry:
+        st64(entry, 1)
+    return 0
+
+
+def fetch_page(va: int) -> int:
+    """The guest-physical address of code at ``va``, through the execute tags: 0 and ``st.w_pa``, or walk's failure."""
+    array = st.mode & 3
+    entry = st.self_ + TLB + array * TLB_ARRAY + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
+    tag = ld64(entry + TLB_EXEC)
+    if tag & ~1 == va & ~4095:
+        st.w_pa = ld64(entry + TLB_HOST) - st.ram + (va & 4095)
+        st.w_flags = tag & 1
+        return 0
+    failed = walk(va, FETCH, array)
+    if failed:
+        return failed
+    if is_ram(st.w_pa) == 0:
+        return 255
+    enter_page(va, array, TLB_EXEC)
+    return 0
+
+
+def lookup(va: int) -> int:
+    """Where the guest goes on at ``va`` in the current mode: a checked entry, with ``st.tag`` and ``st.set``; or 0, kind JUMP."""
+    me = st.self_
+    mode = st.mode
+    tag = va
+    if mode & Mode.CODE32:
+        tag = va | (1 << 62)
+    array = JC + (mode & 3) * JC_ARRAY
+    offset = jump_set(va) * JC_SET
+    jc = me + array + offset
+    st.tag = tag
+    if ld64(jc) == tag:
+        st.set = offset
+        return ld64(jc + 8)
+    if ld64(jc + 16) == tag:
+        st.set = offset + 16
+        return ld64(jc + 24)
+    st.n_miss = st.n_miss + 1
+    failed = fetch_page(va)
+    if failed == 0:
+        entry = find((st.w_pa << 12) | mode)
+        if entry:
+            if st.w_flags & 1 == 0:
+                count = st.jl_count
+                if count >= JC_LIST_MAX:
+                    flush_jumps()
+                    count = 0
+                st32(me + JC_LIST + count * 4, array + offset)
+                st.jl_count = count + 1
+            st64(jc + 16, ld64(jc))
+            st64(jc + 24, ld64(jc + 8))
+            target = ld64(entry + 8)
+            st64(jc, tag)
+            st64(jc + 8, target)
+            st8(me + JC_PAGES + ((va >> 12) & (JC_PAGES_SIZE - 1)), 1)
+            st.set = offset
+            return target
+    elif failed == 14:
+        error = st.w_error
+        if deliver(14, error, 1, va):
+            st.cr2 = va
+            st.n_pf = st.n_pf + 1
+            return lookup(st.rip)
+        st.w_error = error
+    st.rip = va
+    st.kind = Kind.JUMP
+    st.site = 0
+    return 0
+
+
+def link(key: int, site: int) -> int:
+    """Patch the jump whose 32-bit displacement stands at ``site`` to the block ``key`` of the same page, and go there."""
+    entry = find(key)
+    if entry == 0:
+        st.kind = Kind.JUMP
+        st.site = site
+        st.mode = key & 4095
+        st.rip = st.page + ((key >> 12) & 4095)
+        return 0
+    st.n_link = st.n_link + 1
+    target = ld64(entry + 16)
+    st32(site + st.rw_delta, target - (site + 4))
+    return target
+
+
+def load_cr3(value: int, rip: int) -> int:
+    """MOV CR3 at ``rip``: 1, or 0 where Python must look (reserved bits, PCID rules)."""
+    if value & 0x7FF0000000000000 or (value >> 63 and st.cr4 & PCIDE == 0) or value & RESERVED:
+        st.kind = Kind.EMULATE
+        st.rip = rip
+        return 0
+    st.n_cr3 = st.n_cr3 + 1
+    st.cr3 = value & ~(1 << 63)
+    flush_tlb(0)
+    return 1
+
+
+def descriptor_at(selector: int) -> int:
+    """The GDT's descriptor for a selector, or 0 where that is not plain."""
+    if selector & 4 or selector & ~3 == 0 or (selector | 7) > st.gdt_limit:
+        return 0
+    pointer = supervisor_pointer(st.gdt_base + (selector & ~7), 8, 0)
+    if pointer == 0:
+        return 0
+    return ld64(pointer)
+
+
+def interrupt_return(rip: int) -> int:
+    """IRETQ in 64-bit mode at CPL 0 to 64-bit code at CPL 0 or 3 (SDM 2, IRET); everything else is Python's."""
+    st.rip = rip
+    st.kind = Kind.EMULATE
+    if st.sysfl & NT or st.nmi_blocked:
+        return 0
+    frame = supervisor_pointer(st.rsp, 40, 0)
+    if frame == 0:
+        return 0
+    new_rip = ld64(frame)
+    cs = ld64(frame + 8) & 0xFFFF
+    flags = ld64(frame + 16)
+    ss = ld64(frame + 32) & 0xFFFF
+    if flags & (TF | VM | NT) or sar(new_rip, 47) + 1 > 1:
+        return 0
+    code = descriptor_at(cs)
+    rpl = cs & 3
+    if rpl == 0:
+        if (code >> 40) & 0xFC != 0x98 or (code >> 53) & 3 != 1 or ss & ~3:
+            return 0
+        st.ss_attr = ATTR_UNUSABLE
+    else:
+        if rpl != 3 or ss & 3 != 3 or (code >> 40) & 0xFC != 0xF8 or (code >> 53) & 3 != 1:
+            return 0
+        stack = descriptor_at(ss)
+        if (stack >> 40) & 0xFE != 0xF2 or (stack >> 40) & 0xF00F == 0:
+            return 0
+        if (st.ds_sel & ~3 and st.ds_attr & 0x60 != 0x60) or (st.es_sel & ~3 and st.es_attr & 0x60 != 0x60):
+            return 0
+        if (st.fs_sel & ~3 and st.fs_attr & 0x60 != 0x60) or (st.gs_sel & ~3 and st.gs_attr & 0x60 != 0x60):
+            return 0
+        st.ss_attr = ((stack >> 40) & 0xF0FF) | 1
+        st.ss_base = 0
+        st.ss_limit = 0xFFFFFFFF
+        st.cpl = 3
+    st.cs_sel = cs
+    st.cs_attr = ((code >> 40) & 0xF0FF) | 1
+    st.ss_sel = ss
+    st.rsp = ld64(frame + 24)
+    st.flags = flags & 0xCD5
+    st.iflag = flags & IF
+    st.sysfl = flags & 0x2C3000
+    set_mode()
+    if flags & IF:
+        st8(st.self_ + BRK_STI, st.irq)
+    st.n_iret = st.n_iret + 1
+    return lookup(new_rip)
+
+
+def system_call(next_rip: int) -> int:
+    """SYSCALL from 64-bit code with EFER.SCE set (SDM 2, SYSCALL)."""
+    flags = (st.flags & 0xCD5) | 2 | st.iflag | st.sysfl
+    st.rcx = next_rip
+    st.r11 = flags
+    flags = flags & ~st.sfmask
+    st.flags = flags & 0xCD5
+    st.iflag = flags & IF
+    st.sysfl = flags & 0x3E7100
+    selector = (st.star >> 32) & 0xFFFC
+    st.cs_sel = selector
+    st.cs_attr = ATTR_CODE64
+    st.cs_base = 0
+    st.ss_sel = selector + 8
+    st.ss_attr = 0xC093
+    st.ss_base = 0
+    st.ss_limit = 0xFFFFFFFF
+    st.cpl = 0
+    set_mode()
+    st.n_syscall = st.n_syscall + 1
+    return lookup(st.lstar)
+
+
+def system_return(rip: int) -> int:
+    """SYSRET to 64-bit code (SDM 2, SYSRET)."""
+    target = st.rcx
+    flags = st.r11
+    if sar(target, 47) + 1 > 1 or flags & TF:
+        st.rip = rip
+        st.kind = Kind.EMULATE
+        return 0
+    st.flags = flags & 0xCD5
+    st.iflag = flags & IF
+    st.sysfl = flags & 0x2C7000
+    selector = st.star >> 48
+    st.cs_sel = (selector + 16) | 3
+    st.cs_attr = 0xA0FB
+    st.ss_sel = (selector + 8) | 3
+    st.ss_attr = 0xC0F3
+    st.ss_base = 0
+    st.ss_limit = 0xFFFFFFFF
+    st.cpl = 3
+    set_mode()
+    if flags & IF:
+        st8(st.self_ + BRK_STI, st.irq)
+    return lookup(target)
+
+
+def operand(va: int, size: int, kind: int, array: int, offset: int) -> int:
+    """Host address of a string instruction's next element, TLB first; else as fill, with crossing elements included."""
+    entry = st.self_ + TLB + array * TLB_ARRAY + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
+    tag = ld64(entry + TLB_READ)
+    if kind:
+        tag = ld64(entry + TLB_WRITE)
+    if tag ^ va <= 4096 - size:
+        return ld64(entry + TLB_HOST) + (va & 4095)
+    return fill(va, (array << 24) | (kind << 22) | (size << 12) | offset)
+
+
+@inline
+def elements(va: int, shift: int) -> int:
+    """Whole elements up to the page's end; at least the one that crosses it."""
+    n = (4096 - (va & 4095)) >> shift
+    if n == 0:
+        n = 1
+    return n
+
+
+def rep_store(desc: int, array: int) -> int:
+    """REP STOS with DF clear; ``desc``: instruction offset, element shift at bit 12. 2: done; else as fill, restartable."""
+    shift = (desc >> 12) & 3
+    size = 1 << shift
+    while st.rcx != 0:
+        if ld16(st.self_ + BRK):
+            st.rip = st.page + (desc & 4095)
+            st.kind = Kind.BREAK
+            return 0
+        va = st.rdi
+        host = operand(va, size, 1, array, desc & 4095)
+        if host < 2:
+            return host
+        n = elements(va, shift)
+        gpa = host - st.ram
+        if mask_at_host(gpa):
+            n = 1
+        if n > st.rcx:
+            n = st.rcx
+        if shift == 0:
+            set8(host, st.rax, n)
+        elif shift == 1:
+            set16(host, st.rax, n)
+        elif shift == 2:
+            set32(host, st.rax, n)
+        else:
+            set64(host, st.rax, n)
+        st.rdi = va + (n << shift)
+        st.rcx = st.rcx - n
+    return 2
+
+
+def mask_at_host(gpa: int) -> int:
+    """The code mask of a frame given by its offset in guest memory's window; a pair's window counts as code: one element at a time."""
+    if is_ram(gpa) == 0:
+        return 1
+    return mask_at(gpa)
+
+
+def rep_move(desc: int, array: int) -> int:
+    """REP MOVS with DF clear; like rep_store. The segment override's base, if any, is in ``st.t7``."""
+    shift = (desc >> 12) & 3
+    size = 1 << shift
+    while st.rcx != 0:
+        if ld16(st.self_ + BRK):
+            st.rip = st.page + (desc & 4095)
+            st.kind = Kind.BREAK
+            return 0
+        to = st.rdi
+        source_va = st.rsi + st.t7
+        source = operand(source_va, size, 0, array, desc & 4095)
+        if source < 2:
+            return source
+        host = operand(to, size, 1, array, desc & 4095)
+        if host < 2:
+            return host
+        n = elements(to, shift)
+        if mask_at_host(host - st.ram):
+            n = 1
+        m = elements(source_va, shift)
+        if m < n:
+            n = m
+        if n > st.rcx:
+            n = st.rcx
+        if shift == 0:
+            copy8(host, source, n)
+        elif shift == 1:
+            copy16(host, source, n)
+        elif shift == 2:
+            copy32(host, source, n)
+        else:
+            copy64(host, source, n)
+        st.rdi = to + (n << shift)
+        st.rsi = st.rsi + (n << shift)
+        st.rcx = st.rcx - n
+    return 2
+
+
+ROUTINES = [
+    walk, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault, fill, to_python, fill_crossing,
+    supervisor_pointer, deliver, set_mode, find, insert, remove, fetch_page, lookup, link, load_cr3, descriptor_at, interrupt_return,
+    system_call, system_return, operand, rep_store, mask_at_host, rep_move, empty_entry, lines, mask_at, jump_set, elements,
+]  # fmt: skip

@@ -1,0 +1,328 @@
+"""Hand-written machine code: the way into guest code, out of it, and from it to the routines of runtime.py.
+
+In guest code the guest's rax, rcx, rdx, rbx, rsi, rdi, rbp, r8 and r12 to r15 are in the host registers of the same name, its rsp is in
+host r9, its r9 to r11 are in the state block, and so is everything else. Host r10 and r11 are temporaries, rsp is the host's stack.
+
+Templates reach a stub by ``call gs:[name]`` or ``jmp gs:[name]`` with these conventions:
+
+========  =====================================================================================================
+slow      ``push desc; call``: r10 is address ^ tag, r11 the TLB offset; returns with r10 the operand's host address
+link      ``mov r11, key; call; dd site``: patch the jump whose displacement is ``site`` bytes from that word, and go
+miss      ``jmp``: r10 is the target's tag
+brk_exit  ``jmp``: r10 is the guest address to go on at
+emu_exit  ``jmp``: r10 is the address of an instruction for Python
+iret, syscall, sysret   ``jmp``: r10 is the instruction's address (for syscall the next one's)
+cr3_load, invlpg        ``push offset; call``: r10 is the operand
+rep_stos, rep_movs      ``push desc; call``
+========  =====================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from skep.engine.translate.asm import (
+    R8,
+    R9,
+    R10,
+    R11,
+    R12,
+    R13,
+    R14,
+    R15,
+    RAX,
+    RBP,
+    RBX,
+    RCX,
+    RDI,
+    RDX,
+    RSI,
+    RSP,
+    Assembler,
+    Cond,
+    Label,
+    Mem,
+    gs,
+)
+from skep.engine.translate.layout import JC, JC_ARRAY, OFFSETS, TLB, XSAVE_AREA, Kind, Mode
+
+CALLER_SAVED = {"rax": RAX, "rcx": RCX, "rdx": RDX, "rsi": RSI, "rdi": RDI, "r8": R8, "rsp": R9}
+"""Guest registers (by name) in host registers that a routine may change."""
+CALLEE_SAVED = {"rbx": RBX, "rbp": RBP, "r12": R12, "r13": R13, "r14": R14, "r15": R15}
+SAVED_RAX = "t6"
+"""Where a template keeps rax while rax holds its saved flags."""
+
+
+def field(name: str) -> Mem:
+    return gs(OFFSETS[name])
+
+
+def save_flags(a: Assembler) -> None:
+    """Flags to rax without a flag changed: SF ZF AF PF CF in ah, OF in al. DF is left alone."""
+    a.mov(field(SAVED_RAX), RAX)
+    a.lahf()
+    a.setcc(Cond.O, RAX)
+
+
+def restore_flags(a: Assembler) -> None:
+    a.add(RAX, 0x7F, size=8)
+    a.sahf()
+    a.mov(RAX, field(SAVED_RAX))
+
+
+class Stubs:
+    """The stubs' code, and where each begins (offset from the code's start)."""
+
+    def __init__(self, routines: Mapping[str, int]) -> None:
+        """``routines``: host addresses of runtime.py's routines."""
+        self._routines = routines
+        self._labels: dict[str, Label] = {}
+        a = self.asm = Assembler()
+        self._enter(a)
+        self._exits(a)
+        self._slow(a)
+        self._jumps(a)
+        self._calls(a)
+
+    def code(self, base: int) -> tuple[bytes, dict[str, int]]:
+        """The bytes for address ``base``, and the host address of each stub."""
+        data = self.asm.code(base)
+        return data, {name: self.asm.address_of(label) for name, label in self._labels.items()}
+
+    def _begin(self, name: str) -> Label:
+        self.asm.align(16)
+        label = self._labels[name] = self.asm.here()
+        return label
+
+    def _enter(self, a: Assembler) -> None:
+        """``void enter(void)``: run guest code at st.target until something leaves it."""
+        self._begin("enter")
+        for reg in (RBX, RBP, R12, R13, R14, R15):
+            a.push(reg)
+        a.mov(field("host_rsp"), RSP)
+        a.stmxcsr(field("host_mxcsr"))
+        a.mov(RAX, 7)
+        a.xor(RDX, RDX, size=32)
+        a.xrstor64(gs(XSAVE_AREA))
+        a.push(field("flags"))
+        a.popfq()
+        for name, reg in (CALLER_SAVED | CALLEE_SAVED).items():
+            a.mov(reg, field(name))
+        self._to_target(a)
+
+    def _to_target(self, a: Assembler) -> None:
+        a.mov(R10, field("tag"))
+        a.mov(R11, field("set"))
+        a.jmp(field("target"))
+
+    def _exits(self, a: Assembler) -> None:
+        for name, kind in (("brk_exit", Kind.BREAK), ("emu_exit", Kind.EMULATE)):
+            self._begin(name)
+            a.mov(field("rip"), R10)
+            a.mov(field("kind"), kind)
+            self._save(a)
+            a.jmp(self._exit_saved())
+        self._begin("done_exit")  # a single instruction has been executed
+        a.mov(field("rip"), R10)
+        a.mov(field("kind"), Kind.JUMP)
+        self._save(a)
+        a.jmp(self._exit_saved())
+        self._begin("fault_exit")  # the signal handler's way out: info, va and rip are set
+        a.mov(field("kind"), Kind.FAULT)
+        self._save(a)
+        a.jmp(self._exit_saved())
+        self._begin("exit_saved")
+        a.bind(self._exit_label)
+        for name, reg in CALLEE_SAVED.items():
+            a.mov(field(name), reg)
+        a.cld()
+        a.mov(RAX, 7)
+        a.xor(RDX, RDX, size=32)
+        a.xsave64(gs(XSAVE_AREA))
+        a.vzeroupper()
+        a.fninit()
+        a.ldmxcsr(field("host_mxcsr"))
+        a.mov(RSP, field("host_rsp"))
+        for reg in (R15, R14, R13, R12, RBP, RBX):
+            a.pop(reg)
+        a.ret()
+
+    _exit_label: Label
+
+    def _exit_saved(self) -> Label:
+        if not hasattr(self, "_exit_label"):
+            self._exit_label = self.asm.label()
+        return self._exit_label
+
+    @staticmethod
+    def _save(a: Assembler) -> None:
+        """What a routine may change, to the state block. DF stays as the guest has it: routines never look at it."""
+        for name, reg in CALLER_SAVED.items():
+            a.mov(field(name), reg)
+        a.pushfq()
+        a.pop(field("flags"))
+
+    @staticmethod
+    def _restore(a: Assembler) -> None:
+        """Back from the state block; popfq is slow, sahf is not."""
+        a.mov(RAX, field("flags"), size=32)
+        a.bt(RAX, 11, size=32)
+        a.raw(b"\x88\xc4")  # mov ah, al
+        a.setcc(Cond.C, RAX)
+        a.add(RAX, 0x7F, size=8)
+        a.sahf()
+        for name, reg in reversed(CALLER_SAVED.items()):
+            a.mov(reg, field(name))
+
+    def _jump_out(self, a: Assembler) -> None:
+        """Enter the guest at st.target with everything from the state block, DF included."""
+        down = a.label()
+        a.cld()
+        a.test(field("flags"), 0x400, size=32)
+        a.jcc(Cond.NE, down)
+        self._restore(a)
+        self._to_target(a)
+        a.bind(down)
+        a.std()
+        self._restore(a)
+        self._to_target(a)
+
+    def _finish(self, a: Assembler) -> None:
+        """After a routine that returns a host address to enter at, or 0 to leave."""
+        a.test(RAX, RAX)
+        a.jcc(Cond.E, self._exit_saved())
+        a.mov(field("target"), RAX)
+        self._jump_out(a)
+
+    def _call(self, a: Assembler, routine: str) -> None:
+        a.call_abs(self._routines[routine])
+
+    def _slow(self, a: Assembler) -> None:
+        self._begin("slow")
+        leave, fault = a.label(), a.label()
+        self._save(a)
+        a.mov(RSI, Mem(RSP, disp=8), size=32)
+        a.mov(RAX, RSI, size=32)
+        a.shr(RAX, 8, size=32)
+        a.and_(RAX, 3 << 16, size=32)  # the array's number times TLB_ARRAY
+        a.xor(RCX, RCX, size=32)
+        a.test(RSI, 3 << 22, size=32)
+        a.setcc(Cond.NE, RCX)
+        a.lea(RAX, Mem(RAX, RCX, 8))  # write tags stand behind read tags
+        a.mov(R11, R11, size=32)
+        a.add(RAX, R11)
+        a.xor(R10, Mem(RAX, disp=TLB, gs=True))
+        a.mov(RDI, R10)
+        self._call(a, "fill")
+        a.cmp(RAX, 1)
+        a.jcc(Cond.BE, leave)
+        a.mov(R10, RAX)
+        self._restore(a)
+        a.ret(8)
+        a.bind(leave)
+        a.lea(RSP, Mem(RSP, disp=16))
+        a.jcc(Cond.E, fault)
+        a.jmp(self._exit_saved())
+        a.bind(fault)
+        self._jump_out(a)
+
+    def _jumps(self, a: Assembler) -> None:
+        self._begin("link")
+        self._save(a)
+        a.mov(RDI, R11)
+        a.pop(RSI)
+        a.movsxd(RAX, Mem(RSI))
+        a.add(RSI, RAX)
+        self._call(a, "link")
+        a.test(RAX, RAX)
+        a.jcc(Cond.E, self._exit_saved())
+        a.mov(field("target"), RAX)
+        self._restore(a)
+        a.jmp(field("target"))
+
+        miss = self._begin("miss")
+        self._save(a)
+        wide = a.label()
+        a.mov(RDI, R10)
+        a.test(field("mode"), Mode.CODE32, size=8)
+        a.jcc(Cond.E, wide)
+        a.mov(RDI, RDI, size=32)
+        a.bind(wide)
+        self._call(a, "lookup")
+        self._finish(a)
+
+        # A checked entry that was not meant: try the set's second way, then look up.
+        for array in range(3):
+            way1 = Mem(R11, disp=JC + array * JC_ARRAY + 8, gs=True)
+            self._begin(f"second{array}")
+            a.test(R11, 16, size=32)
+            a.jcc(Cond.NE, miss)
+            a.or_(R11, 16, size=32)
+            a.jmp(way1)
+            full = a.label()
+            self._begin(f"second{array}_fl")
+            a.test(R11, 16, size=32)
+            a.jcc(Cond.NE, full)
+            a.or_(R11, 16, size=32)
+            restore_flags(a)
+            a.jmp(way1)
+            a.bind(full)
+            restore_flags(a)
+            a.jmp(miss)
+
+        # brk was set at a checked entry whose target is r10 (perhaps with the 32-bit tag, which Python strips).
+        self._begin("brk_fl")
+        restore_flags(a)
+        a.jmp(self._labels["brk_exit"])
+
+    def _calls(self, a: Assembler) -> None:
+        for name, routine in (("iret", "interrupt_return"), ("syscall", "system_call"), ("sysret", "system_return")):
+            self._begin(name)
+            self._save(a)
+            a.mov(RDI, R10)
+            self._call(a, routine)
+            self._finish(a)
+        for name, routine in (("cr3_load", "load_cr3"), ("invlpg", "invalidate")):
+            self._begin(name)
+            leave = a.label()
+            self._save(a)
+            a.mov(RDI, R10)
+            a.mov(RSI, Mem(RSP, disp=8), size=32)
+            a.add(RSI, field("page"))
+            self._call(a, routine)
+            if routine == "load_cr3":
+                a.test(RAX, RAX)
+                a.jcc(Cond.E, leave)
+            self._restore(a)
+            a.ret(8)
+            a.bind(leave)
+            a.lea(RSP, Mem(RSP, disp=16))
+            a.jmp(self._exit_saved())
+        for name, routine in (("rep_stos", "rep_store"), ("rep_movs", "rep_move")):
+            self._begin(name)
+            down, leave, fault = a.label(), a.label(), a.label()
+            self._save(a)
+            a.mov(RDI, Mem(RSP, disp=8), size=32)
+            a.test(field("flags"), 0x400, size=32)
+            a.jcc(Cond.NE, down)
+            a.mov(RSI, RDI, size=32)
+            a.shr(RSI, 24, size=32)
+            a.and_(RSI, 3, size=32)
+            self._call(a, routine)
+            a.cmp(RAX, 1)
+            a.jcc(Cond.BE, leave)
+            self._restore(a)
+            a.ret(8)
+            a.bind(leave)
+            a.lea(RSP, Mem(RSP, disp=16))
+            a.jcc(Cond.E, fault)
+            a.jmp(self._exit_saved())
+            a.bind(fault)
+            self._jump_out(a)
+            a.bind(down)  # DF set: Python's
+            a.and_(RDI, 0xFFF, size=32)
+            a.add(RDI, field("page"))
+            a.mov(field("rip"), RDI)
+            a.mov(field("kind"), Kind.EMULATE)
+            a.lea(RSP, Mem(RSP, disp=16))
+            a.jmp(self._exit_saved())
