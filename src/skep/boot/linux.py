@@ -1,0 +1,214 @@
+"""Linux by the 64-bit boot protocol (Documentation/arch/x86/boot.rst in the kernel's sources).
+
+The kernel is entered in long mode, as "64-bit boot protocol" says: identity page tables, flat segments, interrupts off,
+RSI pointing at the zero page. Its decompressor does the rest, KASLR included. Field names are those of boot.rst.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from skep.engine.amd64.registers import Attr, CpuState, Cr0, Cr4, Efer, Pte, Rflags, Segment
+from skep.errors import UserError
+from skep.memory import GuestMemory
+
+# Where our parts lie in the first 640 KiB.
+GDT = 0x1000
+ZERO_PAGE = 0x7000
+PAGE_TABLES = 0x9000  # PML4, PDPT and four page directories
+STACK = 0x20000  # grows down; the kernel brings its own at once
+CMDLINE = 0x20000
+CMDLINE_MAX = 0x10000
+
+BOOT_CS, BOOT_DS = 0x10, 0x18  # __BOOT_CS, __BOOT_DS
+_MAPPED = 4 << 30  # identity-mapped
+
+_HEADER = 0x1F1  # of the file and of the zero page alike
+_OLDEST = 0x20C  # protocol 2.12: xloadflags
+_XLF_KERNEL_64 = 1 << 0
+_LOADER_UNDEFINED = 0xFF
+_ENTRY_64 = 0x200
+
+
+class RangeType(enum.IntEnum):
+    """What a range of guest-physical addresses is, by the numbers of INT 15h, AX=E820h (ACPI 6.5, table 15.3)."""
+
+    RAM = 1
+    RESERVED = 2
+    ACPI = 3
+    """Tables; RAM once the guest has read them."""
+
+
+class E820(NamedTuple):
+    """A range of guest-physical addresses, and what the guest may do with it."""
+
+    start: int
+    size: int
+    type: RangeType
+
+
+class Header(NamedTuple):
+    """The fields of the setup header that we read."""
+
+    setup_sects: int
+    syssize: int
+    initrd_addr_max: int
+    cmdline_size: int
+    pref_address: int
+    init_size: int
+    raw: bytes
+    """The header from 0x1f1 to its end, for the zero page."""
+
+
+class LinuxImage:
+    """The files of one boot, read once and checked; :meth:`load` may be called for each reset."""
+
+    def __init__(self, kernel: str | Path, initrd: str | Path | None = None, cmdline: str = "") -> None:
+        self.kernel_path = kernel
+        self.initrd_path = initrd
+        self._kernel = _read(kernel, "kernel")
+        self.header = parse_header(self._kernel, kernel)
+        self._initrd = b"" if initrd is None else _read(initrd, "initrd")
+        try:
+            self.cmdline = cmdline.encode()
+        except UnicodeEncodeError:
+            raise UserError("the kernel's command line is not text", "boot.cmdline") from None
+        if b"\0" in self.cmdline:
+            raise UserError("the kernel's command line contains a NUL", "boot.cmdline")
+        longest = min(self.header.cmdline_size or 255, CMDLINE_MAX - 1)
+        if len(self.cmdline) > longest:
+            what = f"the kernel's command line has {len(self.cmdline)} bytes, this kernel takes {longest}"
+            raise UserError(what, "boot.cmdline")
+
+    def load(self, memory: GuestMemory, e820: Sequence[E820], rsdp: int) -> CpuState:
+        """Put everything into RAM and say how the first CPU starts."""
+        header = self.header
+        load = header.pref_address
+        end = load + header.init_size
+        if end > memory.low_size:
+            what = f"the kernel needs {(end + 0xFFFFF) >> 20} MiB of memory, the guest has {memory.size >> 20}"
+            raise UserError(what, self.kernel_path, "give it more with --memory")
+        setup = (header.setup_sects + 1) * 512
+        memory.write(load, memoryview(self._kernel)[setup : setup + header.syssize * 16])
+        initrd = self._place_initrd(memory, end)
+        memory.write(CMDLINE, self.cmdline + b"\0")
+        memory.write(ZERO_PAGE, self._zero_page(initrd, e820, rsdp))
+        memory.write(GDT, _gdt())
+        memory.write(PAGE_TABLES, _identity_map())
+        return _entry_state(load + _ENTRY_64)
+
+    def _place_initrd(self, memory: GuestMemory, above: int) -> int:
+        """As high as the kernel allows, so that it is out of the decompressor's way."""
+        if not self._initrd:
+            return 0
+        top = min(memory.low_size, self.header.initrd_addr_max + 1)
+        start = (top - len(self._initrd)) & ~0xFFF
+        if start < above:
+            mib = (len(self._initrd) + 0xFFFFF) >> 20
+            what = f"the initrd has {mib} MiB and does not fit into {memory.size >> 20} MiB of memory"
+            raise UserError(what, self.initrd_path, "give the guest more with --memory")
+        memory.write(start, self._initrd)
+        return start
+
+    def _zero_page(self, initrd: int, e820: Sequence[E820], rsdp: int) -> bytes:
+        page = bytearray(4096)
+        page[_HEADER : _HEADER + len(self.header.raw)] = self.header.raw
+        struct.pack_into("<Q", page, 0x070, rsdp)  # acpi_rsdp_addr
+        page[0x210] = _LOADER_UNDEFINED  # type_of_loader
+        struct.pack_into("<II", page, 0x218, initrd, len(self._initrd))  # ramdisk_image, ramdisk_size
+        struct.pack_into("<I", page, 0x228, CMDLINE)  # cmd_line_ptr
+        page[0x1E8] = len(e820)  # e820_entries
+        for i, entry in enumerate(e820):
+            struct.pack_into("<QQI", page, 0x2D0 + 20 * i, *entry)  # e820_table
+        return bytes(page)
+
+
+def parse_header(image: bytes, where: object) -> Header:
+    """Check that a file is a bzImage with a 64-bit entry, and whole."""
+    if len(image) < 0x268 or image[0x202:0x206] != b"HdrS" or image[0x1FE:0x200] != b"\x55\xaa":
+        raise UserError("not a Linux kernel (bzImage)", where, "pass a vmlinuz file")
+    setup_sects, _, syssize = struct.unpack_from("<BHI", image, _HEADER)
+    (version,) = struct.unpack_from("<H", image, 0x206)
+    if version < _OLDEST:
+        raise UserError(f"boot protocol {version >> 8}.{version & 0xFF:02} is too old", where, "2.12 (2012) is needed")
+    (initrd_addr_max, _, _, _, xloadflags, cmdline_size) = struct.unpack_from("<IIBBHI", image, 0x22C)
+    pref_address, init_size = struct.unpack_from("<QI", image, 0x258)
+    if not xloadflags & _XLF_KERNEL_64:
+        raise UserError("the kernel has no 64-bit entry", where, "use an x86-64 kernel")
+    setup_sects = setup_sects or 4  # "for backwards compatibility, if the setup_sects field contains 0, the value is 4"
+    whole = (setup_sects + 1) * 512 + syssize * 16
+    if len(image) + 15 < whole:  # syssize counts in 16 bytes
+        raise UserError(f"the kernel is truncated: {len(image)} bytes of {whole}", where)
+    if pref_address < 1 << 20 or pref_address + init_size > _MAPPED:
+        raise UserError(f"the kernel wants to be loaded at {pref_address:#x}", where, "it cannot be")
+    return Header(
+        setup_sects=setup_sects,
+        syssize=syssize,
+        initrd_addr_max=initrd_addr_max,
+        cmdline_size=cmdline_size,
+        pref_address=pref_address,
+        init_size=init_size,
+        raw=image[_HEADER : min(0x202 + image[0x201], 0x290)],  # to where it says it ends; the zero page goes on at 0x290
+    )
+
+
+def _read(path: str | Path, what: str) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+    except IsADirectoryError:
+        raise UserError("is a directory", path, f"pass the {what}'s file") from None
+    except (OSError, ValueError) as e:
+        reason = e.strerror.lower() if isinstance(e, OSError) and e.strerror else str(e)
+        raise UserError(f"cannot read the {what}: {reason}", path) from None
+    if not data:
+        raise UserError(f"the {what} is empty", path)
+    return data
+
+
+def _gdt() -> bytes:
+    """Null, unused, __BOOT_CS (64-bit code), __BOOT_DS."""
+    return struct.pack("<4Q", 0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)
+
+
+def _identity_map() -> bytes:
+    """4 GiB in pages of 2 MiB, which every 64-bit CPU has."""
+    table = Pte.P | Pte.RW
+    pml4 = struct.pack("<Q", (PAGE_TABLES + 0x1000) | table).ljust(4096, b"\0")
+    pdpt = struct.pack("<4Q", *((PAGE_TABLES + 0x2000 + 0x1000 * i) | table for i in range(4))).ljust(4096, b"\0")
+    directories = struct.pack("<2048Q", *(i << 21 | table | Pte.PS for i in range(2048)))
+    return pml4 + pdpt + directories
+
+
+def _entry_state(entry: int) -> CpuState:
+    present = Attr.P | Attr.S | Attr.G | Attr.ACCESSED
+    data: Segment = {
+        "selector": BOOT_DS,
+        "base": 0,
+        "limit": 0xFFFFFFFF,
+        "attributes": present | Attr.D | Attr.WRITABLE,
+    }
+    code: Segment = {
+        "selector": BOOT_CS,
+        "base": 0,
+        "limit": 0xFFFFFFFF,
+        "attributes": present | Attr.L | Attr.CODE | Attr.READABLE,
+    }
+    return {
+        "rip": entry,
+        "rsi": ZERO_PAGE,
+        "rsp": STACK,
+        "rflags": Rflags.ONE,
+        "cs": code,
+        "ds": data,
+        "es": data,
+        "ss": data,
+        "gdtr": {"base": GDT, "limit": 4 * 8 - 1},
+        "cr0": Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.PG,
+        "cr3": PAGE_TABLES,
+        "cr4": Cr4.PAE,
+        "efer": Efer.LME | Efer.LMA,
+    }
