@@ -1,0 +1,134 @@
+"""A layer that logs what a guest wrote and when it was durable, and makes the images that a loss of power could leave.
+
+The promise of a disk is that whatever a completed flush covers survives. A :class:`Recorder` under the device writes
+a log of every write, with its data, and of every completed flush. From the log, :func:`replay` makes the image as it
+would be had the power gone at any point: the writes that a flush covered are there; of the others, none, or any that
+a random generator chooses, sector by sector.
+
+The log is a file of entries, each appended with one write(2): ``magic, kind, offset, length`` and, for writes and
+marks, ``length`` bytes. Whoever has the file open for appending may add marks of his own between them: what a guest
+had printed by then, say.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from skep.block.backend import BlockBackend, Buffers
+from skep.block.options import SECTOR
+from skep.errors import UserError
+from skep.locks import Lock, Order
+
+_HEADER = struct.Struct("<4sB3xQQ")
+_MAGIC = b"skpl"
+
+
+class Kind(IntEnum):
+    WRITE = 1
+    """``offset``: where, in bytes. Logged when the write has completed."""
+    FLUSH = 2
+    """``offset``: how many of the writes logged so far it covers, namely those that had completed when it began."""
+    MARK = 3
+    """``data``: whatever the one who set the mark wants to find again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    kind: Kind
+    offset: int
+    data: bytes
+
+
+class Recorder:
+    """A backend in front of another. A request completes when both the other backend and the log have it."""
+
+    def __init__(self, backend: BlockBackend, path: str) -> None:
+        try:
+            self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise UserError(f"the log of writes cannot be made: {e.strerror}", path) from None
+        self._backend = backend
+        self._lock = Lock("disk log", Order.BLOCK)
+        self._writes = 0
+        self.size = backend.size
+        self.read_only = backend.read_only
+        self.write_cache = backend.write_cache
+
+    def preadv(self, buffers: Buffers, offset: int) -> None:
+        self._backend.preadv(buffers, offset)
+
+    def pwritev(self, buffers: Buffers, offset: int) -> None:
+        # One copy for both: the guest may change its buffers meanwhile, and image and log must not differ.
+        data = b"".join(buffers)
+        self._backend.pwritev([memoryview(data)], offset)
+        with self._lock:
+            _append(self._log, Kind.WRITE, offset, data)
+            self._writes += 1
+            if not self.write_cache:
+                _append(self._log, Kind.FLUSH, self._writes)
+
+    def flush(self) -> None:
+        covered = self._writes
+        self._backend.flush()
+        _append(self._log, Kind.FLUSH, covered)
+
+    def close(self) -> None:
+        self._backend.close()
+        if self._log >= 0:
+            os.close(self._log)
+            self._log = -1
+
+
+def mark(log: int, text: bytes) -> None:
+    """Add a mark to a log, open for appending (O_APPEND) as the descriptor ``log``."""
+    _append(log, Kind.MARK, 0, text)
+
+
+def read_log(path: str) -> list[Entry]:
+    """The entries of a log, up to the first that is not whole: a process that was killed may leave one."""
+    entries = []
+    with open(path, "rb") as file:
+        while len(head := file.read(_HEADER.size)) == _HEADER.size:
+            magic, kind, offset, length = _HEADER.unpack(head)
+            if magic != _MAGIC:
+                raise UserError("this is not a log of writes", path)
+            data = file.read(length)
+            if len(data) < length:
+                break
+            entries.append(Entry(Kind(kind), offset, data))
+    return entries
+
+
+def replay(entries: Sequence[Entry], image: int, survivors: random.Random | None = None) -> None:
+    """Write to the descriptor ``image``, which holds the disk as it was at the log's start, what is left of it when the
+    power goes after the last of ``entries``: a slice from the beginning of a log.
+
+    Of the writes that no flush covers nothing is left, or, with ``survivors``, any of their sectors, in any order.
+    """
+    writes = [entry for entry in entries if entry.kind is Kind.WRITE]
+    durable = max((entry.offset for entry in entries if entry.kind is Kind.FLUSH), default=0)
+    for entry in writes[:durable]:
+        os.pwrite(image, entry.data, entry.offset)
+    if survivors is None:
+        return
+    sectors = [
+        (entry.offset + at, entry.data[at : at + SECTOR])
+        for entry in writes[durable:]
+        for at in range(0, len(entry.data), SECTOR)
+    ]
+    share = survivors.random()
+    survivors.shuffle(sectors)
+    for offset, sector in sectors:
+        if survivors.random() < share:
+            os.pwrite(image, sector, offset)
+
+
+def _append(log: int, kind: Kind, offset: int, data: bytes = b"") -> None:
+    head = _HEADER.pack(_MAGIC, kind, offset, len(data))
+    if os.writev(log, (head, data)) != len(head) + len(data):
+        raise OSError("the log of writes is short")

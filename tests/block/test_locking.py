@@ -1,0 +1,173 @@
+"""Two programs and one image: Skep against Skep, and Skep against the real qemu-io, qemu-img and qemu-nbd."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from skep.block.image import open_image
+from skep.block.options import BlockOptions
+from skep.errors import UserError
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(1 << 20))
+    return path
+
+
+@contextmanager
+def opened(image: Path, *, read_only: bool = False) -> Iterator[None]:
+    disk = open_image(BlockOptions(path=str(image), read_only=read_only))
+    try:
+        yield
+    finally:
+        disk.close()
+
+
+def refused(image: Path, *, read_only: bool = False) -> str:
+    with pytest.raises(UserError) as caught:
+        open_image(BlockOptions(path=str(image), read_only=read_only))
+    return str(caught.value)
+
+
+def test_one_writer_excludes_everybody(image: Path) -> None:
+    with opened(image):
+        assert "another disk of this VM" in refused(image)
+        assert "another disk of this VM" in refused(image, read_only=True)
+    with opened(image):
+        pass
+
+
+def test_readers_share_and_exclude_a_writer(image: Path) -> None:
+    with opened(image, read_only=True), opened(image, read_only=True):
+        assert "in use" in refused(image)
+    with opened(image):
+        pass
+
+
+def test_lock_false_does_not_ask(image: Path) -> None:
+    with opened(image):
+        open_image(BlockOptions(path=str(image), lock=False)).close()
+
+
+def test_two_that_start_together_never_both_write(image: Path) -> None:
+    """Many processes at once: at any moment at most one has the image."""
+    code = (
+        "import os, sys, time\n"
+        "from skep.block.image import open_image; from skep.block.options import BlockOptions\n"
+        "from skep.errors import UserError\n"
+        "won = 0\n"
+        "end = time.monotonic() + 1\n"
+        "while time.monotonic() < end:\n"
+        "    try: disk = open_image(BlockOptions(path=sys.argv[1]))\n"
+        "    except UserError: continue\n"
+        "    os.close(os.open(sys.argv[1] + '.held', os.O_CREAT | os.O_EXCL))\n"
+        "    os.unlink(sys.argv[1] + '.held')\n"
+        "    disk.close(); won += 1\n"
+        "print(won)"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(image)], env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(3)
+    ]
+    results = [run.communicate(timeout=30) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], results
+    assert sum(int(out) for out, _ in results) > 0
+
+
+@contextmanager
+def qemu_io(image: Path) -> Iterator[subprocess.Popen[str]]:
+    """qemu-io with the image open for writing."""
+    if shutil.which("qemu-io") is None:
+        pytest.skip("qemu-io is not installed")
+    process = subprocess.Popen(
+        ["qemu-io", "-f", "raw", str(image)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write("length\n")  # its answer means that the image is open
+        process.stdin.flush()
+        assert "1 MiB" in process.stdout.readline()
+        yield process
+    finally:
+        process.communicate("quit\n", timeout=20)
+
+
+def guest_reads(image: Path) -> subprocess.CompletedProcess[str]:
+    """A QEMU guest's read-only disk; QEMU ends at once if it may not have it, and the monitor ends it otherwise."""
+    return _qemu_guest(f"file={image},format=raw,if=virtio,readonly=on")
+
+
+def guest_writes(image: Path) -> subprocess.CompletedProcess[str]:
+    return _qemu_guest(f"file={image},format=raw,if=virtio")
+
+
+def _qemu_guest(drive: str) -> subprocess.CompletedProcess[str]:
+    machine = ["-nodefaults", "-display", "none", "-S", "-m", "16", "-monitor", "stdio"]
+    return _run("qemu-system-x86_64", *machine, "-drive", drive, stdin="quit\n")
+
+
+def img_resizes(image: Path) -> subprocess.CompletedProcess[str]:
+    return _run("qemu-img", "resize", "-f", "raw", str(image), "2M")
+
+
+def img_copies(image: Path) -> subprocess.CompletedProcess[str]:
+    return _run("qemu-img", "convert", "-f", "raw", "-O", "raw", str(image), f"{image}.copy")
+
+
+def io_writes(image: Path) -> subprocess.CompletedProcess[str]:
+    return _run("qemu-io", "-f", "raw", "-c", "write 0 512", str(image))
+
+
+def _run(*command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=30, input=stdin)
+
+
+@pytest.mark.parametrize("use", [guest_reads, guest_writes, img_resizes, img_copies, io_writes])
+def test_qemu_is_refused_while_skep_writes(
+    image: Path, use: Callable[[Path], subprocess.CompletedProcess[str]]
+) -> None:
+    with opened(image):
+        answer = use(image)
+        assert answer.returncode == 1
+        assert "lock" in answer.stderr
+    assert use(image).returncode == 0
+
+
+def test_qemu_may_read_but_not_write_while_skep_reads(image: Path) -> None:
+    with opened(image, read_only=True):
+        assert guest_reads(image).returncode == 0
+        assert guest_writes(image).returncode == 1
+
+
+def test_skep_is_refused_while_qemu_writes_and_names_it(image: Path) -> None:
+    with qemu_io(image) as process:
+        for read_only in (False, True):
+            message = refused(image, read_only=read_only)
+            assert f"qemu-io (pid {process.pid})" in message
+            assert "\n" not in message
+    with opened(image):
+        pass
+
+
+def _environment() -> dict[str, str]:
+    import skep
+
+    return {**os.environ, "PYTHONPATH": str(Path(skep.__file__ or "").parent.parent)}
