@@ -30,3 +30,16 @@ class Device(Protocol):
     def load(self, state: SavedState) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Passive:
+    """The part of a device's life that one without threads, timers and backends has nothing to do in."""
+
+    def pause(self) -> None:
+        """Nothing happens to it but by the guest's accesses."""
+
+    def resume(self) -> None:
+        """Nothing was stopped."""
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,1 @@
+"""A PC's interrupt controllers and its interval timer."""

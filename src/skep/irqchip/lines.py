@@ -1,0 +1,72 @@
+"""Interrupt wires of a PC board: one number, the GSI, for an input of both the 8259 pair and the I/O APIC."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from skep.irqchip.ioapic import PINS
+
+if TYPE_CHECKING:
+    from skep.irqchip.ioapic import IoApic
+    from skep.irqchip.pic import Pic
+    from skep.locks import Lock
+
+PIT_PIN = 2
+"""The I/O APIC's pin of ISA IRQ 0. IRQ 2 is the 8259 pair's own, so the pin is free (MADT: an override)."""
+
+
+class GsiLine:
+    """One GSI. Several sources may share it, and it is asserted while any of them asserts (a wired OR).
+
+    GSIs 0 to 15 are the ISA IRQs and reach the 8259 pair too; the software uses one of the two controllers.
+    """
+
+    def __init__(self, gsi: int, pic: Pic, ioapic: IoApic, lock: Lock) -> None:
+        self.gsi = gsi
+        self.lock = lock
+        self._pic = pic
+        self._ioapic = ioapic
+        self._pin = PIT_PIN if gsi == 0 else gsi
+        self._asserting = 0  # how many sources
+
+    def source(self) -> Source:
+        """A new wire to this line, for one device."""
+        return Source(self)
+
+    def change(self, level: bool) -> None:
+        """One more, or one fewer, source asserts."""
+        before = self._asserting
+        self._asserting += 1 if level else -1
+        if (before == 0) == level:
+            if self.gsi < 16:
+                self._pic.set_line(self.gsi, level)
+            self._ioapic.set_line(self._pin, level)
+
+
+class Source:
+    """A device's end of a line. Implements :class:`skep.contracts.io.IrqLine`."""
+
+    __slots__ = ("_level", "_line")
+
+    def __init__(self, line: GsiLine) -> None:
+        self._line = line
+        self._level = False
+
+    def set(self, level: bool) -> None:
+        level = bool(level)
+        if level == self._level:  # the usual case, on every access to a device; its own thread's last word
+            return
+        with self._line.lock:
+            if level != self._level:
+                self._level = level
+                self._line.change(level)
+
+
+class GsiLines:
+    """All of a board's lines: ``lines.source(4)`` is COM1's IRQ."""
+
+    def __init__(self, pic: Pic, ioapic: IoApic, lock: Lock) -> None:
+        self._lines = [GsiLine(gsi, pic, ioapic, lock) for gsi in range(PINS)]
+
+    def source(self, gsi: int) -> Source:
+        return self._lines[gsi].source()
