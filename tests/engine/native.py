@@ -1,0 +1,213 @@
+"""The worker that runs cases on the host CPU: ``python -m tests.engine.native``, pickles in and out.
+
+It is a process of its own because a case may do anything to it. A case starts by a trampoline that loads all
+registers and ends by a fault; the kernel's signal frame then holds everything there is to know (all registers, XSAVE image,
+trap number, error code, CR2), and the handler, which is machine code too, copies the frame and leaves by a long jump.
+
+The code area is a memfd mapped twice, writable here and executable there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import pickle
+import signal
+import struct
+import sys
+from typing import Any, NoReturn
+
+from tests.engine.assemble import assemble
+from tests.engine.place import (
+    CODE,
+    CODE_SIZE,
+    DATA,
+    DATA_SIZE,
+    GPRS,
+    LOW_DATA,
+    PAGE,
+    PAGES,
+    XSAVE_SIZE,
+    Access,
+    Batch,
+    Case,
+    Outcome,
+    changed_pages,
+    comparable_fpu,
+)
+
+CONTEXT = 0x2000_0200_0000
+STUBS = 0x2000_0201_0000
+ALTERNATE_STACK = 0x2000_0300_0000
+ALTERNATE_SIZE = 1 << 18
+
+# offsets in the context page
+START, RFLAGS, FS_BASE, GS_BASE = 0x80, 0x88, 0x90, 0x98  # the GPRs stand at 0
+HOST_RSP, HOST_FS, HOST_GS = 0x100, 0x108, 0x110
+FRAME = 0x200  # struct sigcontext's registers: 23 words
+IMAGE_IN = 0x1000
+IMAGE_OUT = 0x2000
+
+FRAME_ORDER = (
+    "r8 r9 r10 r11 r12 r13 r14 r15 rdi rsi rbp rbx rdx rax rcx rsp rip rflags selectors error vector mask cr2".split()
+)
+"""Linux's order of registers in struct sigcontext (arch/x86/include/uapi/asm/sigcontext.h)."""
+
+_ENTER = """
+enter:
+    push rbx
+    push rbp
+    push r12
+    push r13
+    push r14
+    push r15
+    mov rbx, CONTEXT
+    rdfsbase rax
+    mov [rbx + HOST_FS], rax
+    rdgsbase rax
+    mov [rbx + HOST_GS], rax
+    mov [rbx + HOST_RSP], rsp
+    mov eax, 7
+    xor edx, edx
+    xrstor64 [rbx + IMAGE_IN]
+    mov rax, [rbx + FS_BASE]
+    wrfsbase rax
+    mov rax, [rbx + GS_BASE]
+    wrgsbase rax
+    push qword [rbx + RFLAGS]
+    popfq
+    LOAD
+    mov rbx, [rbx + 24]
+    jmp qword [rip + CONTEXT + START]
+handler:                            ; (rdi signal, rsi siginfo, rdx ucontext)
+    cld
+    mov rbx, CONTEXT
+    lea rsi, [rdx + 40]             ; uc_mcontext
+    lea rdi, [rbx + FRAME]
+    mov ecx, 23
+    rep movsq
+    mov rsi, [rsi]                  ; fpstate
+    lea rdi, [rbx + IMAGE_OUT]
+    mov ecx, XSAVE_SIZE
+    rep movsb
+    mov rax, [rbx + HOST_FS]
+    wrfsbase rax
+    mov rax, [rbx + HOST_GS]
+    wrgsbase rax
+    mov rsp, [rbx + HOST_RSP]
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop rbp
+    pop rbx
+    ret
+restorer:
+    mov eax, 15                     ; rt_sigreturn, which nobody comes to need
+    syscall
+"""
+
+MAP_FIXED_NOREPLACE = 0x100000
+SA_SIGINFO, SA_RESTORER, SA_ONSTACK, SA_NODEFER = 4, 0x04000000, 0x08000000, 0x40000000
+SYS_RT_SIGACTION, SYS_SIGALTSTACK = 13, 131
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.syscall.restype = ctypes.c_long
+
+
+def _fail(what: str) -> NoReturn:
+    error = ctypes.get_errno()
+    raise OSError(error, f"{what}: {os.strerror(error)}")
+
+
+def _map_at(address: int, size: int, protection: int, fd: int = -1, offset: int = 0) -> None:
+    flags = MAP_FIXED_NOREPLACE | (mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if libc.mmap(address, size, protection, flags, fd, offset) != address:
+        _fail(f"mmap at {address:#x}")
+
+
+class Native:
+    """The host CPU as a judge. One per process, since the places are fixed."""
+
+    def __init__(self) -> None:
+        read, write, execute = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
+        code = os.memfd_create("code")
+        os.ftruncate(code, CODE_SIZE)
+        _map_at(CODE, CODE_SIZE, read | execute, code)
+        self.code = mmap.mmap(code, CODE_SIZE)
+        data = os.memfd_create("data")
+        os.ftruncate(data, DATA_SIZE)
+        for i, access in enumerate(PAGES):
+            if access is not Access.NONE:
+                for base in (DATA, LOW_DATA):
+                    protection = read | write if access is Access.WRITE else read
+                    _map_at(base + i * PAGE, PAGE, protection, data, i * PAGE)
+        self.data = mmap.mmap(data, DATA_SIZE)
+        _map_at(CONTEXT, 0x4000, read | write)
+        _map_at(ALTERNATE_STACK, ALTERNATE_SIZE, read | write)
+        self.context = (ctypes.c_char * 0x4000).from_address(CONTEXT)
+        stubs = self._stubs()
+        self.enter = ctypes.CFUNCTYPE(None)(stubs["enter"])
+        stack = struct.pack("<QQQ", ALTERNATE_STACK, 0, ALTERNATE_SIZE)
+        if libc.syscall(SYS_SIGALTSTACK, stack, None):
+            _fail("sigaltstack")
+        flags = SA_SIGINFO | SA_RESTORER | SA_ONSTACK | SA_NODEFER
+        action = struct.pack("<QQQQ", stubs["handler"], flags, stubs["restorer"], 0)
+        for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP):
+            if libc.syscall(SYS_RT_SIGACTION, int(number), action, None, 8):
+                _fail("rt_sigaction")
+
+    @staticmethod
+    def _stubs() -> dict[str, int]:
+        load = "\n".join(f"mov {r}, [rbx + {8 * i}]" for i, r in enumerate(GPRS) if r != "rbx")
+        names = {k: v for k, v in globals().items() if isinstance(v, int)}
+        program = assemble(_ENTER.replace("LOAD", load), STUBS, names)
+        fd = os.memfd_create("stubs")
+        os.write(fd, program.code)
+        _map_at(STUBS, PAGE, mmap.PROT_READ | mmap.PROT_EXEC, fd)
+        os.close(fd)
+        return program.labels
+
+    def run(self, batch: Batch) -> list[Outcome]:
+        for case in batch.cases:
+            start = case.address - CODE
+            self.code[start : start + len(case.code)] = case.code
+        return [self._run(case, batch.data) for case in batch.cases]
+
+    def _run(self, case: Case, data: bytes) -> Outcome:
+        self.data[:] = data
+        words = struct.pack("<20Q", *case.registers, case.address, case.rflags, case.fs_base, case.gs_base)
+        ctypes.memmove(CONTEXT, words, len(words))
+        ctypes.memmove(CONTEXT + IMAGE_IN, case.xsave, XSAVE_SIZE)
+        self.enter()
+        frame = dict(zip(FRAME_ORDER, struct.unpack_from("<23Q", self.context, FRAME), strict=True))
+        image = ctypes.string_at(CONTEXT + IMAGE_OUT, XSAVE_SIZE)
+        return Outcome(
+            registers=tuple(frame[r] for r in GPRS),
+            rip=frame["rip"],
+            rflags=frame["rflags"],
+            vector=frame["vector"],
+            error=frame["error"],
+            cr2=frame["cr2"] if frame["vector"] == 14 else 0,
+            fpu=comparable_fpu(image),
+            pages=changed_pages(data, self.data[:]),
+        )
+
+
+def main() -> None:
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    native = Native()
+    while True:
+        try:
+            batch: Any = pickle.load(requests)
+        except EOFError:
+            return
+        pickle.dump(native.run(batch), replies, protocol=pickle.HIGHEST_PROTOCOL)
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()
