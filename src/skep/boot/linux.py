@@ -152,7 +152,7 @@ def parse_header(image: bytes, where: object) -> Header:
         cmdline_size=cmdline_size,
         pref_address=pref_address,
         init_size=init_size,
-        raw=image[_HEADER : min(0x202 + image[0x201], 0x290)],  # to where it says it ends; the zero page goes on at 0x290
+        raw=image[_HEADER : min(0x202 + image[0x201], 0x290)],  # its own end; at 0x290 the zero page goes on
     )
 
 

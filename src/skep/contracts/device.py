@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
-SavedState = dict[str, Any]
-"""A device's state in plain values (int, bool, str, bytes, list, dict), with its version under "version"."""
+from skep.state import SavedState as SavedState
 
 
 class Device(Protocol):

@@ -14,8 +14,10 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
-from skep.contracts.device import SavedState
 from skep.errors import UserError
+
+SavedState = dict[str, Any]
+"""A device's state in plain values (int, bool, str, bytes, list, dict), with its version under "version"."""
 
 
 class Fields:
