@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skep.block.image import open_image
-from skep.block.options import BlockOptions
+from skep.block.options import BlockOptions, BlockSizes
 from skep.block.raw import RawImage
 from skep.errors import UserError
 
@@ -108,7 +108,7 @@ class TestDirect:
     @pytest.fixture
     def direct(self, image: Path) -> Iterator[RawImage]:
         try:
-            disk = open_path(image, no_cache=True, logical_block=4096)
+            disk = open_path(image, no_cache=True, block=BlockSizes(4096, 4096))
         except UserError as e:
             pytest.skip(str(e))
         yield disk
@@ -146,7 +146,7 @@ class TestDirect:
 
     def test_longer_than_the_bounce_buffer(self, image: Path) -> None:
         image.write_bytes(os.urandom(3 * MIB))
-        disk = open_path(image, no_cache=True, logical_block=4096, lock=False)
+        disk = open_path(image, no_cache=True, block=BlockSizes(4096, 4096), lock=False)
         target = bytearray(3 * MIB + 1)
         with memoryview(target)[1:] as odd:
             disk.preadv([odd], 0)
@@ -163,7 +163,7 @@ class TestDirect:
         (os.mkfifo, {}, "neither a file nor a block device"),
         (lambda p: p.write_bytes(b""), {}, "is empty"),
         (lambda p: p.write_bytes(b"x" * 700), {}, "truncate -s 1024"),
-        (lambda p: p.write_bytes(b"x" * 512), {"logical_block": 4096}, "not a multiple of 4096"),
+        (lambda p: p.write_bytes(b"x" * 512), {"block": BlockSizes(4096, 4096)}, "not a multiple of 4096"),
         (lambda p: p.write_bytes(b"x" * 512), {"record": "/nonexistent/log"}, "log of writes cannot be made"),
     ],
 )

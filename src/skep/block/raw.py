@@ -153,7 +153,7 @@ def _claim(path: str, flags: int) -> int:
 
 def _check_size(size: int, options: BlockOptions) -> None:
     """A size that is no whole number of blocks is refused: rounding down would hide data, rounding up grow the file."""
-    unit = options.logical_block
+    unit = options.block.logical
     if size == 0:
         raise UserError("the disk image is empty", options.path, "truncate -s SIZE gives it a size")
     if size % unit:
@@ -173,7 +173,7 @@ def _direct_alignment(fd: int, options: BlockOptions) -> int:
                 if e.errno != errno.EINVAL:
                     raise UserError(f"the disk image cannot be read: {e.strerror}", options.path) from None
                 continue
-        if alignment > options.logical_block:
+        if alignment > options.block.logical:
             todo = f"say sectorsize={alignment}, or leave nocache out"
             raise HostError(f"direct I/O works in blocks of {alignment} bytes here", options.path, todo)
         return alignment
