@@ -67,7 +67,7 @@ class BlockOptions:
         key="wce",
         doc="how the write cache starts, which the guest may switch; without it writes are durable when they complete",
     )
-    block: BlockSizes = option(
+    block: BlockSizes = option(  # noqa: RUF009 - ruff cannot know that the type is immutable
         block_sizes, _SMALL, key="sectorsize", doc="LOGICAL[/PHYSICAL]: block sizes in bytes, 512 to 65536"
     )
     serial: str | None = option(
