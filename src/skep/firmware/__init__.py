@@ -1,0 +1,1 @@
+"""What a PC's firmware leaves in memory for the guest."""
