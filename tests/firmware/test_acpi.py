@@ -127,7 +127,7 @@ def test_the_dsdt_says_what_the_platform_said(tmp_path: Path) -> None:
         'Name (_HID, EisaId ("PNP0501")',
         'Name (_HID, EisaId ("PNP0B00")',
         'Name (_HID, "ACPI0007"',
-        "Name (\\_S5, Package (0x04) { 0x05, 0x05, Zero, Zero })",
+        "Name (_S5, Package (0x04) { 0x05, 0x05, Zero, Zero })",
         "IO (Decode16, 0x03F8, 0x03F8, 0x01, 0x08, ) IRQNoFlags () {4}",
         "0xC0000000, 0xDFFFFFFF, 0x00000000, 0x20000000",
         "0x0000, 0x00FF, 0x0000, 0x0100",
