@@ -1,0 +1,21 @@
+"""A serial line that is plugged into nothing."""
+
+from __future__ import annotations
+
+from skep.contracts.chardev import Receiver
+
+
+class Null:
+    """Takes everything, gives nothing."""
+
+    def connect(self, receiver: Receiver) -> None:
+        pass
+
+    def write(self, data: bytes) -> None:
+        pass
+
+    def room_available(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

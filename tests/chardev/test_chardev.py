@@ -1,0 +1,330 @@
+"""Backends of a serial line, against pipes, files and a pseudo-terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from on_terminal import OnTerminal
+from skep.chardev import Console, Loop, Null, Stdio, open_backend
+from skep.chardev.console import ConsoleClosed, ConsoleTimeout
+from skep.chardev.stdio import Escape
+from skep.chardev.writer import BACKLOG, Writer
+from skep.contracts.chardev import CharBackend
+from skep.errors import InternalError, UserError
+
+
+class Fifo:
+    """A receiver with a FIFO as small as a UART's."""
+
+    def __init__(self, size: int = 16) -> None:
+        self.size = size
+        self.held = bytearray()
+        self.changed = threading.Condition()
+
+    def room(self) -> int:
+        with self.changed:
+            return self.size - len(self.held)
+
+    def receive(self, data: bytes) -> None:
+        with self.changed:
+            assert 0 < len(data) <= self.size - len(self.held)
+            self.held += data
+            self.changed.notify()
+
+    def drain(self, backend: CharBackend, count: int, timeout: float = 10.0) -> bytes:
+        """What a guest does: empty the FIFO whenever there is something in it."""
+        out = bytearray()
+        deadline = time.monotonic() + timeout
+        while len(out) < count:
+            with self.changed:
+                if not self.changed.wait_for(lambda: self.held, deadline - time.monotonic()):
+                    break
+                out += self.held
+                self.held.clear()
+            backend.room_available()
+        return bytes(out)
+
+
+def wait_for(what: object, timeout: float = 5.0) -> bool:
+    assert callable(what)
+    deadline = time.monotonic() + timeout
+    while not what():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    loop = Loop("test-loop")
+    yield loop
+    loop.close()
+
+
+# The loop
+
+
+def test_the_loop_calls_for_descriptors_and_for_threads(loop: Loop) -> None:
+    reader, writer = os.pipe()
+    got: list[object] = []
+    loop.add(reader, lambda: got.append(os.read(reader, 10)))
+    os.write(writer, b"one")
+    assert wait_for(lambda: got == [b"one"])
+    loop.call(lambda: got.append(threading.current_thread().name))
+    assert wait_for(lambda: got == [b"one", "test-loop"])
+    loop.remove(reader)
+    os.write(writer, b"two")
+    loop.call(lambda: got.append("after"))
+    assert wait_for(lambda: got[-1] == "after")
+    assert b"two" not in got
+    os.close(reader)
+    os.close(writer)
+
+
+def test_closing_the_loop_does_what_was_asked_and_then_nothing() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    loop = Loop("test-close")
+    done: list[int] = []
+    for number in range(100):
+        loop.call(lambda number=number: done.append(number))  # type: ignore[misc]
+    loop.close()
+    loop.close()
+    assert done == list(range(100))
+    loop.call(lambda: done.append(-1))
+    with pytest.raises(InternalError):
+        loop.add(0, lambda: None)
+    assert -1 not in done
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_exception_in_a_callback_is_reported_and_ends_the_loop() -> None:
+    failed: list[BaseException] = []
+    loop = Loop("test-fail", failed.append)
+    loop.call(lambda: 1 // 0)
+    assert wait_for(lambda: failed)
+    assert isinstance(failed[0], ZeroDivisionError)
+    loop.close()
+
+
+def test_regular_files_are_refused(loop: Loop, tmp_path: Path) -> None:
+    with open(tmp_path / "f", "wb") as file, pytest.raises(PermissionError):
+        loop.add(file.fileno(), lambda: None)
+
+
+# Standard input and output
+
+
+@pytest.fixture
+def pipes() -> Iterator[tuple[int, int, int, int]]:
+    """Source's reading and writing end, sink's reading and writing end."""
+    ends = (*os.pipe(), *os.pipe())
+    yield ends
+    for end in ends:
+        try:
+            os.close(end)
+        except OSError:
+            pass
+
+
+def test_everything_from_a_pipe_arrives_in_order_and_its_end_is_nothing(
+    loop: Loop, pipes: tuple[int, int, int, int]
+) -> None:
+    source, feed, _, sink = pipes
+    stopped: list[bool] = []
+    stdio = Stdio(loop, lambda: stopped.append(True), source, sink)
+    fifo = Fifo()
+    data = bytes(range(256)) * 400  # Ctrl-A and x among them: on a pipe they mean nothing
+    feeder = threading.Thread(target=lambda: (os.write(feed, data), os.close(feed)))
+    feeder.start()
+    stdio.connect(fifo)
+    assert fifo.drain(stdio, len(data)) == data
+    feeder.join(5)
+    assert fifo.drain(stdio, 1, timeout=0.05) == b""
+    assert not stopped
+    stdio.close()
+
+
+def test_a_pipe_is_not_read_faster_than_the_guest_takes(loop: Loop, pipes: tuple[int, int, int, int]) -> None:
+    source, feed, _, sink = pipes
+    stdio = Stdio(loop, lambda: None, source, sink)
+    stdio.connect(Fifo())
+    os.set_blocking(feed, False)
+    sent = 0
+    for _ in range(200):
+        try:
+            sent += os.write(feed, bytes(4096))
+        except BlockingIOError:
+            time.sleep(0.002)
+    assert sent <= 65536 + 3 * 4096
+    stdio.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n" * 2000])
+def test_a_file_as_standard_input(loop: Loop, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "input"
+    path.write_bytes(content)
+    with open(path, "rb") as file, open(os.devnull, "wb") as sink:
+        stdio = Stdio(loop, lambda: None, file.fileno(), sink.fileno())
+        fifo = Fifo()
+        stdio.connect(fifo)
+        assert fifo.drain(stdio, len(content)) == content
+        stdio.close()
+
+
+def test_closed_standard_input(loop: Loop, pipes: tuple[int, int, int, int]) -> None:
+    source, _, out, sink = pipes
+    os.close(source)
+    stdio = Stdio(loop, lambda: None, source, sink)
+    stdio.connect(Fifo())
+    stdio.write(b"still here")
+    stdio.close()
+    assert os.read(out, 100) == b"still here"
+
+
+def test_output_of_a_stopped_reader_is_dropped_not_waited_for(pipes: tuple[int, int, int, int]) -> None:
+    _, _, out, sink = pipes
+    writer = Writer(sink, "test-writer")
+    began = time.monotonic()
+    for _ in range(3 * BACKLOG // 4096):
+        writer.write(bytes(4096))
+    assert time.monotonic() - began < 2
+    assert BACKLOG <= writer.dropped < 3 * BACKLOG
+    os.close(out)
+    writer.close()
+    assert not writer._thread.is_alive()
+
+
+def test_output_arrives_whole_and_in_order(pipes: tuple[int, int, int, int]) -> None:
+    _, _, out, sink = pipes
+    writer = Writer(sink, "test-writer")
+    data = os.urandom(40000)
+    for at in range(0, len(data), 7):
+        writer.write(data[at : at + 7])
+    writer.close()
+    assert os.read(out, 65536) == data
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_escape_commands_also_when_cut(cut: int) -> None:
+    typed = b"ab\x01\x01c\x01ad\x01qe\x01xf"
+    stopped: list[bool] = []
+    escape = Escape(lambda: stopped.append(True))
+    sent = b"".join(escape.feed(typed[at : at + cut]) for at in range(0, len(typed), cut))
+    assert sent == b"ab\x01c\x01def"
+    assert stopped == [True]
+
+
+# A terminal
+
+ON_A_TERMINAL = """
+import os, sys, time
+from skep.chardev import Loop, Stdio
+class Guest:
+    def room(self): return int(sys.argv[1])
+    def receive(self, data): os.write(1, b"<" + data.hex().encode() + b">")
+loop = Loop("loop")
+stopped = []
+stdio = Stdio(loop, lambda: stopped.append(1))
+stdio.connect(Guest())
+os.write(1, b"ready")
+while not stopped: time.sleep(0.005)
+stdio.close()
+loop.close()
+"""
+
+
+def test_a_terminal_is_raw_and_then_as_before() -> None:
+    with OnTerminal("-c", ON_A_TERMINAL, "16") as terminal:
+        terminal.read_until(b"ready")
+        assert terminal.mode()[3] != terminal.before[3]
+        terminal.type(b"\x03\x01\x01")  # Ctrl-C belongs to the guest
+        terminal.read_until(b"01>")
+        terminal.type(b"\x01")
+        terminal.type(b"x")
+        assert terminal.process.wait(10) == 0
+        assert terminal.mode() == terminal.before
+
+
+def test_ctrl_a_x_works_while_the_guest_reads_nothing() -> None:
+    with OnTerminal("-c", ON_A_TERMINAL, "0") as terminal:
+        terminal.read_until(b"ready")
+        for _ in range(10):
+            terminal.type(b"z" * 1000)
+            time.sleep(0.01)
+        terminal.type(b"\x01x")
+        assert terminal.process.wait(10) == 0
+        assert terminal.mode() == terminal.before
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_terminal_is_restored_even_if_we_cannot(end: signal.Signals) -> None:
+    with OnTerminal("-c", ON_A_TERMINAL, "16") as terminal:
+        terminal.read_until(b"ready")
+        assert terminal.mode() != terminal.before
+        terminal.process.send_signal(end)
+        assert terminal.process.wait(10) == -end
+        assert wait_for(lambda: terminal.mode() == terminal.before)
+
+
+# In the process
+
+
+def test_console_expects_what_comes_once(loop: Loop) -> None:
+    console = Console(loop)
+    console.write(b"Booting\r\nlogin: ")
+    found = console.expect(r"(log)in: ", timeout=1)
+    assert (found[1], found.string[: found.start()]) == ("log", "Booting\r\n")
+    with pytest.raises(ConsoleTimeout, match=r"'login' did not come in 0.05 s; last: ''"):
+        console.expect("login", timeout=0.05)
+    threading.Timer(0.05, lambda: [console.write(bytes([byte])) for byte in "später".encode()]).start()
+    assert console.expect("ä.er", timeout=5).string.startswith("spä")
+    console.write(b"rest\xff")
+    assert console.read() == "rest\ufffd"
+    assert console.read() == ""
+    console.close()
+
+
+def test_console_says_when_nothing_can_come(loop: Loop) -> None:
+    console = Console(loop)
+    threading.Timer(0.05, lambda: (console.write(b"bye"), console.close())).start()
+    with pytest.raises(ConsoleClosed, match="'never' did not come; last: 'bye'"):
+        console.expect("never", timeout=10)
+    assert console.expect("bye", timeout=1)
+
+
+def test_console_sends_through_a_small_fifo(loop: Loop) -> None:
+    console = Console(loop)
+    fifo = Fifo()
+    text = "echo hello\n" * 100
+    console.send("early\n")
+    console.connect(fifo)
+    console.send(text)
+    assert fifo.drain(console, 6 + len(text)) == b"early\n" + text.encode()
+
+
+def test_console_keeps_a_bounded_past(loop: Loop) -> None:
+    console = Console(loop)
+    for _ in range(40):
+        console.write(b"x" * 65536)
+    console.write(b"end")
+    text = console.read()
+    assert text.endswith("end")
+    assert len(text) <= 1 << 20
+
+
+# Choosing
+
+
+def test_a_console_is_chosen_by_name(loop: Loop) -> None:
+    assert isinstance(open_backend("none", "lpc.com1.path", loop, lambda: None), Null)
+    assert isinstance(open_backend("api", "lpc.com1.path", loop, lambda: None), Console)
+    with pytest.raises(UserError, match=r"^lpc.com1.path: 'tty9' is no console; known: stdio, api, none$"):
+        open_backend("tty9", "lpc.com1.path", loop, lambda: None)
