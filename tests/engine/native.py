@@ -81,7 +81,8 @@ enter:
     mov rbx, [rbx + 24]
     jmp qword [rip + CONTEXT + START]
 handler:                            ; (rdi signal, rsi siginfo, rdx ucontext)
-    cld
+    push 0x202                      ; the case's DF, and worse its AC, stop here
+    popfq
     mov rbx, CONTEXT
     lea rsi, [rdx + 40]             ; uc_mcontext
     lea rdi, [rbx + FRAME]
