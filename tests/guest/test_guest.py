@@ -48,7 +48,11 @@ def test_cpio_agrees(tmp_path: Path) -> None:
     assert [line[-1] for line in lines] == ["bin", "bin/a", "empty", "a", "console"]
     assert lines[4][4:6] == ["5,", "1"]
     subprocess.run(
-        ["cpio", "-id", "--quiet", "bin", "bin/a", "bin/b"], input=archive.finish(), check=True, cwd=tmp_path, timeout=20
+        ["cpio", "-id", "--quiet", "bin", "bin/a", "bin/b"],
+        input=archive.finish(),
+        check=True,
+        cwd=tmp_path,
+        timeout=20,
     )
     assert (tmp_path / "bin/b").read_bytes() == b"hello"
 

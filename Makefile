@@ -1,0 +1,57 @@
+# make run    a Debian guest in this terminal; Ctrl-A x stops it
+# make test   the linters and the quick tests;  make test-all  the slow ones too
+# make bench  beside QEMU;  make lint  the linters alone
+#
+# Debian packages are installed where we are root, and named where we are not.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+MEMORY ?= 512M
+
+RUN_PACKAGES := python3 python3-venv
+TEST_PACKAGES := $(RUN_PACKAGES) acpica-tools cpio e2fsprogs qemu-utils
+BENCH_PACKAGES := $(RUN_PACKAGES) qemu-system-x86
+
+BIN := .venv/bin
+# A stamp is newer than what it was made from, or is made again.
+RUN_STAMP := .venv/run.stamp
+DEV_STAMP := .venv/dev.stamp
+
+.PHONY: run test test-all bench lint clean
+.DELETE_ON_ERROR:
+
+run: $(RUN_STAMP)
+	@paths=$$($(BIN)/skep guest debian) && \
+	exec $(BIN)/skep run --memory $(MEMORY) \
+	    --kernel "$$(sed -n 's/^kernel=//p' <<< "$$paths")" \
+	    --initrd "$$(sed -n 's/^initrd=//p' <<< "$$paths")" $(RUN_OPTIONS)
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/pytest
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(DEV_STAMP)
+	@tools/need $(BENCH_PACKAGES)
+	$(BIN)/python -m benchmarks $(BENCH_OPTIONS)
+
+$(RUN_STAMP): pyproject.toml
+	tools/need $(RUN_PACKAGES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Skep needs Python 3.11 or newer")'
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(DEV_STAMP): pyproject.toml $(RUN_STAMP)
+	tools/need $(TEST_PACKAGES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,47 @@
+"""The command line. It only writes configuration trees and asks the VM for things.
+
+Nothing is imported before it is needed: ``skep --version`` has 100 ms, and every VM's start pays for imports.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from skep import __version__
+from skep.errors import SkepError, UserError
+
+EXIT_USER = 2
+EXIT_OURS = 4
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; ours and the user's mistakes end here."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"skep {__version__}")
+        return 0
+    try:
+        from skep.cli.parser import run_command
+
+        return run_command(arguments)
+    except UserError as error:
+        print(f"skep: {error}", file=sys.stderr)
+        return EXIT_USER
+    except BrokenPipeError:
+        # Whoever read our output has enough. Python would complain once more when it flushes at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except SkepError:
+        _report("internal error, please report it")
+        return EXIT_OURS
+    except Exception:
+        _report("internal error, please report it")
+        return EXIT_OURS
+
+
+def _report(text: str) -> None:
+    import traceback
+
+    traceback.print_exc()
+    print(f"skep: {text}", file=sys.stderr)

@@ -1,0 +1,157 @@
+"""What can be said on the command line, and which part of the tree each option writes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from skep import __version__
+from skep.config import Tree, parse_options
+from skep.errors import UserError
+
+DEFAULT_CMDLINE = "console=ttyS0"
+"""For a Linux that was given no command line: where it is to talk."""
+FIRST_DISK_SLOT = 2
+LAST_SLOT = 31
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line, like every other mistake of the user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, None, f"see `{self.prog} --help`")
+
+
+Write = Callable[[Tree, str], None]
+"""Puts what one option said into a tree."""
+
+
+class _Later(argparse.Action):
+    """Remembers what is to be written, so that options take effect in the order in which they stand."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, write: Write, **rest: Any) -> None:
+        super().__init__(option_strings, "writes", default=argparse.SUPPRESS, **rest)
+        self._write = write
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: str | None = None
+    ) -> None:
+        text = "true" if self.nargs == 0 else value
+        namespace.writes = [*getattr(namespace, "writes", ()), (self._write, text)]
+
+
+def _leaf(key: str) -> Write:
+    def write(tree: Tree, value: str) -> None:
+        tree[key] = value
+
+    return write
+
+
+def _file(key: str) -> Write:
+    """A leaf that names a file. The tree may be used from another directory, so the name becomes absolute."""
+
+    def write(tree: Tree, value: str) -> None:
+        tree[key] = _absolute(value)
+
+    return write
+
+
+def _absolute(path: str) -> str:
+    # Nothing to make absolute in what is no path; the tree's reader complains of it. A % is a % here.
+    return os.path.abspath(path).replace("%", "%%") if path else ""
+
+
+def _disk(tree: Tree, value: str) -> None:
+    """The next free slot of bus 0 takes the disk."""
+    options = parse_options(value, "--disk", first="path")
+    taken = {int(name) for name in tree.node("pci.0").children() if name.isdecimal()}
+    slot = next((slot for slot in range(FIRST_DISK_SLOT, LAST_SLOT) if slot not in taken), None)
+    if slot is None:
+        raise UserError("no free PCI slot for another disk", "--disk")
+    place = f"pci.0.{slot}.0"
+    tree[f"{place}.device"] = "virtio-blk"
+    for key, text in {**options, "path": _absolute(options["path"])}.items():
+        tree[f"{place}.{key}"] = text
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser(
+        "run",
+        allow_abbrev=False,
+        help="start a virtual machine in this terminal",
+        description="Start a virtual machine; its first serial port is this terminal. Ctrl-A x stops it.",
+        epilog="Every option writes the configuration tree; -o config.dump=1 shows it. Exit status: 0 powered off or"
+        " stopped, 3 triple fault, 2 your mistake, 4 ours.",
+    )
+
+    def add(*names: str, write: Write, **rest: Any) -> None:
+        run.add_argument(*names, action=_Later, write=write, **rest)
+
+    add("name", nargs="?", metavar="NAME", write=_leaf("name"), help="what to call it")
+    add("--kernel", metavar="FILE", write=_file("boot.kernel"), help="the Linux kernel to boot, a bzImage")
+    add("--initrd", metavar="FILE", write=_file("boot.initrd"), help="the initramfs that goes with it")
+    add("--cmdline", metavar="TEXT", write=_leaf("boot.cmdline"), help=f"its command line ({DEFAULT_CMDLINE})")
+    add("-c", "--cpus", metavar="N", write=_leaf("cpus"), help="virtual CPUs (1)")
+    add("-m", "--memory", metavar="SIZE", write=_leaf("memory.size"), help="512M, 4G; a bare number is MiB (256M)")
+    add("--disk", metavar="PATH[,ro][,format=raw]...", write=_disk, help="a virtio disk; may be repeated")
+    add("--engine", metavar="ENGINE", write=_leaf("engine"), help="auto, kvm or translate (auto)")
+    add("--console", metavar="WHERE", write=_leaf("lpc.com1.path"), help="stdio or none (stdio)")
+    add("--no-reboot", nargs=0, write=_leaf("no_reboot"), help="a reboot of the guest ends it, with status 0")
+    add("-o", metavar="KEY=VALUE", write=lambda tree, text: tree.assign(text), help="set any key of the tree")
+    add("-k", metavar="FILE", write=lambda tree, path: tree.load(path), help="read a file of KEY=VALUE lines")
+    run.add_argument("-v", "--verbose", action="store_true", help="say what is chosen, and why, on standard error")
+    run.set_defaults(command=_run)
+
+
+def tree_of(arguments: argparse.Namespace) -> Tree:
+    """The configuration that the command line asks for, not frozen yet."""
+    tree = Tree()
+    for write, value in getattr(arguments, "writes", ()):
+        write(tree, value)
+    tree.set_default("lpc.com1.path", "stdio")
+    if "boot.kernel" in tree:
+        tree.set_default("boot.cmdline", DEFAULT_CMDLINE)
+    return tree
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from skep.cli.run import run
+
+    return run(tree_of(arguments), arguments.verbose)
+
+
+def _add_guest(commands: Any) -> None:
+    guest = commands.add_parser(
+        "guest",
+        help="make a guest to try",
+        description="Make a kernel and an initramfs from this system's packages, and print `kernel=` and `initrd=`"
+        " lines with their paths. They are kept under $XDG_CACHE_HOME/skep.",
+    )
+    guest.add_argument("system", choices=["debian"], help="whose packages")
+    guest.add_argument("--arch", default="amd64", help="the guest's architecture (amd64)")
+    guest.add_argument("--refresh", action="store_true", help="make it again from today's packages")
+    guest.set_defaults(command=_guest)
+
+
+def _guest(arguments: argparse.Namespace) -> int:
+    from skep.guest.debian import obtain
+
+    guest = obtain(arguments.arch, arguments.refresh)
+    print(f"kernel={guest.kernel}\ninitrd={guest.initrd}")
+    return 0
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Parse and do. Raises UserError for what is wrong with the words."""
+    parser = Parser(prog="skep", description="A hypervisor in Python.")
+    parser.add_argument("--version", action="version", version=f"skep {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    _add_run(commands)
+    _add_guest(commands)
+    parsed = parser.parse_args(arguments)
+    if not hasattr(parsed, "command"):
+        parser.error("a command is missing")
+    status: int = parsed.command(parsed)
+    return status
