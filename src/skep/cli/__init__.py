@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from skep.cli.parser import run_command
 
-        return run_command(arguments)
+        status = run_command(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"skep: {error}", file=sys.stderr)
         return EXIT_USER
