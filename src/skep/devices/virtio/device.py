@@ -1,0 +1,292 @@
+"""What every virtio device has, whatever it does and however the guest reaches it (virtio 1.2, chapters 2 and 3).
+
+A :class:`VirtioDevice` is the configuration half: status, features, queues, configuration space. A transport
+calls it, under the board lock, for the guest's register accesses. Its data half is a :class:`Worker`, which takes
+requests from the queues and gives each to :meth:`VirtioDevice.serve`.
+
+A reset by the guest, a status of 0, does not wait for requests that are under way: status keeps its value until they
+are done, as 4.1.4.3.1 allows, and drivers wait for the 0. A reset by the board does wait.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import ClassVar, Protocol
+
+from skep.devices.virtio.queue import Chain, DriverError, Queue
+from skep.devices.virtio.worker import Worker
+from skep.locks import Lock
+from skep.memory import GuestMemory
+from skep.state import Fields
+
+# 2.1, device status.
+ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
+_DRIVERS_BITS = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED
+
+# 6, features that are no particular device's.
+F_INDIRECT_DESC, F_EVENT_IDX, F_VERSION_1 = 1 << 28, 1 << 29, 1 << 32
+
+_TURN_NS = 100_000
+"""How long a worker serves requests before it considers an interrupt: what the first of them waits at most, but for the
+time that the last takes."""
+
+
+class Transport(Protocol):
+    """What a device asks of its transport; under the board lock, from any thread."""
+
+    def queue_interrupt(self, index: int) -> None:
+        """Used buffer notification (2.3)."""
+
+    def config_interrupt(self) -> None:
+        """Configuration change notification (2.3)."""
+
+    def device_reset(self) -> None:
+        """The device has been reset, and so must be what the transport keeps for it."""
+
+
+class VirtioDevice(Fields):
+    """Base of every virtio device. A subclass says what it is, serves requests and reads its configuration."""
+
+    state_fields: ClassVar[tuple[str, ...]] = ("status", "driver_features", "generation", "queues")
+
+    device_id: ClassVar[int]
+    """5: the device type."""
+    class_code: ClassVar[int]
+    """PCI's class, subclass and programming interface."""
+
+    def __init__(self, name: str, memory: GuestMemory, lock: Lock, features: int, queue_sizes: list[int]) -> None:
+        """``lock`` is the board's; ``features`` are the device's own, to which the queue's are added."""
+        self.name = name
+        self.memory = memory
+        self.lock = lock
+        self.features = features | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
+        self.queues = [Queue(memory, size) for size in queue_sizes]
+        self.worker = Worker(name, self._turn, self._report)
+        self.status = 0
+        self.driver_features = 0
+        self.generation = 0
+        self._transport: Transport | None = None
+        self._dma = False
+        self._paused = False
+        self._resetting = False
+        self._config_changed = False
+        # Written in a turn, taken in the report that follows it.
+        self._to_interrupt: set[int] = set()
+        self._broken: str | None = None
+        self.complaint: str | None = None
+        """What the driver did that made the device ask for a reset; for diagnosis."""
+
+    # For subclasses.
+
+    def serve(self, chain: Chain) -> int:
+        """Do what a request asks; returns how many bytes of its writable part were written, counted from the start.
+
+        On the worker's thread, without locks. Raises DriverError where the request has no place for an answer.
+        """
+        raise NotImplementedError
+
+    def config_read(self, offset: int, size: int) -> int:
+        """Device-specific configuration (2.5); what lies outside reads as 0."""
+        raise NotImplementedError
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        """Most have nothing to write."""
+
+    def negotiated(self) -> None:
+        """FEATURES_OK was set: the features are final."""
+
+    def power_on(self) -> None:
+        """Reset what is the device's own."""
+
+    def config_changed(self) -> None:
+        """The configuration space reads otherwise than before."""
+        self._config_changed = True
+
+    # For transports, under the board lock.
+
+    def attach(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def set_dma(self, on: bool) -> None:
+        """The device may, or may not, access memory: PCI's bus master bit."""
+        if on != self._dma:
+            self._dma = on
+            self._update()
+
+    def write_features(self, word: int, value: int) -> None:
+        """Bits 32 * word and up of what the driver accepts; of those not offered there is no trace."""
+        if word < 2 and not self.status & FEATURES_OK:
+            shift = 32 * word
+            kept = self.driver_features & ~(0xFFFF_FFFF << shift)
+            self.driver_features = kept | value << shift & self.features
+
+    def write_status(self, value: int) -> None:
+        """2.1. The driver sets bits one after the other, and clears them only all at once, by writing 0."""
+        if self._resetting:
+            return
+        if not value:
+            self._resetting = True
+            if self.worker.hold():
+                self._finish_reset()
+            return
+        new = value & _DRIVERS_BITS & ~self.status
+        if new & FEATURES_OK:
+            if self.driver_features & F_VERSION_1:
+                self.status |= FEATURES_OK
+                self.negotiated()
+            new &= ~FEATURES_OK  # 3.1.1: left clear, it says that we do not go along
+        if new & DRIVER_OK and not self.status & FEATURES_OK:
+            new &= ~DRIVER_OK
+        self.status |= new
+        if new & DRIVER_OK:
+            for queue in self.queues:
+                if queue.enabled:
+                    self._start(queue)
+            self._update()
+
+    def enable_queue(self, index: int) -> None:
+        """4.1.4.3.2: its registers are set, and final."""
+        queue = self.queues[index]
+        if not queue.enabled:
+            queue.enabled = True
+            if self.status & DRIVER_OK:
+                # Worker and queue are strangers until the queue is started; it sees it in its next turn.
+                self._start(queue)
+                self._update()
+
+    def notify(self) -> None:
+        """Available buffer notification (2.9): of which queue does not matter, one worker looks at all."""
+        if not self.worker.held:
+            self.worker.ring()
+
+    def read_generation(self) -> int:
+        """4.1.4.3.1: differs from what it was before the configuration last changed."""
+        if self._config_changed:
+            self._config_changed = False
+            self.generation = (self.generation + 1) & 0xFF
+        return self.generation
+
+    # The life of a device. The caller holds no lock.
+
+    def reset(self) -> None:
+        with self.lock:
+            self._resetting = True
+        self.worker.hold()
+        self.worker.wait_idle()
+        with self.lock:
+            self._finish_reset()
+
+    def pause(self) -> None:
+        """Requests that were taken from a queue are finished, and their interrupts sent; the others stay there."""
+        with self.lock:
+            self._paused = True
+        self.worker.hold()
+        self.worker.wait_idle()
+        with self.lock:
+            self._take_report()
+
+    def resume(self) -> None:
+        with self.lock:
+            self._paused = False
+            self._update()
+
+    def loaded(self) -> None:
+        self._resetting = False
+        self._config_changed = False
+        for queue in self.queues:
+            queue.stop()
+            if queue.enabled and self.status & DRIVER_OK and not self.status & NEEDS_RESET:
+                self._start(queue)
+
+    def close(self) -> None:
+        self.worker.close()
+        for queue in self.queues:
+            queue.stop()
+
+    # How the above is done, under the board lock.
+
+    def _update(self) -> None:
+        """Hold or release the worker, as everything together has it."""
+        ready = self.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK
+        if ready and self._dma and not self._paused and not self._resetting:
+            self.worker.release()
+        else:
+            self.worker.hold()
+
+    def _start(self, queue: Queue) -> None:
+        features = self.driver_features
+        try:
+            queue.start(indirect=bool(features & F_INDIRECT_DESC), event_idx=bool(features & F_EVENT_IDX))
+        except DriverError as e:
+            self._ask_for_reset(str(e))
+
+    def _ask_for_reset(self, complaint: str) -> None:
+        """2.1.2: nothing more is done until the driver resets us."""
+        self.complaint = complaint
+        if not self.status & NEEDS_RESET:
+            self.status |= NEEDS_RESET
+            self.worker.hold()
+            if self.status & DRIVER_OK and self._transport is not None:
+                self._transport.config_interrupt()
+
+    def _finish_reset(self) -> None:
+        """No turn is under way."""
+        self._resetting = False
+        self._to_interrupt.clear()
+        self._broken = None
+        self.status = 0
+        self.driver_features = 0
+        self.generation = 0
+        self._config_changed = False
+        for queue in self.queues:
+            queue.reset()
+        self.power_on()
+        if self._transport is not None:
+            self._transport.device_reset()
+        self._update()
+
+    def _report(self) -> None:
+        """After each turn, on the worker's thread."""
+        if self._to_interrupt or self._broken is not None or self._resetting:
+            with self.lock:
+                self._take_report()
+
+    def _take_report(self) -> None:
+        if self._resetting:
+            self._finish_reset()
+        for index in self._to_interrupt:
+            if self._transport is not None:
+                self._transport.queue_interrupt(index)
+        self._to_interrupt.clear()
+        if self._broken is not None:
+            complaint, self._broken = self._broken, None
+            self._ask_for_reset(complaint)
+
+    # The data half.
+
+    def _turn(self) -> bool:
+        until = time.monotonic_ns() + _TURN_NS
+        more = False
+        try:
+            for index, queue in enumerate(self.queues):
+                if queue.started:
+                    more |= self._serve_queue(queue, until)
+                    if queue.settle():
+                        self._to_interrupt.add(index)
+        except DriverError as e:
+            self._broken = str(e)
+            more = False
+        return more
+
+    def _serve_queue(self, queue: Queue, until: int) -> bool:
+        """Requests until there are none, the turn's time is over or the worker is held. True: there are more."""
+        queue.silence()
+        while not self.worker.held and time.monotonic_ns() < until:
+            chain = queue.pop()
+            if chain is not None:
+                queue.push(chain, self.serve(chain))
+            elif not queue.listen():
+                return False
+            else:
+                queue.silence()
+        return True

@@ -1,0 +1,94 @@
+"""The thread of a device's data half, behind a doorbell.
+
+A guest's notification only rings: an eventfd is written and the vCPU goes on. The worker sleeps on that eventfd and
+otherwise shares with the configuration half nothing but guest memory and the few words below, so that it holds no lock
+while it moves data.
+
+It runs in *turns*. During a turn it may touch guest memory and its backend, and holds no lock; after every turn it
+*reports*, which is where it takes the board lock to interrupt the guest. Whoever wants it to stop *holds* it: no turn
+begins any more, and the one under way is to end soon. Holding does not wait, so a vCPU thread may do it under the
+board lock.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+from skep.locks import Lock, Order
+
+
+class Worker:
+    """``turn`` works for a while and returns whether there is more to do; ``report`` follows each turn, without locks.
+
+    The thread starts with the first :meth:`release`; until then, and after :meth:`hold`, no turn begins.
+    """
+
+    def __init__(self, name: str, turn: Callable[[], bool], report: Callable[[], None]) -> None:
+        self.name = name
+        self.held = True
+        """A turn looks at it between requests, and ends where it is set. Only hold and release change it."""
+        self._turn = turn
+        self._report = report
+        self._lock = Lock(f"{name} worker", Order.BLOCK)
+        self._idle = threading.Event()
+        self._idle.set()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC)
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def fileno(self) -> int:
+        """The eventfd: whoever writes it, or :meth:`ring`, makes the worker look."""
+        return self._bell
+
+    def ring(self) -> None:
+        """From any thread, and never lost."""
+        os.eventfd_write(self._bell, 1)
+
+    def hold(self) -> bool:
+        """Let no turn begin. True where none is under way; otherwise one ends soon, and a report follows it."""
+        with self._lock:
+            self.held = True
+            return self._idle.is_set()
+
+    def release(self) -> None:
+        """Let turns begin, and begin one."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            self._thread.start()
+        self.held = False
+        self.ring()
+
+    def wait_idle(self) -> None:
+        """After :meth:`hold`: return when no turn is under way. A turn needs no lock to end, but waits for its I/O."""
+        self._idle.wait()
+
+    def close(self) -> None:
+        """End the thread. The caller holds no lock that ``report`` takes. Closing twice is closing once."""
+        if self._closing:
+            return
+        self.hold()
+        self._closing = True
+        self.ring()
+        if self._thread is not None:
+            self._thread.join()
+        os.close(self._bell)
+
+    def _run(self) -> None:
+        while not self._closing:
+            os.eventfd_read(self._bell)
+            more = True
+            while more and self._begin():
+                try:
+                    more = self._turn()
+                finally:
+                    self._idle.set()
+                self._report()
+
+    def _begin(self) -> bool:
+        with self._lock:
+            if self.held:
+                return False
+            self._idle.clear()
+            return True
