@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from on_terminal import OnTerminal
-from skep.chardev import Console, Loop, Null, Stdio, open_backend
-from skep.chardev.console import ConsoleClosed, ConsoleTimeout
-from skep.chardev.stdio import Escape
+from skep.chardev.console import Console, ConsoleClosed, ConsoleTimeout
+from skep.chardev.loop import Loop
+from skep.chardev.stdio import Escape, Stdio
 from skep.chardev.writer import BACKLOG, Writer
 from skep.contracts.chardev import CharBackend
-from skep.errors import InternalError, UserError
+from skep.errors import InternalError
 
 
 class Fifo:
@@ -226,7 +226,8 @@ def test_escape_commands_also_when_cut(cut: int) -> None:
 
 ON_A_TERMINAL = """
 import os, sys, time
-from skep.chardev import Loop, Stdio
+from skep.chardev.loop import Loop
+from skep.chardev.stdio import Stdio
 class Guest:
     def room(self): return int(sys.argv[1])
     def receive(self, data): os.write(1, b"<" + data.hex().encode() + b">")
@@ -318,13 +319,3 @@ def test_console_keeps_a_bounded_past(loop: Loop) -> None:
     text = console.read()
     assert text.endswith("end")
     assert len(text) <= 1 << 20
-
-
-# Choosing
-
-
-def test_a_console_is_chosen_by_name(loop: Loop) -> None:
-    assert isinstance(open_backend("none", "lpc.com1.path", loop, lambda: None), Null)
-    assert isinstance(open_backend("api", "lpc.com1.path", loop, lambda: None), Console)
-    with pytest.raises(UserError, match=r"^lpc.com1.path: 'tty9' is no console; known: stdio, api, none$"):
-        open_backend("tty9", "lpc.com1.path", loop, lambda: None)

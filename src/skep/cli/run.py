@@ -6,13 +6,11 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from skep.config import Tree, check_settings
-
-EXIT_ENDED = 0
-EXIT_TRIPLE_FAULT = 3
 
 
 def run(tree: Tree, verbose: bool) -> int:
@@ -20,8 +18,58 @@ def run(tree: Tree, verbose: bool) -> int:
     settings = check_settings(tree.freeze())
     if settings.config_dump:
         sys.stdout.write(tree.dump())
-        return EXIT_ENDED
-    raise NotImplementedError
+        return 0
+    from skep.vm import End, Vm
+
+    messages = Messages()
+    with Vm(tree, diagnostics=messages.say_once) as vm:
+        if verbose:
+            messages.say(f"engine {vm.engine.name}: {vm.engine_why}")
+        with Signals(vm.power_button, vm.stop):
+            vm.start()
+            outcome = vm.wait()
+    assert outcome is not None, "a wait without a timeout"
+    # Here the terminal is the user's again.
+    if outcome.error is not None:
+        raise outcome.error
+    if outcome.end is End.TRIPLE_FAULT:
+        messages.say("the guest had a triple fault")
+        for line in (*outcome.exits, *register_lines(outcome.registers)):
+            print(f"  {line}", file=sys.stderr)
+    elif verbose:
+        messages.say(str(outcome))
+    return outcome.exit_status
+
+
+class Messages:
+    """What we say to the user while the guest may have the terminal."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, line: str) -> None:
+        print(f"skep: {line}", file=sys.stderr, flush=True)
+
+    def say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
+
+
+_GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{number}" for number in range(8, 16)))
+_CONTROL = ("rip", "rflags", "cr0", "cr2", "cr3", "cr4", "efer")
+_TABLES = ("cs", "ss", "ds", "es", "fs", "gs", "tr", "ldtr", "gdtr", "idtr")
+
+
+def register_lines(registers: dict[str, Any]) -> Iterator[str]:
+    """The registers as an engine's ``get_state`` names them, four to a line."""
+    plain = [f"{name}={registers[name]:016x}" for name in (*_CONTROL, *_GENERAL) if name in registers]
+    for at in range(0, len(plain), 4):
+        yield " ".join(plain[at : at + 4])
+    for name in _TABLES:
+        if name in registers:
+            parts = " ".join(f"{part}={value:x}" for part, value in registers[name].items())
+            yield f"{name}: {parts}"
 
 
 class Signals:
@@ -29,6 +77,8 @@ class Signals:
 
     A Python signal handler runs in the middle of whatever the main thread does, perhaps while it holds the very lock
     that the VM's methods need; so the handler only puts the request into a queue.
+
+    SIGTERM presses the power button, a second one stops. SIGINT and SIGHUP, the terminal's, stop at once.
     """
 
     def __init__(self, press_power_button: Callable[[], None], stop: Callable[[], None]) -> None:
@@ -37,12 +87,12 @@ class Signals:
         self._requests: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._pressed = False
         self._thread = threading.Thread(target=self._main, name="signals", daemon=True)
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         self._thread.start()
-        for number in self._before:
-            signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
