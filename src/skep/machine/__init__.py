@@ -1,0 +1,94 @@
+"""Boards: what a machine consists of, built from a frozen configuration tree. One file a kind of machine."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from skep.clock import GuestClock
+from skep.config import Settings, Tree
+from skep.contracts.chardev import CharBackend
+from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.io import IoSpace
+from skep.engine.contract import Engine
+from skep.errors import HostError
+from skep.locks import Lock
+from skep.memory import GuestMemory
+
+
+class Events(NamedTuple):
+    """What a board tells its VM. All may be called from any thread, under the board lock, and return at once."""
+
+    power_off: Callable[[], None]
+    """The guest switched the machine off."""
+    reset: Callable[[], None]
+    """The guest asked for a reset."""
+    start_cpu: Callable[[int, Any], None]
+    """Start processor ``index`` in ``state``; it waited since it was made, or since ``stop_cpu``."""
+    stop_cpu: Callable[[int], None]
+    """Processor ``index`` leaves what it does and waits."""
+    failed: Callable[[BaseException], None]
+    """A timer or a backend raised: ours."""
+
+
+class Board(Protocol):
+    """A machine without its processors."""
+
+    lock: Lock
+    memory: GuestMemory
+    clock: GuestClock
+    cpus: int
+    io: IoSpace
+    """For the engine. It knows the processor that calls by its thread."""
+
+    def reset(self) -> Any:
+        """Power-on: every device reset, memory cleared, the boot files loaded. No processor is running.
+
+        Gives the first processor's state, for :meth:`skep.engine.contract.Vcpu.set_state`.
+        """
+
+    def interrupts(self, index: int) -> LocalInterrupts: ...
+
+    def enter_cpu(self, index: int) -> None:
+        """The calling thread is processor ``index`` from now on, until it ends."""
+
+    def on_kick(self, index: int, kick: Callable[[], None]) -> None:
+        """``kick`` is called, under the board lock, when an interrupt for processor ``index`` begins to wait."""
+
+    def wakes(self, index: int, interrupts_on: bool) -> bool:
+        """Something waits that ends a halt of processor ``index``."""
+
+    def power_button(self) -> None: ...
+
+    def pause(self) -> None:
+        """No processor is running. Time stops, and nothing of the board changes when it returns."""
+
+    def resume(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+PlugSerial = Callable[[str], CharBackend]
+"""Makes the backend of a serial port from its ``path`` in the tree. Who makes it closes it."""
+
+
+def build(tree: Tree, settings: Settings, memory: GuestMemory, events: Events, plug: PlugSerial) -> Board:
+    """The board that a frozen tree describes. Raises UserError for what is wrong there, and leaves nothing behind."""
+    _check_host()
+    from skep.machine.amd64 import Amd64Board
+
+    return Amd64Board(tree, settings, memory, events, plug)
+
+
+def choose_engine(wanted: str) -> tuple[Engine, str]:
+    """The engine for "auto", or for its name, and why it was taken. Raises UserError where it cannot work here."""
+    _check_host()
+    from skep.machine import amd64
+
+    return amd64.choose_engine(wanted)
+
+
+def _check_host() -> None:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise HostError(f"Skep has no board for {platform.machine()} hosts yet", None, "use an x86-64 one")

@@ -1,0 +1,663 @@
+"""The VM: created, started, frozen, thawed, reset, stopped.
+
+    with skep.Vm(kernel="vmlinuz", initrd="initrd.img", cmdline="console=ttyS0") as vm:
+        vm.start()
+        vm.console.expect("# ")
+        vm.console.send("poweroff -f\\n")
+        print(vm.wait())
+
+What may follow what is one table, :data:`TRANSITIONS`, and all of it happens on one thread of the VM's, one step after
+the other, whoever asked: the program, or the guest. Each processor is a thread that runs guest code until the engine
+gives up control, and then attends to what was asked of it (:class:`_Processor`).
+"""
+
+from __future__ import annotations
+
+import enum
+import gc
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from skep.config import Tree, check_settings, parse_options
+from skep.engine.contract import Engine, EngineVm, Exit, ExitReason, Vcpu
+from skep.errors import InternalError, SkepError, UserError
+from skep.machine import Board, Events, build, choose_engine
+from skep.memory import GuestMemory
+
+if TYPE_CHECKING:
+    from skep.chardev.console import Console
+    from skep.chardev.loop import Loop
+    from skep.contracts.chardev import CharBackend
+
+PROGRAM = "program"
+"""The ``lpc.com1.path`` of a serial port whose other end is :attr:`Vm.console`."""
+_FIRST_DISK_SLOT, _LAST_SLOT = 2, 30
+_PATIENCE = 30.0
+"""Seconds after which a processor that does not answer is ours to explain."""
+
+
+class End(enum.Enum):
+    """Why a VM ended."""
+
+    POWERED_OFF = "powered off"
+    STOPPED = "stopped"
+    """On request."""
+    REBOOTED = "rebooted"
+    """And ``no_reboot`` says not to start again."""
+    TRIPLE_FAULT = "triple fault"
+    FAILED = "failed"
+    """Ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a VM ended. ``registers`` and ``exits`` are there after a triple fault, ``error`` where it is ours."""
+
+    end: End
+    registers: dict[str, Any] = field(default_factory=dict)
+    exits: tuple[str, ...] = ()
+    error: BaseException | None = None
+
+    @property
+    def exit_status(self) -> int:
+        return {End.TRIPLE_FAULT: 3, End.FAILED: 4}.get(self.end, 0)
+
+    def __str__(self) -> str:
+        return self.end.value if self.error is None else f"{self.end.value}: {self.error}"
+
+
+class State(enum.Enum):
+    CREATED = "created"
+    RUNNING = "running"
+    FROZEN = "frozen"
+    ENDED = "ended"
+    CLOSED = "closed"
+
+
+class Step(enum.Enum):
+    START = "start"
+    FREEZE = "freeze"
+    THAW = "thaw"
+    RESET = "reset"
+    END = "stop"
+    CLOSE = "close"
+
+
+TRANSITIONS = {
+    (State.CREATED, Step.START): State.RUNNING,
+    (State.RUNNING, Step.FREEZE): State.FROZEN,
+    (State.FROZEN, Step.FREEZE): State.FROZEN,
+    (State.FROZEN, Step.THAW): State.RUNNING,
+    (State.RUNNING, Step.THAW): State.RUNNING,
+    (State.RUNNING, Step.RESET): State.RUNNING,
+    (State.FROZEN, Step.RESET): State.FROZEN,
+    (State.CREATED, Step.END): State.ENDED,
+    (State.RUNNING, Step.END): State.ENDED,
+    (State.FROZEN, Step.END): State.ENDED,
+    (State.ENDED, Step.END): State.ENDED,
+    (State.CREATED, Step.CLOSE): State.CLOSED,
+    (State.RUNNING, Step.CLOSE): State.CLOSED,
+    (State.FROZEN, Step.CLOSE): State.CLOSED,
+    (State.ENDED, Step.CLOSE): State.CLOSED,
+}
+"""What may be done in which state, and the state that follows. All else is refused, and changes nothing."""
+
+
+class _Request:
+    """One step that somebody wants; ``done`` when it was taken or refused."""
+
+    def __init__(self, step: Step, outcome: Outcome | None = None, asker: _Processor | None = None) -> None:
+        self.step = step
+        self.outcome = outcome
+        self.asker = asker
+        """The processor whose guest code asked; None: the program did."""
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+
+
+class Vm:
+    """One virtual machine.
+
+    Either from ``tree``, a configuration, or from keyword arguments, which only write one: ``disks`` are paths with
+    options as ``skep run --disk`` takes them; ``memory`` is text such as "512M"; ``console`` is "program" (the default:
+    see :attr:`console`), "stdio" or "none". ``config`` adds keys of the tree. ``diagnostics`` is called, from any
+    thread, with one line for the user's eyes.
+
+    Raises UserError for what is wrong with the configuration or with this host; nothing is left behind then.
+    While any VM of the process runs, the interpreter's cyclic collector rests and threads take turns sooner.
+    """
+
+    def __init__(
+        self,
+        tree: Tree | None = None,
+        *,
+        kernel: str | Path | None = None,
+        initrd: str | Path | None = None,
+        cmdline: str | None = None,
+        cpus: int | None = None,
+        memory: str | None = None,
+        disks: Iterable[str | Path] = (),
+        engine: str | None = None,
+        console: str | None = None,
+        name: str | None = None,
+        no_reboot: bool | None = None,
+        config: Mapping[str, str] | None = None,
+        diagnostics: Callable[[str], None] | None = None,
+    ) -> None:
+        self.tree = tree.thawed() if tree is not None else Tree()
+        _write(
+            self.tree,
+            {
+                "boot.kernel": kernel,
+                "boot.initrd": initrd,
+                "boot.cmdline": cmdline,
+                "cpus": cpus,
+                "memory.size": memory,
+                "engine": engine,
+                "lpc.com1.path": console if console is not None or tree is not None else PROGRAM,
+                "name": name,
+                "no_reboot": None if no_reboot is None else str(no_reboot).lower(),
+            },
+        )
+        for key, value in (config or {}).items():
+            self.tree[key] = value
+        for disk in disks:
+            _write_disk(self.tree, str(disk))
+        self.tree.freeze()
+        self.settings = check_settings(self.tree)
+        self.name = self.settings.name
+        self.state = State.CREATED
+        self._diagnostics = diagnostics
+        self._outcome: Outcome | None = None
+        self._ended = threading.Event()
+        self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
+        self._processors: list[_Processor] = []
+        self._engine_vm: EngineVm | None = None
+        self._tuned = False
+        self._loop: Loop | None = None
+        self._console: Console | None = None
+        self._backend: CharBackend | None = None
+        self._memory: GuestMemory | None = None
+        self._board: Board | None = None
+        self._thread: threading.Thread | None = None
+        try:
+            self._engine, self.engine_why = choose_engine(self.settings.engine)
+            self._memory = GuestMemory(self.settings.memory_size)
+            self._board = build(self.tree, self.settings, self._memory, self._events(), self._plug)
+        except BaseException:
+            self._free()
+            raise
+        self._thread = threading.Thread(target=self._main, name=f"skep-{self.name}", daemon=True)
+        self._thread.start()
+
+    # What a program does with it. All but freeze, thaw and close may also be called from the VM's own threads.
+
+    @property
+    def engine(self) -> Engine:
+        """What executes the guest; ``engine_why`` says why this one."""
+        return self._engine
+
+    @property
+    def console(self) -> Console:
+        """The other end of the guest's first serial port: ``expect`` and ``send``."""
+        if self._console is None:
+            raise UserError("the VM's console belongs to something else", "lpc.com1.path", f"make it {PROGRAM}")
+        return self._console
+
+    def start(self) -> None:
+        """Power on. Raises UserError where the kernel and its files cannot be loaded, or the engine cannot run here."""
+        self._ask(Step.START)
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """Wait for the VM's end; None if it did not come within ``timeout`` seconds."""
+        self._ended.wait(timeout)
+        return self._outcome
+
+    def freeze(self) -> None:
+        """Nothing of the VM changes any more when it returns, and its time stands still.
+
+        In this order: processors, time, devices with their backends.
+        """
+        self._ask(Step.FREEZE)
+
+    def thaw(self) -> None:
+        """Go on, in the opposite order. The guest does not see that time passed."""
+        self._ask(Step.THAW)
+
+    def reset(self) -> None:
+        """Ask for what the reset button does: power-on state, and the kernel as it was read at the start."""
+        self._tell(_Request(Step.RESET))
+
+    def power_button(self) -> None:
+        """Press it. What follows is the guest's business."""
+        if self._board is not None and self.state in (State.RUNNING, State.FROZEN):
+            self._board.power_button()
+
+    def stop(self) -> None:
+        """Ask for the end, whatever the guest does; ``wait`` tells when it came."""
+        self._tell(_Request(Step.END, Outcome(End.STOPPED)))
+
+    def close(self) -> None:
+        """Give everything back: threads, memory, files. It stops the VM first; closing twice is closing once."""
+        if self.state is not State.CLOSED:
+            self._ask(Step.CLOSE)
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Vm:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The steps, on the VM's own thread.
+
+    def _tell(self, request: _Request) -> None:
+        self._requests.put(request)
+
+    def _ask(self, step: Step) -> None:
+        """Have a step taken and wait for it."""
+        if self.state is State.CLOSED:
+            raise UserError(f"cannot {step.value} a VM that is closed", self.name)
+        request = _Request(step)
+        self._tell(request)
+        while not request.done.wait(0.5):
+            if self._thread is None or not self._thread.is_alive():
+                raise UserError(f"cannot {step.value} a VM that is closed", self.name)
+        if request.error is not None:
+            raise request.error
+
+    def _main(self) -> None:
+        while self.state is not State.CLOSED:
+            request = self._requests.get()
+            try:
+                self._take(request)
+            except BaseException as error:
+                request.error = error
+                if self.state in (State.RUNNING, State.FROZEN) and not isinstance(error, UserError):
+                    self._tell(_Request(Step.END, Outcome(End.FAILED, error=error)))
+            finally:
+                request.done.set()
+
+    def _take(self, request: _Request) -> None:
+        if request.asker is not None and request.asker not in self._processors:
+            return  # before a reset that came in between
+        after = TRANSITIONS.get((self.state, request.step))
+        if after is None:
+            raise UserError(f"cannot {request.step.value} a VM that is {self.state.value}", self.name)
+        match request.step:
+            case Step.START:
+                self._power_on(frozen=False)
+            case Step.RESET:
+                self._processors_off()
+                if self.state is not State.FROZEN:
+                    self._the_board.pause()
+                self._power_on(frozen=after is State.FROZEN)
+                if after is not State.FROZEN:
+                    self._the_board.resume()
+            case Step.FREEZE if self.state is not after:
+                self._park()
+                self._the_board.pause()
+            case Step.THAW if self.state is not after:
+                self._the_board.resume()
+                for processor in self._processors:
+                    processor.resume()
+            case Step.END if self.state is not after:
+                self._end(request.outcome or Outcome(End.STOPPED))
+            case Step.CLOSE:
+                self._end(Outcome(End.STOPPED))
+                self._free()
+        self.state = after
+
+    @property
+    def _the_board(self) -> Board:
+        if self._board is None:
+            raise InternalError("the VM has no board any more")
+        return self._board
+
+    def _power_on(self, *, frozen: bool) -> None:
+        """Devices as after power-on, files loaded, and the first processor running."""
+        board = self._the_board
+        state = board.reset()
+        settings = self.settings
+        self._engine_vm = self._engine.create_vm(
+            board.memory, board.io, board.cpus, settings.cpu_model, board.clock.tsc_offset
+        )
+        board.clock.add_offset_listener(self._engine_vm.set_tsc_offset)
+        self._processors = [_Processor(self, i, board, self._engine_vm, paused=frozen) for i in range(board.cpus)]
+        if not self._tuned:
+            self._tuned = True
+            _interpreter.enter()
+        self._processors[0].begin(state)
+
+    def _park(self) -> None:
+        for processor in self._processors:
+            processor.pause()
+        # Twice: a processor may have been starting another one while it was asked.
+        for _ in range(2):
+            for processor in self._processors:
+                processor.wait_until_parked()
+
+    def _processors_off(self) -> None:
+        if self._processors:
+            self._park()
+        for processor in self._processors:
+            processor.end()
+        self._processors = []
+        if self._engine_vm is not None:
+            self._the_board.clock.remove_offset_listener(self._engine_vm.set_tsc_offset)
+            self._engine_vm.close()
+            self._engine_vm = None
+
+    def _end(self, outcome: Outcome) -> None:
+        if self._outcome is None:
+            try:
+                self._processors_off()
+                if self._board is not None and self.state is State.RUNNING:
+                    self._board.pause()
+            except Exception as error:
+                outcome = Outcome(End.FAILED, error=error)
+            self._outcome = outcome
+        if self._tuned:
+            self._tuned = False
+            _interpreter.leave()
+        self._ended.set()
+
+    def _free(self) -> None:
+        """Everything that __init__ made, as far as it came."""
+        if self._board is not None:
+            self._board.close()
+        if self._backend is not None:
+            self._backend.close()
+        if self._loop is not None:
+            self._loop.close()
+        if self._memory is not None:
+            self._memory.close()
+
+    # What the board and the processors say. From any thread, often under the board lock: take note, and return.
+
+    def _events(self) -> Events:
+        return Events(
+            power_off=lambda: self._guest_ends(Outcome(End.POWERED_OFF)),
+            reset=self._guest_resets,
+            start_cpu=lambda index, state: self._processors[index].begin(state),
+            stop_cpu=lambda index: self._processors[index].hold(),
+            failed=self._failed,
+        )
+
+    def _guest_ends(self, outcome: Outcome) -> None:
+        if self._processors:
+            self._tell(_Request(Step.END, outcome, self._processors[0]))
+
+    def _guest_resets(self) -> None:
+        if self.settings.no_reboot:
+            self._guest_ends(Outcome(End.REBOOTED))
+        elif self._processors:
+            self._tell(_Request(Step.RESET, asker=self._processors[0]))
+
+    def _failed(self, error: BaseException) -> None:
+        self._tell(_Request(Step.END, Outcome(End.FAILED, error=error)))
+
+    def _processor_ends(self, processor: _Processor, outcome: Outcome) -> None:
+        self._tell(_Request(Step.END, outcome, processor))
+
+    def _processor_sleeps_for_good(self) -> None:
+        """A processor halted with interrupts off. Where all did, only an NMI or a reset can help."""
+        if all(processor.hopeless for processor in self._processors if processor.begun):
+            self.say("the guest halted with interrupts off; nothing but a reset will wake it")
+
+    def say(self, line: str) -> None:
+        if self._diagnostics is not None:
+            self._diagnostics(line)
+
+    # Serial ports.
+
+    def _plug(self, path: str) -> CharBackend:
+        """The backend of the first serial port."""
+        from skep.chardev.loop import Loop
+
+        match path:
+            case "none" | "":
+                from skep.chardev.null import Null
+
+                self._backend = Null()
+            case "stdio":
+                from skep.chardev.stdio import Stdio
+
+                self._loop = Loop(f"skep-{self.name}-loop", self._failed)
+                self._backend = Stdio(self._loop, self.stop)
+            case "program":
+                from skep.chardev.console import Console
+
+                self._loop = Loop(f"skep-{self.name}-loop", self._failed)
+                self._backend = self._console = Console(self._loop)
+            case _:
+                raise UserError(f"no such serial backend: {path!r}", "lpc.com1.path", f"use stdio, none or {PROGRAM}")
+        return self._backend
+
+
+class _Processor:
+    """One virtual processor and its thread.
+
+    The thread runs guest code; whatever else is wanted of it is a flag that somebody sets before waking it, and that it
+    looks at in :meth:`_attend`, between two runs of the engine. A flag set while it runs is followed by a request to
+    the engine to come back, so that none is missed.
+    """
+
+    def __init__(self, vm: Vm, index: int, board: Board, engine_vm: EngineVm, *, paused: bool) -> None:
+        self.index = index
+        self.hopeless = False
+        """Halted with interrupts off."""
+        self._vm = vm
+        self._board = board
+        self._engine_vm = engine_vm
+        self._vcpu: Vcpu | None = None
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._sleeping = False
+        self._guard = threading.Lock()  # of pausing and parking, and of the thread's beginning
+        self._paused = paused
+        self._parked = threading.Event()
+        self._ending = False
+        self._held = True
+        """It waits for its start: an application processor between INIT and SIPI."""
+        self._next_state: Any = None
+        self._halted: bool | None = None
+        """It executed HLT; the value is RFLAGS.IF."""
+        board.on_kick(index, self.kick)
+
+    # From other threads.
+
+    def begin(self, state: Any) -> None:
+        """Start in ``state``. Ignored unless it waits for that."""
+        with self._guard:
+            if not self._held or self._next_state is not None or self._ending:
+                return
+            self._next_state = state
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._main, name=f"skep-{self._vm.name}-cpu{self.index}", daemon=True
+                )
+                self._thread.start()
+        self._wake.set()
+
+    @property
+    def begun(self) -> bool:
+        return self._thread is not None
+
+    def hold(self) -> None:
+        """Stop, and wait for the next ``begin``."""
+        self._held = True
+        self._next_state = None
+        self._interrupt()
+
+    def kick(self) -> None:
+        """An interrupt waits, perhaps."""
+        vcpu = self._vcpu
+        if vcpu is not None:
+            vcpu.kick()
+        if self._sleeping:
+            self._wake.set()
+
+    def pause(self) -> None:
+        with self._guard:
+            self._paused = True
+        self._interrupt()
+
+    def wait_until_parked(self) -> None:
+        """After ``pause``: no guest code runs, and none will."""
+        if self._thread is not None and not self._parked.wait(_PATIENCE):
+            raise InternalError(f"processor {self.index} does not stop")
+
+    def resume(self) -> None:
+        with self._guard:
+            self._paused = False
+            self._parked.clear()
+        self._wake.set()
+
+    def end(self) -> None:
+        """The thread is over when it returns, and the vCPU closed."""
+        with self._guard:
+            self._ending = True
+        self._interrupt()
+        if self._thread is not None:
+            self._thread.join(_PATIENCE)
+            if self._thread.is_alive():
+                raise InternalError(f"processor {self.index} does not end")
+
+    def _interrupt(self) -> None:
+        vcpu = self._vcpu
+        if vcpu is not None:
+            vcpu.request_exit()
+        self._wake.set()
+
+    # On its own thread.
+
+    def _main(self) -> None:
+        try:
+            self._board.enter_cpu(self.index)
+            while (vcpu := self._attend()) is not None:
+                self._handle(vcpu.run(), vcpu)
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self._parked.set()
+            if self._vcpu is not None:
+                self._vcpu.close()
+
+    def _attend(self) -> Vcpu | None:
+        """Do what was asked, wait while there is nothing to run; None when it is over."""
+        self._sleeping = True  # before looking: what comes after the look wakes us
+        while not self._ending:
+            with self._guard:
+                if self._paused:
+                    self._parked.set()
+            if self._paused:
+                pass
+            elif self._held:
+                if self._next_state is not None:
+                    self._set_going()
+                    continue
+            elif self._halted is None or self._board.wakes(self.index, self._halted):
+                self._halted, self.hopeless, self._sleeping = None, False, False
+                return self._vcpu
+            self._wake.wait()
+            self._wake.clear()
+        return None
+
+    def _set_going(self) -> None:
+        if self._vcpu is None:
+            self._vcpu = self._engine_vm.create_vcpu(self.index, self._board.interrupts(self.index))
+        self._vcpu.set_state(self._next_state)
+        self._held, self._next_state, self._halted = False, None, None
+
+    def _handle(self, exit_: Exit, vcpu: Vcpu) -> None:
+        match exit_.reason:
+            case ExitReason.KICKED:
+                pass
+            case ExitReason.HALTED:
+                self._halted = bool(exit_.detail["interrupts"])
+                if not self._halted and not self._board.wakes(self.index, False):
+                    self.hopeless = True
+                    self._vm._processor_sleeps_for_good()
+            case ExitReason.SHUTDOWN:
+                exits = tuple(str(line) for line in exit_.detail.get("exits", ()))
+                self._over(Outcome(End.TRIPLE_FAULT, vcpu.get_state(), exits))
+            case ExitReason.FAILED:
+                self._fail(InternalError(str(exit_.detail.get("message", "the engine gave no reason"))))
+
+    def _fail(self, error: BaseException) -> None:
+        known = isinstance(error, SkepError)
+        self._over(Outcome(End.FAILED, error=error if known else _explained(error, self.index)))
+
+    def _over(self, outcome: Outcome) -> None:
+        """Nothing more to run here; the VM decides what follows."""
+        self._held = True
+        self._vm._processor_ends(self, outcome)
+
+
+def _explained(error: BaseException, index: int) -> InternalError:
+    internal = InternalError(f"processor {index}: {type(error).__name__}: {error}")
+    internal.__cause__ = error
+    return internal
+
+
+class _Interpreter:
+    """How CPython is set while guests run; a count, because VMs of one process share it."""
+
+    SWITCH_INTERVAL = 0.0005
+    """Seconds after which a thread that wants the interpreter gets it. The default of 5 ms delays every interrupt that
+    a timer's thread brings while a processor's thread is busy in Python."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._before = (True, 0.005)
+
+    def enter(self) -> None:
+        with self._lock:
+            self._running += 1
+            if self._running == 1:
+                self._before = (gc.isenabled(), sys.getswitchinterval())
+                gc.collect()
+                gc.freeze()
+                gc.disable()
+                sys.setswitchinterval(self.SWITCH_INTERVAL)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._running -= 1
+            if self._running == 0:
+                collected, interval = self._before
+                gc.unfreeze()
+                if collected:
+                    gc.enable()
+                sys.setswitchinterval(interval)
+
+
+_interpreter = _Interpreter()
+
+
+def _write(tree: Tree, leaves: Mapping[str, object]) -> None:
+    """What the program says is meant as it stands: no variables are expanded in it."""
+    for key, value in leaves.items():
+        if value is not None:
+            tree[key] = str(value).replace("%", "%%")
+
+
+def _write_disk(tree: Tree, disk: str) -> None:
+    """The next free slot of bus 0 takes a disk, given as ``PATH[,ro][,format=raw]...``."""
+    options = parse_options(disk, "disks", first="path")
+    taken = tree.node("pci.0").children()
+    slot = next((slot for slot in range(_FIRST_DISK_SLOT, _LAST_SLOT + 1) if str(slot) not in taken), None)
+    if slot is None:
+        raise UserError("no free PCI slot for another disk", "disks")
+    _write(tree, {f"pci.0.{slot}.0.{key}": value for key, value in {"device": "virtio-blk", **options}.items()})
