@@ -34,7 +34,7 @@ from tests.engine.place import (
     STACK,
     XSAVE_SIZE,
 )
-from tests.engine.sequence import Item, Label, Random
+from tests.engine.sequence import Item, Label, RandomSequence
 
 INDEX_TABLE = FIRST_DATA
 """Small signed dwords, and at 0x100 small signed qwords: gather indices."""
@@ -132,7 +132,7 @@ class Generator:
 
     # One sequence
 
-    def sequence(self) -> Random:
+    def sequence(self) -> RandomSequence:
         """The next sequence."""
         seed = f"{self.seed}/{self._count}"
         self._count += 1
@@ -147,7 +147,7 @@ class Generator:
                 continue
             return made
 
-    def _sequence(self, seed: str) -> Random:
+    def _sequence(self, seed: str) -> RandomSequence:
         rng = self.rng
         self.items: list[Item | Label] = []
         self.reserved: set[int] = set()
@@ -165,7 +165,7 @@ class Generator:
         )[0]
         while self.budget > 0:
             self._step()
-        return Random(seed, self.items, registers, flags, self.fs_base, self.gs_base, xsave)
+        return RandomSequence(seed, self.items, registers, flags, self.fs_base, self.gs_base, xsave)
 
     def _initial(self, register: int) -> int:
         rng = self.rng
@@ -237,7 +237,7 @@ class Generator:
             return struct.pack("<4i", *(rng.randrange(-128, 128) for _ in range(4)))
         return rng.randbytes(16)
 
-    def _repair(self, made: Random) -> None:
+    def _repair(self, made: RandomSequence) -> None:
         """Let no instruction read a flag that is undefined: CMP defines them all again."""
         while (index := made.tainted_reader()) is not None:
             compare = build(Code.CMP_AL_IMM8, (Reg(Register.AL), Imm(self.rng.randrange(256))))
@@ -657,10 +657,9 @@ class Generator:
 
     def _trap(self) -> None:
         code = self.rng.choice((Code.INT3, Code.UD2, Code.INT_IMM8, Code.HLT, Code.CLI))
-        if code == Code.INT_IMM8:
-            self._make(code, Imm(0x21))
-        elif not self.supervisor or code in (Code.INT3, Code.UD2):
-            self._make(code)
+        if self.supervisor and code not in (Code.INT3, Code.UD2):
+            return
+        self._make(code, *((Imm(0x21),) if code == Code.INT_IMM8 else ()))
 
     def _save(self) -> None:
         """FXSAVE and XSAVE, what may come between, and the state back."""

@@ -24,6 +24,7 @@ from tests.engine.place import (
     CODE_SIZE,
     DATA,
     DATA_SIZE,
+    FILLER,
     GPRS,
     LOW_DATA,
     PAGE,
@@ -109,7 +110,7 @@ restorer:
     syscall
 """
 
-MAP_FIXED_NOREPLACE = 0x100000
+MAP_FIXED_NOREPLACE, MAP_POPULATE = 0x100000, 0x8000
 SA_SIGINFO, SA_RESTORER, SA_ONSTACK, SA_NODEFER = 4, 0x04000000, 0x08000000, 0x40000000
 SYS_RT_SIGACTION, SYS_SIGALTSTACK = 13, 131
 
@@ -125,7 +126,8 @@ def _fail(what: str) -> NoReturn:
 
 
 def _map_at(address: int, size: int, protection: int, fd: int = -1, offset: int = 0) -> None:
-    flags = MAP_FIXED_NOREPLACE | (mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # populated, so that a store to a read-only page faults on a page that is present
+    flags = MAP_FIXED_NOREPLACE | MAP_POPULATE | (mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if libc.mmap(address, size, protection, flags, fd, offset) != address:
         _fail(f"mmap at {address:#x}")
 
@@ -173,6 +175,7 @@ class Native:
         return program.labels
 
     def run(self, batch: Batch) -> list[Outcome]:
+        self.code[:] = FILLER
         for case in batch.cases:
             start = case.address - CODE
             self.code[start : start + len(case.code)] = case.code

@@ -15,12 +15,12 @@ PAGE = 4096
 CODE = 0x2000_0000_0000
 """Executable area. A case occupies a few hundred bytes of it."""
 CODE_SIZE = 64 * PAGE
+FILLER = b"\xcc" * CODE_SIZE
+"""What stands between the cases: INT3, for one that loses its way."""
 DATA = 0x2000_0100_0000
 """Data area, within reach of RIP-relative operands of the code."""
 LOW_DATA = 0x7000_0000
 """The same bytes again, within reach of 32-bit addresses."""
-GS_DATA_SLACK = 0x800
-"""FS and GS bases point this far into the first data page at most."""
 
 
 class Access(enum.Enum):

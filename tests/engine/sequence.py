@@ -91,7 +91,7 @@ _COMPARES = {
 
 
 @dataclass
-class Random:
+class RandomSequence:
     """A sequence with the state it starts from."""
 
     seed: str
@@ -152,10 +152,12 @@ class Random:
                     return i
         return None
 
-    def without(self, index: int) -> Random:
-        """The same sequence less one item."""
+    def without(self, index: int) -> RandomSequence | None:
+        """The same sequence less one item; None if that is a label, which others need."""
+        if isinstance(self.items[index], Label):
+            return None
         items = self.items[:index] + self.items[index + 1 :]
-        return Random(self.seed, items, self.registers, self.rflags, self.fs_base, self.gs_base, self.xsave)
+        return RandomSequence(self.seed, items, self.registers, self.rflags, self.fs_base, self.gs_base, self.xsave)
 
     def listing(self, address: int) -> str:
         """Disassembly, and the registers at the start."""

@@ -1,0 +1,102 @@
+"""The other side of the comparison: :class:`GuestCpu` runs the cases of a batch inside a VM of an engine."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from skep.engine.amd64.registers import Pte
+from skep.engine.contract import Engine
+from tests.engine.place import (
+    CODE,
+    CODE_SIZE,
+    DATA,
+    DATA_SIZE,
+    FILLER,
+    GPRS,
+    LOW_DATA,
+    PAGE,
+    PAGES,
+    Access,
+    Batch,
+    Case,
+    Outcome,
+    changed_pages,
+    comparable_fpu,
+)
+from tests.engine.tiny import CODE64, DATA0, NULL_SEGMENT, SEGMENTS, USER64, USER_DATA, Tiny, TinyError
+
+CODE_GPA = 0x400000
+DATA_GPA = 0x600000
+
+
+class GuestCpu:
+    """One VM for many batches. A case runs in ring 3, or in ring 0 if ``supervisor``; the handlers that end it run on a
+    stack of their own (IST), so that they leave its memory alone."""
+
+    def __init__(self, engine: Engine, *, supervisor: bool = False, cpu_model: str = "host") -> None:
+        self.tiny = Tiny(engine, "hlt", ist=dict.fromkeys(range(256), 1), cpu_model=cpu_model)
+        self.supervisor = supervisor
+        user = 0 if supervisor else Pte.US
+        for offset in range(0, CODE_SIZE, PAGE):
+            self.tiny.map(CODE + offset, CODE_GPA + offset, user)
+        for i, access in enumerate(PAGES):
+            if access is not Access.NONE:
+                flags = user | Pte.NX | (Pte.RW if access is Access.WRITE else 0)
+                for base in (DATA, LOW_DATA):
+                    self.tiny.map(base + i * PAGE, DATA_GPA + i * PAGE, flags)
+
+    def run(self, batch: Batch) -> list[Outcome]:
+        """Outcomes in the order of ``batch.cases``."""
+        memory = self.tiny.memory
+        memory.write(CODE_GPA, FILLER)
+        for case in batch.cases:
+            memory.write(CODE_GPA + case.address - CODE, case.code)
+        return [self._run(case, batch.data) for case in batch.cases]
+
+    def _run(self, case: Case, data: bytes) -> Outcome:
+        tiny = self.tiny
+        tiny.memory.write(DATA_GPA, data)
+        stack = SEGMENTS[DATA0 if self.supervisor else USER_DATA]
+        tiny.set(
+            **dict(zip(GPRS, case.registers, strict=True)),
+            rip=case.address,
+            rflags=case.rflags,
+            cs=SEGMENTS[CODE64 if self.supervisor else USER64],
+            ss=stack,
+            ds=NULL_SEGMENT,
+            es=NULL_SEGMENT,
+            fs={**NULL_SEGMENT, "base": case.fs_base},
+            gs={**NULL_SEGMENT, "base": case.gs_base},
+            xsave=case.xsave,
+            cr2=0,
+        )
+        tiny.run()
+        state = tiny.state
+        frame = tiny.exception
+        if frame is None:
+            raise TinyError(f"the case ended without an exception, at rip {state['rip']:#x}")
+        registers = {**{name: state[name] for name in GPRS}, "rsp": frame.rsp}
+        return Outcome(
+            registers=tuple(registers.values()),
+            rip=frame.rip,
+            rflags=frame.rflags,
+            vector=frame.vector,
+            error=frame.error,
+            cr2=frame.cr2 if frame.vector == 14 else 0,
+            fpu=comparable_fpu(state["xsave"]),
+            pages=changed_pages(data, memory_image(tiny)),
+        )
+
+    def close(self) -> None:
+        self.tiny.close()
+
+    def __enter__(self) -> GuestCpu:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def memory_image(tiny: Tiny) -> bytes:
+    """The data area as it is."""
+    return tiny.memory.read(DATA_GPA, DATA_SIZE)
