@@ -1,0 +1,1 @@
+"""What Skep costs, measured beside QEMU's TCG: ``python -m benchmarks``, or ``make bench``."""
