@@ -5,14 +5,18 @@ Methods that touch memory may raise GuestFault; an instruction calls them before
 
 from __future__ import annotations
 
-from iced_x86 import Instruction, MemorySizeExt, OpKind, Register, RegisterExt
+from collections.abc import Callable
+
+from iced_x86 import Instruction, MemorySizeExt, OpKind, Register, Register_, RegisterExt
 
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
+from skep.engine.amd64.cpuid import Cpuid
 from skep.engine.amd64.registers import Attr, Cr0, Rflags, Vector, canonical
 from skep.engine.translate import segments
 from skep.engine.translate.delivery import Stack, in_limit
 from skep.engine.translate.layout import SEGMENTS, XSAVE_AREA, StateBlock
+from skep.engine.translate.modelspecific import ModelSpecific
 from skep.engine.translate.port import CpuPort, GuestFault
 
 M64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -22,13 +26,15 @@ MASK = {1: 0xFF, 2: 0xFFFF, 4: M32, 8: M64}
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 
 
-def _general() -> dict[int, tuple[int, int, int]]:
+def _general() -> dict[Register_, tuple[int, int, int]]:
     """iced register -> (number, size in bytes, shift: 8 for AH to DH)."""
     table = {}
     high = (Register.AH, Register.CH, Register.DH, Register.BH)
-    for register in range(Register.AL, Register.R15 + 1):
-        full = RegisterExt.full_register(register)
-        number = RegisterExt.number(full)
+    for name in dir(Register):
+        register = getattr(Register, name)
+        if not name.isupper() or not RegisterExt.is_gpr(register):
+            continue
+        number = RegisterExt.number(RegisterExt.full_register(register))
         table[register] = (number, RegisterExt.size(register), 8 if register in high else 0)
     return table
 
@@ -36,9 +42,7 @@ def _general() -> dict[int, tuple[int, int, int]]:
 GENERAL = _general()
 SEGMENT_NAME = {getattr(Register, name.upper()): name for name in SEGMENTS}
 
-_IMMEDIATES = frozenset(
-    getattr(OpKind, name) for name in dir(OpKind) if name.startswith("IMMEDIATE")
-)
+_IMMEDIATES = frozenset(getattr(OpKind, name) for name in dir(OpKind) if name.startswith("IMMEDIATE"))
 _STRING_INDEX = {
     OpKind.MEMORY_SEG_SI: (RSI, 2), OpKind.MEMORY_SEG_ESI: (RSI, 4), OpKind.MEMORY_SEG_RSI: (RSI, 8),
     OpKind.MEMORY_SEG_DI: (RDI, 2), OpKind.MEMORY_SEG_EDI: (RDI, 4), OpKind.MEMORY_SEG_RDI: (RDI, 8),
@@ -54,8 +58,10 @@ MMX = XSAVE_AREA + 32
 class Context:
     """One instruction's view of its vCPU."""
 
-    def __init__(self, cpu: CpuPort) -> None:
+    def __init__(self, cpu: CpuPort, cpuid: Cpuid, msrs: ModelSpecific) -> None:
         self.cpu = cpu
+        self.cpuid = cpuid
+        self.msrs = msrs
         self.st: StateBlock = cpu.st
         self.io: IoSpace = cpu.io
         self.interrupts: LocalInterrupts = cpu.interrupts
@@ -69,7 +75,7 @@ class Context:
 
     # Registers
 
-    def get(self, register: int) -> int:
+    def get(self, register: Register_) -> int:
         """A general register of any size, or a segment register's selector."""
         entry = GENERAL.get(register)
         if entry is None:
@@ -78,7 +84,7 @@ class Context:
         number, size, shift = entry
         return self.st.q[number] >> shift & MASK[size]
 
-    def put(self, register: int, value: int) -> None:
+    def put(self, register: Register_, value: int) -> None:
         """As the CPU writes it: a 32-bit result clears the upper half, smaller ones keep the rest."""
         number, size, shift = GENERAL[register]
         self.put_number(number, size, value, shift)
@@ -127,13 +133,12 @@ class Context:
 
     def offset(self, i: Instruction) -> int:
         """The effective address of the memory operand, before segmentation."""
-        q = self.st.q
         value = i.memory_displacement  # RIP-relative: iced has added rip
         base, index = i.memory_base, i.memory_index
         if base in GENERAL:
-            value += q[GENERAL[base][0]]
-        if index in GENERAL:
-            value += q[GENERAL[index][0]] * i.memory_index_scale
+            value += self.get(base)
+        if index in GENERAL:  # AL, for XLAT
+            value += self.get(index) * i.memory_index_scale
         return value & MASK[self.address_size(i)]
 
     def linear(self, segment: str, offset: int, size: int, *, write: bool = False) -> int:
@@ -221,7 +226,7 @@ class Context:
             area[YMM_HIGH : YMM_HIGH + 256] = bytes(256)
         area[XSTATE_BV : XSTATE_BV + 8].cast("Q")[0] = present | component
 
-    def get_vector(self, register: int) -> bytes:
+    def get_vector(self, register: Register_) -> bytes:
         """An XMM (16 bytes) or YMM (32 bytes) register."""
         area, number = self.st.bytes, RegisterExt.number(register)
         self.touch_state(2)
@@ -231,7 +236,7 @@ class Context:
         self.touch_state(4)
         return low + bytes(area[YMM_HIGH + 16 * number : YMM_HIGH + 16 * number + 16])
 
-    def put_vector(self, register: int, data: bytes) -> None:
+    def put_vector(self, register: Register_, data: bytes) -> None:
         """As a VEX instruction does: the part above ``data`` becomes zero."""
         area, number = self.st.bytes, RegisterExt.number(register)
         self.touch_state(2)
@@ -239,3 +244,7 @@ class Context:
         data = data.ljust(32, b"\0")
         area[XMM + 16 * number : XMM + 16 * number + 16] = data[:16]
         area[YMM_HIGH + 16 * number : YMM_HIGH + 16 * number + 16] = data[16:]
+
+
+Handler = Callable[[Context, Instruction], None]
+"""Executes one instruction, or raises GuestFault with nothing committed."""

@@ -104,6 +104,10 @@ def _saved_flags(st: StateBlock, event: Event) -> int:
     return st.rflags | Rflags.RF if event.resume else st.rflags & ~Rflags.RF
 
 
+def _return_rip(st: StateBlock, event: Event) -> int:
+    return st.rip if event.return_rip is None else event.return_rip
+
+
 def _enter_flags(st: StateBlock, interrupt_gate: bool) -> None:
     cleared = Rflags.TF | Rflags.NT | Rflags.RF | Rflags.VM | (Rflags.IF if interrupt_gate else 0)
     st.rflags = st.rflags & ~cleared
@@ -153,7 +157,7 @@ def _deliver_long(cpu: CpuPort, event: Event) -> None:
             raise GuestFault(Vector.SS, ext)
     if not canonical(offset):
         raise GuestFault(Vector.GP, ext)
-    words = [st.ss_sel, st.rsp, _saved_flags(st, event), st.cs_sel, st.rip if event.return_rip is None else event.return_rip]
+    words = [st.ss_sel, st.rsp, _saved_flags(st, event), st.cs_sel, _return_rip(st, event)]
     if event.error is not None:
         words.append(event.error)
     rsp = ((rsp & ~0xF) - 8 * len(words)) & M64
@@ -195,8 +199,7 @@ def _deliver_protected(cpu: CpuPort, event: Event) -> None:
     offset = gate & 0xFFFF
     if size == 4:
         offset |= gate >> 32 & 0xFFFF_0000
-    return_rip = st.rip if event.return_rip is None else event.return_rip
-    words = [_saved_flags(st, event), st.cs_sel, return_rip]
+    words = [_saved_flags(st, event), st.cs_sel, _return_rip(st, event)]
     if event.error is not None:
         words.append(event.error)
     if cpl != st.cpl:
@@ -250,7 +253,7 @@ def _deliver_real(cpu: CpuPort, event: Event) -> None:
         raise GuestFault(Vector.GP)
     ip, cs = struct.unpack("<HH", cpu.read(st.idt_base + 4 * event.vector & M32, 4, True))
     below = (st.rsp - 6) & 0xFFFF
-    words = [st.rflags, st.cs_sel, st.rip if event.return_rip is None else event.return_rip]
+    words = [st.rflags, st.cs_sel, _return_rip(st, event)]
     _push_all(cpu, (st.ss_base + below) & M32, words, 2, 0)
     st.rsp = (st.rsp & ~0xFFFF & M64) | below
     st.cs_sel, st.cs_base, st.rip = cs, cs << 4, ip

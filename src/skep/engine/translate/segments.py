@@ -132,9 +132,8 @@ def put(st: StateBlock, name: str, segment: Loaded) -> None:
 
 def held(st: StateBlock, name: str) -> Loaded:
     """What a segment register holds now."""
-    return Loaded(
-        getattr(st, f"{name}_sel"), getattr(st, f"{name}_base"), getattr(st, f"{name}_limit"), getattr(st, f"{name}_attr")
-    )
+    selector, base, limit, attributes = (getattr(st, name + part) for part in ("_sel", "_base", "_limit", "_attr"))
+    return Loaded(selector, base, limit, attributes)
 
 
 def check_stack(cpu: CpuPort, selector: int, cpl: int, *, wide: bool, vector: int = Vector.GP, ext: int = 0) -> Loaded:

@@ -1,0 +1,240 @@
+"""Integer instructions that translated code does not copy: RFLAGS as a whole, stack frames, decimal arithmetic."""
+
+from __future__ import annotations
+
+from iced_x86 import Code, Instruction, Mnemonic, Register, RegisterExt
+
+from skep.engine.amd64.registers import Cr0, Rflags, Vector
+from skep.engine.translate import segments
+from skep.engine.translate.context import MASK, RBP, Context, Handler
+from skep.engine.translate.port import GuestFault
+
+_FRAME_SIZE = {
+    Code.ENTERW_IMM16_IMM8: 2, Code.ENTERD_IMM16_IMM8: 4, Code.ENTERQ_IMM16_IMM8: 8,
+    Code.LEAVEW: 2, Code.LEAVED: 4, Code.LEAVEQ: 8,
+    Code.RETNW: 2, Code.RETND: 4, Code.RETNQ: 8,
+    Code.RETNW_IMM16: 2, Code.RETND_IMM16: 4, Code.RETNQ_IMM16: 8,
+}  # fmt: skip
+
+
+def result_flags(value: int, size: int) -> int:
+    """PF, ZF and SF of a result of ``size`` bytes."""
+    flags = 0 if (value & 0xFF).bit_count() & 1 else Rflags.PF
+    if not value & MASK[size]:
+        flags |= Rflags.ZF
+    return flags | (Rflags.SF if value >> 8 * size - 1 & 1 else 0)
+
+
+def subtract_flags(left: int, right: int, size: int) -> int:
+    """All six status flags of ``left`` - ``right``, as CMP sets them."""
+    value = left - right & MASK[size]
+    flags = result_flags(value, size)
+    if left < right:
+        flags |= Rflags.CF
+    if (left ^ right ^ value) & 0x10:
+        flags |= Rflags.AF
+    if (left ^ right) & (left ^ value) & 1 << 8 * size - 1:
+        flags |= Rflags.OF
+    return flags
+
+
+# RFLAGS
+
+
+def pushf(e: Context, i: Instruction) -> None:
+    size = -i.stack_pointer_increment
+    flags = e.st.rflags & ~(Rflags.VM | Rflags.RF)
+    e.push((flags & MASK[size]).to_bytes(size, "little"))
+
+
+def popf(e: Context, i: Instruction) -> None:
+    """At privilege 0 all but VM, VIF and VIP; IOPL only there; IF where CPL <= IOPL. Others stay without a fault."""
+    st, size = e.st, i.stack_pointer_increment
+    stack = e.stack()
+    value = stack.pop(size)
+    changed = Rflags.STATUS | Rflags.TF | Rflags.DF | Rflags.NT
+    if size > 2:
+        changed |= Rflags.AC | Rflags.ID
+    if not st.cpl:
+        changed |= Rflags.IOPL
+    if st.cpl <= e.iopl or not st.cr0 & Cr0.PE:
+        changed |= Rflags.IF
+    before = st.rflags
+    st.rsp = stack.rsp
+    st.rflags = before & ~changed | value & changed
+    if (before ^ st.rflags) & (Rflags.AC | Rflags.TF):
+        e.cpu.state_changed()
+
+
+def lahf(e: Context, i: Instruction) -> None:
+    e.put(Register.AH, e.st.rflags & 0xFF)
+
+
+def sahf(e: Context, i: Instruction) -> None:
+    mask = Rflags.STATUS & ~Rflags.OF
+    e.set_status(e.get(Register.AH), mask)
+
+
+# Stack frames
+
+
+def enter(e: Context, i: Instruction) -> None:
+    """One store for the whole frame, so that a fault leaves nothing half done."""
+    st, size = e.st, _FRAME_SIZE[i.code]
+    allocated, level = i.immediate16, i.immediate8_2nd & 31
+    mask = e.stack_mask
+    words = [st.q[RBP] & MASK[size]]
+    frame = st.rsp - size & mask
+    if level:
+        for depth in range(1, level):
+            address = e.linear("ss", st.q[RBP] - depth * size & mask, size)
+            words.append(int.from_bytes(e.cpu.read(address, size), "little"))
+        words.append(frame & MASK[size])
+    below = frame - (len(words) - 1) * size - allocated & mask
+    e.cpu.check_write(e.linear("ss", below, size, write=True), size)
+    e.push(b"".join(word.to_bytes(size, "little") for word in reversed(words)))
+    st.rsp = st.rsp & ~mask | st.rsp - allocated & mask
+    e.put_number(RBP, size, frame)
+
+
+def leave(e: Context, i: Instruction) -> None:
+    st, size = e.st, _FRAME_SIZE[i.code]
+    mask = e.stack_mask
+    stack = e.stack()
+    stack.rsp = st.rsp & ~mask | st.q[RBP] & mask
+    value = stack.pop(size)
+    st.rsp = stack.rsp
+    e.put_number(RBP, size, value)
+
+
+def ret(e: Context, i: Instruction) -> None:
+    stack = e.stack()
+    target = stack.pop(_FRAME_SIZE[i.code])
+    segments.check_code_target(e.cpu, segments.held(e.st, "cs"), target)
+    stack.skip(i.immediate16 if i.op_count else 0)
+    e.st.rsp = stack.rsp
+    e.next_rip = target
+
+
+def pusha(e: Context, i: Instruction) -> None:
+    size = -i.stack_pointer_increment // 8
+    e.push(b"".join((e.st.q[n] & MASK[size]).to_bytes(size, "little") for n in reversed(range(8))))
+
+
+def popa(e: Context, i: Instruction) -> None:
+    size = i.stack_pointer_increment // 8
+    stack = e.stack()
+    values = [stack.pop(size) for _ in range(8)]
+    e.st.rsp = stack.rsp
+    for number, value in zip(reversed(range(8)), values, strict=True):
+        if number != 4:  # the saved stack pointer is skipped
+            e.put_number(number, size, value)
+
+
+def bound(e: Context, i: Instruction) -> None:
+    size = RegisterExt.size(i.op0_register)
+    raw = e.read(i, 2 * size)
+    index = _signed(e.get(i.op0_register), size)
+    low, high = (int.from_bytes(part, "little", signed=True) for part in (raw[:size], raw[size:]))
+    if not low <= index <= high:
+        raise GuestFault(Vector.BR)
+
+
+def _signed(value: int, size: int) -> int:
+    return value - (1 << 8 * size) if value >> 8 * size - 1 else value
+
+
+# Decimal arithmetic (SDM 2, DAA to AAD). The flags that the manual leaves undefined are cleared.
+
+
+def _al_ah(e: Context) -> tuple[int, int]:
+    return e.get(Register.AL), e.get(Register.AH)
+
+
+def daa(e: Context, i: Instruction) -> None:
+    _decimal_adjust(e, 1)
+
+
+def das(e: Context, i: Instruction) -> None:
+    _decimal_adjust(e, -1)
+
+
+def _decimal_adjust(e: Context, sign: int) -> None:
+    old, carry = e.get(Register.AL), e.st.flags & Rflags.CF
+    value, flags = old, 0
+    if old & 0xF > 9 or e.st.flags & Rflags.AF:
+        value += 6 * sign
+        flags |= Rflags.AF
+        if carry or (sign < 0 and value < 0):
+            flags |= Rflags.CF
+    if old > 0x99 or carry:
+        value += 0x60 * sign
+        flags |= Rflags.CF
+    value &= 0xFF
+    e.put(Register.AL, value)
+    e.set_status(flags | result_flags(value, 1))
+
+
+def aaa(e: Context, i: Instruction) -> None:
+    _ascii_adjust(e, 1)
+
+
+def aas(e: Context, i: Instruction) -> None:
+    _ascii_adjust(e, -1)
+
+
+def _ascii_adjust(e: Context, sign: int) -> None:
+    ax = e.get(Register.AX)
+    flags = 0
+    if ax & 0xF > 9 or e.st.flags & Rflags.AF:
+        ax = ax + 0x106 * sign if sign > 0 else ax - 6 - 0x100
+        flags = Rflags.AF | Rflags.CF
+    ax &= 0xFF0F
+    e.put(Register.AX, ax)
+    e.set_status(flags | result_flags(ax & 0xFF, 1))
+
+
+def aam(e: Context, i: Instruction) -> None:
+    if not i.immediate8:
+        raise GuestFault(Vector.DE)
+    high, low = divmod(e.get(Register.AL), i.immediate8)
+    e.put(Register.AX, high << 8 | low)
+    e.set_status(result_flags(low, 1))
+
+
+def aad(e: Context, i: Instruction) -> None:
+    al, ah = _al_ah(e)
+    value = al + ah * i.immediate8 & 0xFF
+    e.put(Register.AX, value)
+    e.set_status(result_flags(value, 1))
+
+
+def salc(e: Context, i: Instruction) -> None:
+    e.put(Register.AL, 0xFF if e.st.flags & Rflags.CF else 0)
+
+
+HANDLERS: dict[int, Handler] = {
+    Mnemonic.PUSHF: pushf,
+    Mnemonic.PUSHFD: pushf,
+    Mnemonic.PUSHFQ: pushf,
+    Mnemonic.POPF: popf,
+    Mnemonic.POPFD: popf,
+    Mnemonic.POPFQ: popf,
+    Mnemonic.LAHF: lahf,
+    Mnemonic.SAHF: sahf,
+    Mnemonic.ENTER: enter,
+    Mnemonic.LEAVE: leave,
+    Mnemonic.RET: ret,
+    Mnemonic.PUSHA: pusha,
+    Mnemonic.PUSHAD: pusha,
+    Mnemonic.POPA: popa,
+    Mnemonic.POPAD: popa,
+    Mnemonic.BOUND: bound,
+    Mnemonic.DAA: daa,
+    Mnemonic.DAS: das,
+    Mnemonic.AAA: aaa,
+    Mnemonic.AAS: aas,
+    Mnemonic.AAM: aam,
+    Mnemonic.AAD: aad,
+    Mnemonic.SALC: salc,
+}

@@ -1,0 +1,153 @@
+"""String instructions with any prefixes, segments, address sizes and directions.
+
+Machine code does the common REP forms page by page; here an element goes at a time, as an access to a device must. Each
+element is committed before the next, so a fault or an interrupt finds the registers where SDM 1, 7.3.9.3 wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from iced_x86 import Instruction, Mnemonic, OpKind, Register
+
+from skep.engine.amd64.registers import Rflags
+from skep.engine.translate.context import MASK, RAX, RCX, RDX, SEGMENT_NAME, Context, Handler
+from skep.engine.translate.emulate_integer import subtract_flags
+from skep.engine.translate.emulate_system import check_port
+from skep.engine.translate.port import GuestFault
+
+MAX_ELEMENTS = 1024
+"""How many elements one step does (a few milliseconds), so that interrupts can come in between."""
+
+
+@dataclass(slots=True)
+class Element:
+    """What stays the same over the elements of one string instruction."""
+
+    size: int
+    address_size: int
+    step: int
+    source_segment: str
+    source_number: int = 6
+    destination_number: int = 7
+
+    def source(self, e: Context) -> int:
+        offset = e.st.q[self.source_number] & MASK[self.address_size]
+        return e.linear(self.source_segment, offset, self.size)
+
+    def destination(self, e: Context, *, write: bool = True) -> int:
+        offset = e.st.q[self.destination_number] & MASK[self.address_size]
+        return e.linear("es", offset, self.size, write=write)
+
+    def advance(self, e: Context, number: int) -> None:
+        value = e.st.q[number]
+        mask = MASK[self.address_size]
+        e.put_number(number, self.address_size, value + self.step & mask)
+
+    def advance_source(self, e: Context) -> None:
+        self.advance(e, self.source_number)
+
+    def advance_destination(self, e: Context) -> None:
+        self.advance(e, self.destination_number)
+
+
+def movs(e: Context, element: Element) -> None:
+    data = e.cpu.read(element.source(e), element.size)
+    e.cpu.write(element.destination(e), data)
+    element.advance_source(e)
+    element.advance_destination(e)
+
+
+def stos(e: Context, element: Element) -> None:
+    data = (e.st.q[RAX] & MASK[element.size]).to_bytes(element.size, "little")
+    e.cpu.write(element.destination(e), data)
+    element.advance_destination(e)
+
+
+def lods(e: Context, element: Element) -> None:
+    e.put_number(RAX, element.size, int.from_bytes(e.cpu.read(element.source(e), element.size), "little"))
+    element.advance_source(e)
+
+
+def cmps(e: Context, element: Element) -> None:
+    left = int.from_bytes(e.cpu.read(element.source(e), element.size), "little")
+    right = int.from_bytes(e.cpu.read(element.destination(e, write=False), element.size), "little")
+    element.advance_source(e)
+    element.advance_destination(e)
+    e.set_status(subtract_flags(left, right, element.size))
+
+
+def scas(e: Context, element: Element) -> None:
+    right = int.from_bytes(e.cpu.read(element.destination(e, write=False), element.size), "little")
+    element.advance_destination(e)
+    e.set_status(subtract_flags(e.st.q[RAX] & MASK[element.size], right, element.size))
+
+
+def ins(e: Context, element: Element) -> None:
+    """The port is read only when the store cannot fault any more."""
+    port = e.st.q[RDX] & 0xFFFF
+    check_port(e, port, element.size)
+    address = element.destination(e)
+    e.cpu.check_write(address, element.size)
+    value = e.io.port_read(port, element.size) & MASK[element.size]
+    e.cpu.write(address, value.to_bytes(element.size, "little"))
+    element.advance_destination(e)
+
+
+def outs(e: Context, element: Element) -> None:
+    port = e.st.q[RDX] & 0xFFFF
+    check_port(e, port, element.size)
+    value = int.from_bytes(e.cpu.read(element.source(e), element.size), "little")
+    e.io.port_write(port, element.size, value)
+    element.advance_source(e)
+
+
+Operation = Callable[[Context, Element], None]
+
+_OPERATIONS: dict[str, Operation] = {
+    "MOVS": movs, "STOS": stos, "LODS": lods, "CMPS": cmps, "SCAS": scas, "INS": ins, "OUTS": outs,
+}  # fmt: skip
+_SIZES = {"B": 1, "W": 2, "D": 4, "Q": 8}
+_STRINGS: dict[int, tuple[Operation, int]] = {
+    getattr(Mnemonic, name + letter): (operation, size)
+    for name, operation in _OPERATIONS.items()
+    for letter, size in _SIZES.items()
+    if hasattr(Mnemonic, name + letter)
+}
+
+
+def _element(e: Context, i: Instruction, size: int) -> Element:
+    operands = (k for k in range(i.op_count) if i.op_kind(k) not in (OpKind.REGISTER,))
+    _, address_size = e.string_index(i, next(operands))
+    segment = i.memory_segment if i.memory_segment != Register.NONE else Register.DS
+    return Element(size, address_size, -size if e.st.flags & Rflags.DF else size, SEGMENT_NAME[segment])
+
+
+def string(e: Context, i: Instruction) -> None:
+    operation, size = _STRINGS[i.mnemonic]
+    element = _element(e, i, size)
+    if not (i.has_rep_prefix or i.has_repne_prefix):
+        operation(e, element)
+        return
+    st = e.st
+    compares = operation in (cmps, scas)
+    wanted = Rflags.ZF if i.has_rep_prefix else 0
+    flags_before = st.flags
+    for _ in range(MAX_ELEMENTS):
+        count = st.q[RCX] & MASK[element.address_size]
+        if not count:
+            return
+        try:
+            operation(e, element)
+        except GuestFault:
+            st.flags = flags_before  # SDM 2, REP: as before the instruction
+            raise
+        e.put_number(RCX, element.address_size, count - 1)
+        if compares and st.flags & Rflags.ZF != wanted:
+            return
+    if st.q[RCX] & MASK[element.address_size]:
+        e.next_rip = st.rip  # more to do, after a look at what is pending
+
+
+HANDLERS: dict[int, Handler] = dict.fromkeys(_STRINGS, string)
