@@ -180,6 +180,7 @@ class Vm:
         self._processors: list[_Processor] = []
         self._engine_vm: EngineVm | None = None
         self._tuned = False
+        self._said_hopeless = False
         self._loop: Loop | None = None
         self._console: Console | None = None
         self._backend: CharBackend | None = None
@@ -411,7 +412,9 @@ class Vm:
 
     def _processor_sleeps_for_good(self) -> None:
         """A processor halted with interrupts off. Where all did, only an NMI or a reset can help."""
-        if all(processor.hopeless for processor in self._processors if processor.begun):
+        hopeless = all(processor.hopeless for processor in self._processors if processor.begun)
+        if hopeless and not self._said_hopeless:
+            self._said_hopeless = True
             self.say("the guest halted with interrupts off; nothing but a reset will wake it")
 
     def say(self, line: str) -> None:

@@ -6,37 +6,11 @@ import struct
 from pathlib import Path
 
 import pytest
+from tests.boot.bzimage import CODE, LOAD, MiB, bzimage
 
 from skep.boot.linux import BOOT_CS, BOOT_DS, CMDLINE, E820, PAGE_TABLES, LinuxImage, RangeType
 from skep.errors import UserError
 from skep.memory import GuestMemory
-
-MiB = 1 << 20
-LOAD = 16 * MiB
-CODE = bytes(range(256)) * 8
-
-
-def bzimage(
-    *,
-    code: bytes = CODE,
-    version: int = 0x20F,
-    xloadflags: int = 0x7F,
-    init_size: int = 4 * MiB,
-    pref_address: int = LOAD,
-    initrd_max: int = 0x7FFFFFFF,
-    setup_sects: int = 3,
-    syssize: int | None = None,
-) -> bytes:
-    """A file that is a kernel as far as its header goes."""
-    image = bytearray(((setup_sects or 4) + 1) * 512)
-    struct.pack_into("<BHI", image, 0x1F1, setup_sects, 0, len(code) // 16 if syssize is None else syssize)
-    image[0x1FE:0x200] = b"\x55\xaa"
-    image[0x200:0x206] = b"\xeb\x66HdrS"
-    struct.pack_into("<H", image, 0x206, version)
-    image[0x211] = 1  # LOADED_HIGH
-    struct.pack_into("<IIBBHI", image, 0x22C, initrd_max, 2 * MiB, 1, 21, xloadflags, 2047)
-    struct.pack_into("<QI", image, 0x258, pref_address, init_size)
-    return bytes(image) + code
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from skep.block.image import open_image
 from skep.block.options import BlockOptions
 from skep.boot.linux import E820, LinuxImage, RangeType
 from skep.bus import Bus
-from skep.bus.pci import SLOTS, HostBridge, PciBus, PciFunction, intx_gsi
+from skep.bus.pci import FUNCTIONS, SLOTS, HostBridge, PciBus, PciFunction, intx_gsi
 from skep.clock import GuestClock
 from skep.config import Node, Settings, Tree, option, values, view
 from skep.contracts.device import Device
@@ -98,7 +98,7 @@ class Amd64Board:
             self._pci(tree)
             if options.com1 is not None:
                 uart = Uart("com1", self.lines.source(COM1_IRQ), plug(options.com1), self.lock)
-                self.bus.add_ports(COM1_PORT, 8, uart)
+                uart.attach(self.bus, COM1_PORT)
                 self.devices.insert(0, uart)
             self._serial = ((COM1_PORT, COM1_IRQ),) if options.com1 is not None else ()
             self._acpi = self._tables() if settings.acpi_tables else None
@@ -281,17 +281,15 @@ class _Seats:
 
 def _places(tree: Tree) -> list[tuple[int, int, Node]]:
     """The PCI functions of the tree, as (slot, function, node), in the order of their places."""
-    found = []
     node = tree.node("pci")
-    for bus in node.children():
-        for slot in node.node(bus).children():
-            for number in node.node(bus).node(slot).children():
-                place = node.node(bus).node(slot).node(number)
-                numbers = [int(part) if part.isdecimal() and len(part) < 4 else -1 for part in (bus, slot, number)]
-                if numbers[0] != 0 or not 0 <= numbers[1] < SLOTS or not 0 <= numbers[2] < 8 or not place.leaves():
-                    raise UserError("no such PCI place", place.path, "it is pci.0.SLOT.FUNCTION, to pci.0.31.7")
-                found.append((numbers[1], numbers[2], place))
-    return sorted(found, key=lambda place: place[:2])
+    found = set()
+    for key in node.leaves():
+        bus, slot, number, *rest = [*key.split("."), "", ""]
+        place = [int(part) if part.isdecimal() and len(part) < 4 else -1 for part in (bus, slot, number)]
+        if place[0] != 0 or not 0 <= place[1] < SLOTS or not 0 <= place[2] < FUNCTIONS or not rest[0]:
+            raise UserError("no such PCI place", node.full(key), "it is pci.0.SLOT.FUNCTION, up to pci.0.31.7")
+        found.add((place[1], place[2], f"{bus}.{slot}.{number}"))
+    return [(slot, number, node.node(path)) for slot, number, path in sorted(found)]
 
 
 # Processors' states.

@@ -1,0 +1,94 @@
+"""An engine whose guest is Python: for tests of the VM's own rules, where a real guest would only be slower to steer.
+
+A program is a function of its :class:`ScriptedVcpu`; it returns what ``run`` gives, and is called for each run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.io import IoSpace
+from skep.engine.contract import Exit, ExitReason
+from skep.memory import GuestMemory
+
+KICKED = Exit(ExitReason.KICKED)
+HALTED = Exit(ExitReason.HALTED, {"interrupts": True})
+HALTED_FOR_GOOD = Exit(ExitReason.HALTED, {"interrupts": False})
+
+
+class ScriptedVcpu:
+    def __init__(self, vm: ScriptedVm, index: int, interrupts: LocalInterrupts) -> None:
+        self.index = index
+        self.vm = vm
+        self.io = vm.io
+        self.interrupts = interrupts
+        self.state: dict[str, Any] = {}
+        self.wanted = threading.Event()
+        self.closed = False
+        self.runs = 0
+
+    def run(self) -> Exit:
+        assert not self.closed and threading.current_thread().name.endswith(f"cpu{self.index}")
+        self.runs += 1
+        return self.vm.engine.program(self)
+
+    def spin(self) -> Exit:
+        """Guest code that goes on until somebody wants something."""
+        self.wanted.wait()
+        self.wanted.clear()
+        return KICKED
+
+    def kick(self) -> None:
+        self.wanted.set()
+
+    def request_exit(self) -> None:
+        self.wanted.set()
+
+    def get_state(self) -> dict[str, Any]:
+        return dict(self.state)
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.state.update(state)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ScriptedVm:
+    def __init__(self, engine: ScriptedEngine, memory: GuestMemory, io: IoSpace, max_vcpus: int) -> None:
+        self.engine = engine
+        self.memory = memory
+        self.io = io
+        self.max_vcpus = max_vcpus
+        self.vcpus: list[ScriptedVcpu] = []
+        self.offsets: list[int] = []
+        self.closed = False
+
+    def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> ScriptedVcpu:
+        vcpu = ScriptedVcpu(self, index, interrupts)
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    def set_tsc_offset(self, offset: int) -> None:
+        self.offsets.append(offset)
+
+    def close(self) -> None:
+        assert all(vcpu.closed for vcpu in self.vcpus)
+        self.closed = True
+
+
+class ScriptedEngine:
+    name = "scripted"
+
+    def __init__(self, program: Callable[[ScriptedVcpu], Exit]) -> None:
+        self.program = program
+        self.vms: list[ScriptedVm] = []
+
+    def create_vm(
+        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
+    ) -> ScriptedVm:
+        self.vms.append(ScriptedVm(self, memory, io, max_vcpus))
+        return self.vms[-1]

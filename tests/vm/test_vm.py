@@ -1,0 +1,487 @@
+"""The VM's own rules: what may follow what, that a freeze freezes, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.boot.bzimage import CODE, LOAD, bzimage
+from tests.vm.scripted import HALTED, HALTED_FOR_GOOD, KICKED, ScriptedEngine, ScriptedVcpu
+
+from skep.config import Tree
+from skep.engine.contract import Exit, ExitReason
+from skep.errors import InternalError, UserError
+from skep.vm import TRANSITIONS, End, State, Step, Vm
+
+Program = Callable[[ScriptedVcpu], Exit]
+Make = Callable[..., Vm]
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Path:
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(bzimage())
+    return path
+
+
+@pytest.fixture
+def make(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """``make(program, ...)``: a VM under a scripted engine; closed at the end, and everything it took is given back."""
+    fds, threads = os.listdir("/proc/self/fd"), threading.active_count()
+    made: list[Vm] = []
+
+    def make(program: Program, **options: Any) -> Vm:
+        engine = ScriptedEngine(program)
+        monkeypatch.setattr("skep.vm.choose_engine", lambda wanted: (engine, "the test wants it"))
+        made.append(Vm(**{"kernel": kernel, "memory": "64M", **options}))
+        return made[-1]
+
+    yield make
+    for vm in made:
+        vm.close()
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == len(fds)
+    assert gc.isenabled() and sys.getswitchinterval() == pytest.approx(0.005)
+
+
+def spin(cpu: ScriptedVcpu) -> Exit:
+    return cpu.spin()
+
+
+def once(*actions: Callable[[ScriptedVcpu], Exit | None]) -> Program:
+    """One action a run; after the last the guest spins."""
+    left = list(actions)
+
+    def program(cpu: ScriptedVcpu) -> Exit:
+        return (left.pop(0)(cpu) if left else cpu.spin()) or KICKED
+
+    return program
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.001)
+
+
+def vcpu(vm: Vm) -> ScriptedVcpu:
+    engine = vm.engine
+    assert isinstance(engine, ScriptedEngine)
+    until(lambda: engine.vms and engine.vms[-1].vcpus and engine.vms[-1].vcpus[0].runs)
+    return engine.vms[-1].vcpus[0]
+
+
+def power_off(cpu: ScriptedVcpu) -> None:
+    cpu.io.port_write(0x604, 2, 5 << 10 | 1 << 13)
+
+
+def reset(cpu: ScriptedVcpu) -> None:
+    cpu.io.port_write(0xCF9, 1, 6)
+
+
+def test_a_guest_that_powers_off(make: Make) -> None:
+    vm = make(once(power_off))
+    vm.start()
+    outcome = vm.wait(10)
+    assert outcome is not None and outcome.end is End.POWERED_OFF and outcome.exit_status == 0
+    assert vm.state is State.ENDED
+    vm.stop()
+    assert vm.wait() is outcome
+
+
+def test_the_first_processor_starts_where_the_kernel_is(make: Make) -> None:
+    vm = make(spin)
+    vm.start()
+    state = vcpu(vm).state
+    assert state["rip"] == LOAD + 0x200 and state["rax"] == 0
+    memory = vcpu(vm).vm.memory
+    assert memory.read(LOAD, len(CODE)) == CODE
+    assert memory.read(0xE0000, 8) == b"RSD PTR "
+
+
+def test_stop_is_a_request_and_can_come_early(make: Make) -> None:
+    vm = make(spin)
+    vm.stop()
+    outcome = vm.wait(10)
+    assert outcome is not None and outcome.end is End.STOPPED
+    with pytest.raises(UserError, match="cannot start a VM that is ended"):
+        vm.start()
+
+
+def test_wait_has_a_timeout(make: Make) -> None:
+    vm = make(spin)
+    vm.start()
+    assert vm.wait(0.01) is None
+
+
+@pytest.mark.parametrize("state", [s for s in State if s is not State.CLOSED])
+@pytest.mark.parametrize("step", Step)
+def test_the_table_is_the_rule(make: Make, state: State, step: Step) -> None:
+    vm = make(spin)
+    for before in {
+        State.CREATED: (),
+        State.RUNNING: (Step.START,),
+        State.FROZEN: (Step.START, Step.FREEZE),
+        State.ENDED: (Step.END,),
+    }[state]:
+        vm._ask(before)
+    assert vm.state is state
+    after = TRANSITIONS.get((state, step))
+    if after is None:
+        with pytest.raises(UserError, match=f"cannot {step.value} a VM that is {state.value}"):
+            vm._ask(step)
+        assert vm.state is state
+    else:
+        vm._ask(step)
+        assert vm.state is after
+
+
+def test_a_closed_vm_refuses_everything_but_closing(make: Make) -> None:
+    vm = make(spin)
+    vm.close()
+    vm.close()
+    vm.stop()
+    vm.power_button()
+    for act in (vm.start, vm.freeze, vm.thaw):
+        with pytest.raises(UserError, match="closed"):
+            act()
+
+
+def test_closing_a_running_vm_stops_it(make: Make) -> None:
+    with make(spin) as vm:
+        vm.start()
+        cpu = vcpu(vm)
+    outcome = vm.wait(0)
+    assert outcome is not None and outcome.end is End.STOPPED
+    assert cpu.closed and cpu.vm.closed
+
+
+def test_freeze_stops_processors_and_time(make: Make) -> None:
+    def program(cpu: ScriptedVcpu) -> Exit:
+        time.sleep(0.0005)
+        return KICKED
+
+    vm = make(program)
+    vm.start()
+    cpu = vcpu(vm)
+    vm.freeze()
+    runs, now = cpu.runs, vm._the_board.clock.now_ns()
+    time.sleep(0.03)
+    assert (cpu.runs, vm._the_board.clock.now_ns()) == (runs, now)
+    assert cpu.vm.offsets == []
+    vm.thaw()
+    assert cpu.vm.offsets == [vm._the_board.clock.tsc_offset]
+    until(lambda: cpu.runs > runs)
+    assert now < vm._the_board.clock.now_ns() < now + 30_000_000 + 5_000_000_000
+
+
+def test_freezing_a_spinning_guest_a_hundred_times(make: Make) -> None:
+    vm = make(spin)
+    vm.start()
+    cpu = vcpu(vm)
+    for _ in range(100):
+        vm.freeze()
+        runs = cpu.runs
+        assert vm._processors[0]._parked.is_set()
+        vm.thaw()
+        until(lambda runs=runs: cpu.runs > runs)
+
+
+def test_a_freeze_of_a_halted_guest_keeps_it_halted(make: Make) -> None:
+    vm = make(lambda cpu: HALTED)
+    vm.start()
+    cpu = vcpu(vm)
+    vm.freeze()
+    vm.thaw()
+    time.sleep(0.02)
+    assert cpu.runs == 1
+
+
+def program_timer(cpu: ScriptedVcpu) -> None:
+    """IRQ 0 through the 8259 pair: 1 ms, one-shot."""
+    for port, value in ((0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xFE)):
+        cpu.io.port_write(port, 1, value)
+    for port, value in ((0x43, 0x30), (0x40, 0xA9), (0x40, 0x04)):
+        cpu.io.port_write(port, 1, value)
+
+
+def test_a_halted_guest_is_woken_by_its_timer(make: Make) -> None:
+    vectors: list[int | None] = []
+
+    def interrupted(cpu: ScriptedVcpu) -> Exit | None:
+        vectors.append(cpu.interrupts.acknowledge())
+        power_off(cpu)
+        return None
+
+    vm = make(once(program_timer, lambda cpu: HALTED, interrupted))
+    vm.start()
+    outcome = vm.wait(10)
+    assert outcome is not None and outcome.end is End.POWERED_OFF
+    assert vectors == [0x20]
+
+
+def test_a_guest_that_halts_with_interrupts_off_is_said_once_and_not_woken(make: Make) -> None:
+    said: list[str] = []
+
+    def nudge(cpu: ScriptedVcpu) -> Exit:
+        program_timer(cpu)
+        return HALTED_FOR_GOOD
+
+    def nmi(cpu: ScriptedVcpu) -> Exit:
+        assert cpu.interrupts.take_nmi()
+        return HALTED_FOR_GOOD
+
+    vm = make(once(nudge, nmi), diagnostics=said.append)
+    vm.start()
+    until(lambda: said)
+    cpu = vcpu(vm)
+    until(cpu.interrupts.pending)
+    vm.freeze()
+    vm.thaw()
+    time.sleep(0.02)
+    assert cpu.runs == 1
+    with vm._the_board.lock:
+        vm._the_board.lapics[0].accept(4, 0, False)  # type: ignore[attr-defined]  # an NMI wakes it
+    until(lambda: cpu.runs == 2 and vm._processors[0].hopeless)
+    assert len(said) == 1 and "interrupts off" in said[0]
+
+
+def test_the_guests_reset_starts_again_with_the_files_as_they_were(make: Make, kernel: Path) -> None:
+    def scribble(cpu: ScriptedVcpu) -> None:
+        cpu.vm.memory.write(LOAD, b"overwritten")
+        cpu.vm.memory.write(32 << 20, b"left over")
+        cpu.io.port_write(0x70, 1, 0x40)
+        kernel.write_bytes(b"another file")
+        reset(cpu)
+        reset(cpu)
+
+    vm = make(once(scribble))
+    vm.start()
+    engine = vm.engine
+    assert isinstance(engine, ScriptedEngine)
+    until(lambda: len(engine.vms) == 2 and engine.vms[1].vcpus and engine.vms[1].vcpus[0].runs)
+    assert engine.vms[0].closed and not engine.vms[1].closed
+    memory = engine.vms[1].memory
+    assert memory.read(LOAD, len(CODE)) == CODE and memory.read(32 << 20, 9) == bytes(9)
+    time.sleep(0.02)
+    assert len(engine.vms) == 2, "one reset, however often it was asked for"
+
+
+@pytest.mark.parametrize("port", ["cf9", "i8042", "fast"])
+def test_every_way_to_reset(make: Make, port: str) -> None:
+    where, value = {"cf9": (0xCF9, 6), "i8042": (0x64, 0xFE), "fast": (0x92, 1)}[port]
+    vm = make(once(lambda cpu: cpu.io.port_write(where, 1, value)), no_reboot=True)
+    vm.start()
+    outcome = vm.wait(10)
+    assert outcome is not None and outcome.end is End.REBOOTED and outcome.exit_status == 0
+
+
+def test_reset_by_the_program_and_while_frozen(make: Make) -> None:
+    vm = make(spin, no_reboot=True)
+    vm.start()
+    engine = vm.engine
+    assert isinstance(engine, ScriptedEngine)
+    vcpu(vm)
+    vm.freeze()
+    vm.reset()
+    until(lambda: len(engine.vms) == 2)
+    time.sleep(0.02)
+    assert vm.state is State.FROZEN and not any(cpu.runs for cpu in engine.vms[1].vcpus)
+    vm.thaw()
+    vcpu(vm)
+
+
+def test_a_triple_fault_is_no_reboot(make: Make) -> None:
+    shutdown = Exit(ExitReason.SHUTDOWN, {"exits": ["page fault", "double fault"]})
+    vm = make(once(lambda cpu: shutdown))
+    vm.start()
+    outcome = vm.wait(10)
+    assert outcome is not None and outcome.end is End.TRIPLE_FAULT and outcome.exit_status == 3
+    assert outcome.registers["rip"] == LOAD + 0x200 and outcome.exits == ("page fault", "double fault")
+
+
+def test_what_is_ours_is_said_to_be_ours(make: Make) -> None:
+    vm = make(once(lambda cpu: Exit(ExitReason.FAILED, {"message": "no more room"})))
+    vm.start()
+    outcome = vm.wait(10)
+    assert outcome is not None and outcome.exit_status == 4 and "no more room" in str(outcome)
+
+
+def test_an_exception_on_a_processor_ends_the_vm(make: Make) -> None:
+    def broken(cpu: ScriptedVcpu) -> Exit:
+        raise ZeroDivisionError("oops")
+
+    vm = make(broken)
+    vm.start()
+    outcome = vm.wait(10)
+    assert outcome is not None and outcome.end is End.FAILED
+    assert isinstance(outcome.error, InternalError) and "ZeroDivisionError: oops" in str(outcome)
+
+
+def test_an_exception_in_a_timer_ends_the_vm(make: Make) -> None:
+    vm = make(spin)
+    vm.start()
+
+    def broken() -> None:
+        raise ZeroDivisionError("late")
+
+    with vm._the_board.lock:
+        vm._the_board.clock.timer(broken).arm(0)
+    outcome = vm.wait(10)
+    assert outcome is not None and outcome.end is End.FAILED and "late" in str(outcome)
+
+
+def test_the_power_button_reaches_the_guest(make: Make) -> None:
+    vm = make(once(lambda cpu: cpu.io.port_write(0x602, 2, 1 << 8)))
+    vm.power_button()
+    vm.start()
+    cpu = vcpu(vm)
+    vm.power_button()
+    assert cpu.io.port_read(0x600, 2) & 1 << 8
+
+
+def test_the_console_is_the_serial_port(make: Make) -> None:
+    def talk(cpu: ScriptedVcpu) -> None:
+        for byte in b"hello\r\n":
+            cpu.io.port_write(0x3F8, 1, byte)
+        cpu.io.port_write(0x3FC, 1, 2)  # RTS: ready to receive
+        until(lambda: cpu.io.port_read(0x3FD, 1) & 1)
+        cpu.io.port_write(0x3F8, 1, cpu.io.port_read(0x3F8, 1))
+        power_off(cpu)
+
+    vm = make(once(talk))
+    vm.start()
+    vm.console.expect("hello", timeout=10)
+    vm.console.send("x")
+    vm.console.expect("x", timeout=10)
+    assert vm.wait(10)
+
+
+def test_the_console_belongs_to_the_program_only_where_it_says_so(make: Make) -> None:
+    vm = make(spin, console="none")
+    with pytest.raises(UserError, match=r"lpc\.com1\.path"):
+        vm.console  # noqa: B018
+
+
+def test_application_processors_start_by_init_and_sipi(make: Make) -> None:
+    started = threading.Event()
+
+    def program(cpu: ScriptedVcpu) -> Exit:
+        if cpu.index == 0 and cpu.runs == 1:
+            cpu.io.mmio_write(0xFEE00310, 4, 1 << 24)
+            cpu.io.mmio_write(0xFEE00300, 4, 0x4500)  # INIT
+            for _ in range(2):
+                cpu.io.mmio_write(0xFEE00300, 4, 0x4608)  # STARTUP at 0x8000
+        elif cpu.index == 1:
+            assert cpu.io.mmio_read(0xFEE00020, 4) >> 24 == 1, "its own APIC, not the first one's"
+            started.set()
+        return cpu.spin()
+
+    vm = make(program, cpus=3)
+    vm.start()
+    assert started.wait(10)
+    cpus = vcpu(vm).vm.vcpus
+    assert [cpu.index for cpu in cpus] == [0, 1], "no structures before the first start"
+    cs = cpus[1].state["cs"]
+    assert (cs["selector"], cs["base"], cpus[1].state["rip"]) == (0x800, 0x8000, 0)
+    vm.freeze()
+    runs = [cpu.runs for cpu in cpus]
+    time.sleep(0.01)
+    assert [cpu.runs for cpu in cpus] == runs
+    vm.thaw()
+    until(lambda: all(cpu.runs > before for cpu, before in zip(cpus, runs, strict=True)))
+
+
+def test_init_takes_a_processor_back(make: Make) -> None:
+    vm = make(spin, cpus=2)
+    vm.start()
+    vcpu(vm)
+    board: Any = vm._the_board
+    with board.lock:
+        board.lapics[1].accept(6, 8, False)
+    until(lambda: len(vcpu(vm).vm.vcpus) == 2 and vcpu(vm).vm.vcpus[1].runs)
+    second = vcpu(vm).vm.vcpus[1]
+    with board.lock:
+        board.lapics[1].accept(5, 0, False)
+    until(lambda: vm._processors[1]._held and vm._processors[1]._sleeping)
+    runs = second.runs
+    second.kick()
+    time.sleep(0.01)
+    assert second.runs == runs
+    with board.lock:
+        board.lapics[1].accept(6, 9, False)
+    until(lambda: second.runs > runs)
+    assert second.state["cs"]["base"] == 0x9000
+
+
+def test_the_interpreter_is_set_for_guests_and_set_back(make: Make) -> None:
+    first, second = make(spin), make(spin)
+    first.start()
+    second.start()
+    assert not gc.isenabled() and sys.getswitchinterval() < 0.005
+    first.stop()
+    assert first.wait(10) and not gc.isenabled()
+    second.stop()
+    assert second.wait(10) and gc.isenabled()
+
+
+def test_keyword_arguments_only_write_a_tree(make: Make, kernel: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "d%sk"
+    disk.write_bytes(bytes(1 << 20))
+    vm = make(spin, cmdline="a=%(b) 100%", cpus=2, name="n", disks=[f"{disk},ro"], config={"rtc.use_localtime": "no"})
+    dump = vm.tree.dump()
+    assert dump.splitlines() == [
+        "boot.cmdline=a=%%(b) 100%%",
+        f"boot.kernel={kernel}",
+        "cpus=2",
+        "lpc.com1.path=program",
+        "memory.size=64M",
+        "name=n",
+        "pci.0.2.0.device=virtio-blk",
+        f"pci.0.2.0.path={disk}".replace("%", "%%"),
+        "pci.0.2.0.ro=true",
+        "rtc.use_localtime=no",
+    ]
+    tree = Tree()
+    for line in dump.splitlines():
+        tree.assign(line)
+    assert make(spin, tree=tree, kernel=None, memory=None).tree.dump() == dump
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"kernel": None}, "nothing to boot"),
+        ({"kernel": "/nowhere/vmlinuz"}, "no such file"),
+        ({"memory": "0"}, "memory"),
+        ({"cpus": 0}, "cpus"),
+        ({"console": "carrier-pigeon"}, "no such serial backend"),
+        ({"disks": ["/nowhere/disk"]}, "/nowhere/disk"),
+        ({"config": {"pci.0.3.0.device": "virtio-fog"}}, "no such device"),
+        ({"config": {"pci.0.3.0.path": "x"}}, "says nothing of its device"),
+        ({"config": {"pci.0.32.0.device": "hostbridge"}}, "no such PCI place"),
+        ({"config": {"pci.1.2.0.device": "hostbridge"}}, "no such PCI place"),
+        ({"config": {"pci.0.2": "hostbridge"}}, "no such PCI place"),
+        ({"config": {"lpc.com9.path": "x"}}, "com1"),
+        ({"config": {"memory.sise": "64M"}}, r"memory\.size"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(make: Make, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        make(spin, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_do_not_fit_are_said_at_the_start(make: Make) -> None:
+    vm = make(spin, memory="18M")
+    with pytest.raises(UserError, match="needs 20 MiB"):
+        vm.start()
+    assert vm.state is State.CREATED
