@@ -2,7 +2,7 @@
 
 Encodings are those of the Intel SDM, volume 2 (chapter 2 for prefixes, ModRM, SIB and VEX; chapters 3 to 5 for the
 opcodes, which stand in the methods as in the manual). One method is one instruction and has its name, with an
-underscore where Python owns the word (``and_``, ``or_``, ``not_``, ``int3``). Operand order is Intel's: destination first.
+underscore where Python owns the word (``and_``, ``or_``, ``not_``). Operand order is Intel's: destination first.
 
 A destination may be any int from 0 to 15; as a *source*, a :class:`Reg` is a register and any other int an immediate.
 ``size`` is the operand size in bits: 8, 16, 32 or 64. The byte registers are AL..R15B; AH..DH cannot be named.
@@ -36,7 +36,7 @@ RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15 = R
 class Cond(enum.IntEnum):
     """A condition, by the number that encodes it (SDM 1, appendix B)."""
 
-    O, NO, B, AE, E, NE, BE, A, S, NS, P, NP, L, GE, LE, G = range(16)
+    O, NO, B, AE, E, NE, BE, A, S, NS, P, NP, L, GE, LE, G = range(16)  # noqa: E741  (the manual's names)
     C, NC, Z, NZ = 2, 3, 4, 5  # other names of B, AE, E, NE
 
     @property
@@ -46,7 +46,7 @@ class Cond(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Mem:
-    """The operand ``[base + index * scale + disp]``, in the GS segment if ``gs``. ``disp`` is a signed 32-bit number."""
+    """The operand ``[base + index * scale + disp]``, in the GS segment if ``gs``. ``disp`` has 32 signed bits."""
 
     base: int | None = None
     index: int | None = None
