@@ -1,0 +1,274 @@
+"""virtio-blk against virtio 1.2, 5.2, through the PCI transport and real images."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.devices.virtio.disk import ALL, SIZE, Disk, disk
+from tests.devices.virtio.driver import NEEDS_RESET, Driver
+
+from skep.block.backend import Buffers
+from skep.block.options import BlockOptions, BlockSizes
+from skep.block.record import Kind, read_log
+from skep.devices.virtio.blk import T_FLUSH, T_GET_ID, T_IN, T_OUT
+
+F_RO, F_FLUSH, F_CONFIG_WCE = 1 << 5, 1 << 9, 1 << 11
+OK, IOERR, UNSUPP = 0, 1, 2
+WRITEBACK = 32
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+@pytest.fixture
+def started(image: Path) -> Iterator[Disk]:
+    with disk(image) as made:
+        made.start()
+        yield made
+
+
+def test_5_2_4_configuration(image: Path) -> None:
+    with disk(image, block=BlockSizes(512, 4096)) as made:
+        made.start()
+        driver = made.driver
+        assert driver.config(0, 4) | driver.config(4, 4) << 32 == SIZE // 512  # capacity
+        assert driver.config(8, 4) == 0  # size_max, not offered
+        assert driver.config(12, 4) == 254  # seg_max: a queue less header and status
+        assert driver.config(20, 4) == 512  # blk_size
+        assert (driver.config(24, 1), driver.config(25, 1), driver.config(26, 2)) == (3, 0, 8)  # topology
+        assert driver.config(WRITEBACK, 1) == 1
+        assert driver.config(34, 2) == 1  # num_queues
+        assert driver.config(36, 4) == 0
+        assert driver.config(0xFFC, 4) == 0
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+@pytest.mark.parametrize("msix", [False, True])
+def test_5_2_6_in_and_out(image: Path, indirect: bool, msix: bool) -> None:
+    with disk(image) as made:
+        made.start(indirect=indirect, msix=msix)
+        content = image.read_bytes()
+        assert made.read(0, 512) == content[:512]
+        assert made.read(SIZE // 512 - 8, 4096) == content[-4096:]
+        made.write(5, b"n" * 1536)
+        assert made.read(4, 2560) == content[2048:2560] + b"n" * 1536 + content[4096:4608]
+        made.flush()
+    assert image.read_bytes() == content[:2560] + b"n" * 1536 + content[4096:]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    cuts_out=st.lists(st.integers(1, 1039), max_size=4),
+    cuts_in=st.lists(st.integers(1, 1024), max_size=4),
+    data=st.binary(min_size=1024, max_size=1024),
+)
+def test_2_7_4_framing_means_nothing(framed: Disk, cuts_out: list[int], cuts_in: list[int], data: bytes) -> None:
+    """Header, data and status may lie in buffers cut anyhow."""
+
+    def send(kind: int, sector: int, payload: bytes, room: int, edges: list[int]) -> tuple[int, bytes, int]:
+        driver, memory = framed.driver, framed.board.memory
+        mark = driver.mark
+        message = kind.to_bytes(4, "little") + bytes(4) + sector.to_bytes(8, "little") + payload
+        source, target = driver.allocate(len(message)), driver.allocate(room + 1)
+        memory.write(source, message)
+        out_edges = sorted({0, len(message), *(e for e in edges if e < len(message))})
+        in_edges = sorted({0, room + 1, *(e for e in edges if e < room + 1)})
+        framed.queue.add(
+            [(source + a, b - a, False) for a, b in itertools.pairwise(out_edges)]
+            + [(target + a, b - a, True) for a, b in itertools.pairwise(in_edges)]
+        )
+        framed.queue.kick()
+        ((_, written),) = framed.queue.wait()
+        got = memory.read(target, room + 1)
+        driver.free_all(mark)
+        return got[-1], got[:-1], written
+
+    assert send(T_OUT, 7, data, 0, cuts_out) == (OK, b"", 1)
+    assert send(T_IN, 7, b"", 1024, cuts_in) == (OK, data, 1025)
+    assert send(T_GET_ID, 0, b"", 20, cuts_in) == (OK, b"SN-1".ljust(20, b"\0"), 21)
+
+
+@pytest.fixture(scope="module")
+def framed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
+    with disk(tmp_path_factory.mktemp("framed") / "disk.img", serial="SN-1") as made:
+        made.start()
+        yield made
+
+
+def test_5_2_6_get_id(image: Path) -> None:
+    with disk(image, serial="x" * 20) as made:
+        made.start()
+        assert made.identity() == b"x" * 20
+        assert made.request(T_GET_ID, room=[4]) == (OK, b"xxxx", 5)
+        status, data, written = made.request(T_GET_ID, room=[32])
+        assert (status, data[:20], written) == (OK, b"x" * 20, 20)  # what is behind the identity was not written
+    with disk(image) as made:
+        made.start()
+        first = made.identity()
+        assert first.startswith(b"SKEP-") and len(first) <= 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "sector", "out", "room"),
+    [
+        (T_IN, SIZE // 512, [], [512]),
+        (T_IN, SIZE // 512 - 1, [], [1024]),
+        (T_IN, (1 << 64) - 1, [], [512]),
+        (T_IN, 1 << 55, [], [512]),
+        (T_IN, 0, [], [511]),
+        (T_IN, 0, [], [512, 1]),
+        (T_OUT, SIZE // 512, [b"x" * 512], []),
+        (T_OUT, (1 << 64) - 1, [b"x" * 512], []),
+        (T_OUT, 0, [b"x" * 100], []),
+    ],
+)
+def test_5_2_6_requests_beyond_the_disk_or_of_part_of_a_sector(
+    started: Disk, image: Path, kind: int, sector: int, out: list[bytes], room: list[int]
+) -> None:
+    before = image.read_bytes()
+    status, data, written = started.request(kind, sector, out, room)
+    assert status == IOERR
+    assert data == b"\xaa" * sum(room), "nothing may be written to the buffer"
+    assert written == (0 if room else 1)
+    assert image.read_bytes() == before
+    assert started.read(0, 512) == before[:512], "the device goes on"
+
+
+@pytest.mark.parametrize("kind", [2, 3, 7, 11, 13, 14, 0xFFFF_FFFF])
+def test_5_2_6_other_requests_are_unsupported(started: Disk, kind: int) -> None:
+    assert started.request(kind, room=[8]) == (UNSUPP, b"\xaa" * 8, 0)
+
+
+def test_5_2_6_2_read_only(image: Path) -> None:
+    before = image.read_bytes()
+    with disk(image, read_only=True) as made:
+        made.start()
+        assert made.driver.features & F_RO
+        assert made.read(1, 512) == before[512:1024]
+        assert made.request(T_OUT, 0, out=[b"x" * 512])[0] == IOERR
+        assert made.request(T_FLUSH)[0] == OK
+    assert image.read_bytes() == before
+    with disk(image) as made:
+        made.start()
+        assert not made.driver.features & F_RO
+
+
+class Failing:
+    """A backend whose host refuses everything."""
+
+    size, read_only, write_cache = SIZE, False, True
+
+    def preadv(self, buffers: Buffers, offset: int) -> None:
+        raise OSError(errno.EIO, "I/O error")
+
+    pwritev = preadv
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    def close(self) -> None:
+        pass
+
+
+def test_5_2_6_what_the_host_refuses_is_an_io_error() -> None:
+    made = Disk(BlockOptions(path="none"), Failing())
+    made.start()
+    assert made.request(T_IN, room=[512])[0] == IOERR
+    assert made.request(T_OUT, out=[b"x" * 512])[0] == IOERR
+    assert made.request(T_FLUSH)[0] == IOERR
+    made.close()
+
+
+class TestWriteCache:
+    """5.2.5.2, 5.2.6.2: which writes are durable when they complete. The log of a recording layer tells."""
+
+    def flushed(self, image: Path, features: int, writeback: int | None = None, **options: object) -> bool:
+        log = image.with_name("log")
+        with disk(image, None, record=str(log), **options) as made:
+            made.start(features)
+            if writeback is not None:
+                made.driver.set_config(WRITEBACK, 1, writeback)
+            made.write(0, b"x" * 512)
+            entries = [entry.kind for entry in read_log(str(log))]
+        assert entries[0] is Kind.WRITE
+        return Kind.FLUSH in entries
+
+    def test_the_driver_flushes(self, image: Path) -> None:
+        assert not self.flushed(image, ALL)
+        assert not self.flushed(image, ALL & ~F_CONFIG_WCE)
+
+    def test_a_driver_that_cannot_flush_gets_durable_writes(self, image: Path) -> None:
+        assert self.flushed(image, ALL & ~F_CONFIG_WCE & ~F_FLUSH)
+        assert self.flushed(image, ALL & ~F_FLUSH)
+
+    def test_the_driver_switches_the_cache(self, image: Path) -> None:
+        assert self.flushed(image, ALL, writeback=0)
+        assert not self.flushed(image, ALL, writeback=1)
+        assert not self.flushed(image, ALL & ~F_CONFIG_WCE, writeback=0), "not negotiated, not writable"
+
+    def test_the_user_switches_it_off(self, image: Path) -> None:
+        assert self.flushed(image, ALL, write_cache=False)
+        assert self.flushed(image, ALL & ~F_CONFIG_WCE, write_cache=False)
+        assert not self.flushed(image, ALL, write_cache=False, writeback=1)
+
+    def test_a_synchronous_image_needs_no_switch(self, image: Path) -> None:
+        assert self.flushed(image, ALL, synchronous=True, writeback=1)
+
+    def test_a_flush_is_a_flush(self, image: Path) -> None:
+        log = image.with_name("log")
+        with disk(image, record=str(log)) as made:
+            made.start()
+            made.write(0, b"x" * 512)
+            made.flush()
+            assert [entry.kind for entry in read_log(str(log))] == [Kind.WRITE, Kind.FLUSH]
+
+    @pytest.mark.parametrize(
+        ("features", "write_cache", "shown"),
+        [(ALL, True, 1), (ALL, False, 0), (ALL & ~F_FLUSH, True, 0)],
+    )
+    def test_how_it_starts(self, image: Path, features: int, write_cache: bool, shown: int) -> None:
+        with disk(image, write_cache=write_cache) as made:
+            driver = Driver(made.board, features)
+            driver.negotiate()
+            assert driver.config(WRITEBACK, 1) == shown
+
+    def test_a_reset_undoes_the_switch(self, started: Disk) -> None:
+        """QEMU once leaked one driver's setting into the next."""
+        started.driver.set_config(WRITEBACK, 1, 0)
+        assert started.driver.config(WRITEBACK, 1) == 0
+        started.driver.reset()
+        assert started.driver.config(WRITEBACK, 1) == 1
+
+
+@pytest.mark.parametrize(
+    "buffers",
+    [
+        [(0x4000, 16, False)],
+        [(0x4000, 15, False), (0x5000, 1, True)],
+        [(0x5000, 1, True)],
+        [(0x4000, 16, False), (0xFFFF_F000, 512, True), (0x5000, 1, True)],
+    ],
+)
+def test_2_1_2_a_request_without_header_or_status_needs_a_reset(
+    started: Disk, buffers: list[tuple[int, int, bool]]
+) -> None:
+    driver = started.driver
+    started.queue.add(buffers)
+    started.queue.kick()
+    assert started.board.messages.wait(driver.CONFIG_DATA)
+    assert driver.status & NEEDS_RESET
+    assert started.blk.complaint
+    started.start()
+    assert not started.driver.status & NEEDS_RESET
+    assert len(started.read(0, 512)) == 512
