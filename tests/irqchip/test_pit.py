@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from boardtest import Time, Wire
 
+from boardtest import Time, Wire
 from skep.contracts.conformance import DeviceConformance
 from skep.contracts.io import IoRegion
 from skep.irqchip.pit import MAX_LOST_TICKS, PIT_HZ, Counter, Pit

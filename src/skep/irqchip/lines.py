@@ -35,9 +35,8 @@ class GsiLine:
 
     def change(self, level: bool) -> None:
         """One more, or one fewer, source asserts."""
-        before = self._asserting
         self._asserting += 1 if level else -1
-        if (before == 0) == level:
+        if self._asserting == level:  # the first one, or the last
             if self.gsi < 16:
                 self._pic.set_line(self.gsi, level)
             self._ioapic.set_line(self._pin, level)
