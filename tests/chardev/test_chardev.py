@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from on_terminal import OnTerminal
 from skep.chardev.console import Console, ConsoleClosed, ConsoleTimeout
 from skep.chardev.loop import Loop
 from skep.chardev.stdio import Escape, Stdio
 from skep.chardev.writer import BACKLOG, Writer
 from skep.contracts.chardev import CharBackend
 from skep.errors import InternalError
+from tests.on_terminal import OnTerminal
 
 
 class Fifo:

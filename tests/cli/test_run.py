@@ -1,0 +1,353 @@
+"""``skep run`` from the outside: what it prints, how it ends, what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.on_terminal import OnTerminal
+from tests.tiny_kernel import tiny_kernel
+
+SKEP = (sys.executable, "-m", "skep.cli")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path("src").absolute())}
+WAIT = 60.0
+"""Seconds; nothing here takes two on an idle machine."""
+
+
+@pytest.fixture(params=["translate", "kvm"])
+def engine(request: pytest.FixtureRequest) -> str:
+    if request.param == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("/dev/kvm does not open")
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("kernel") / "bzImage"
+    path.write_bytes(tiny_kernel())
+    return path
+
+
+class Run:
+    """One ``skep run`` with pipes."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [*SKEP, "run", "--memory", "16M", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT,
+        )
+        self.output = b""
+
+    def send(self, data: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def expect(self, text: bytes) -> None:
+        assert self.process.stdout is not None
+        deadline = time.monotonic() + WAIT
+        while not self.output.endswith(text):
+            ready = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]
+            data = os.read(self.process.stdout.fileno(), 4096) if ready else b""
+            assert data, (self.output, self.process.poll())
+            self.output += data
+
+    def end(self, data: bytes | None = None) -> tuple[int, bytes, str]:
+        output, errors = self.process.communicate(data, timeout=WAIT)
+        return self.process.returncode, self.output + output, errors.decode()
+
+
+@pytest.fixture
+def run(engine: str, kernel: Path) -> Iterator[Callable[..., Run]]:
+    started: list[Run] = []
+
+    def start(*arguments: str) -> Run:
+        started.append(Run("--kernel", str(kernel), "--engine", engine, *arguments))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+        one.process.communicate(timeout=WAIT)
+
+
+Start = Callable[..., Run]
+
+# How it ends
+
+
+def test_power_off_is_status_0(run: Start) -> None:
+    assert run().end(b"q") == (0, b"B", "")
+
+
+def test_bytes_of_a_pipe_reach_the_guest_and_its_end_does_not_stop_it(run: Start) -> None:
+    text = b"The \x01x brown fox jum\x00 over lazy dog\xff" * 20
+    vm = run()
+    assert vm.process.stdin is not None
+    vm.send(text)
+    vm.process.stdin.close()
+    vm.process.stdin = None
+    vm.expect(b"B" + text)
+    time.sleep(0.2)
+    assert vm.process.poll() is None
+    vm.process.send_signal(signal.SIGINT)
+    assert vm.end() == (0, b"B" + text, "")
+
+
+def test_a_reboot_starts_again_with_the_files_read_at_the_start(run: Start, kernel: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "kernel"
+    copy.write_bytes(kernel.read_bytes())
+    vm = run("--kernel", str(copy))
+    vm.expect(b"B")
+    copy.unlink()
+    assert vm.end(b"rrq") == (0, b"BBB", "")
+
+
+def test_no_reboot_ends_with_status_0(run: Start) -> None:
+    assert run("--no-reboot").end(b"rq") == (0, b"B", "")
+
+
+def test_a_triple_fault_is_status_3_with_the_registers(run: Start) -> None:
+    status, output, errors = run().end(b"t")
+    assert (status, output) == (3, b"B")
+    lines = errors.splitlines()
+    assert lines[0] == "skep: the guest had a triple fault"
+    assert any("rip=0000000000100" in line for line in lines)
+    assert any(line.startswith("  cs: selector=10 ") for line in lines)
+
+
+def test_halting_for_good_is_said_once(run: Start) -> None:
+    vm = run()
+    vm.send(b"h")
+    assert vm.process.stderr is not None
+    line = vm.process.stderr.readline().decode()
+    assert line.startswith("skep: the guest halted with interrupts off")
+    vm.process.send_signal(signal.SIGINT)
+    assert vm.end() == (0, b"B", "")
+
+
+# Signals
+
+
+def test_sigterm_presses_the_power_button(run: Start) -> None:
+    vm = run()
+    vm.send(b"ap")
+    vm.expect(b"Ba")
+    vm.process.send_signal(signal.SIGTERM)
+    assert vm.end() == (0, b"Ba", "")
+
+
+def test_a_second_sigterm_stops(run: Start) -> None:
+    vm = run()
+    vm.send(b"as")
+    vm.expect(b"Ba")
+    vm.process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        vm.process.wait(0.3)
+    vm.process.send_signal(signal.SIGTERM)
+    assert vm.end() == (0, b"Ba", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_the_terminals_signals_stop_at_once(run: Start, number: signal.Signals) -> None:
+    vm = run()
+    vm.send(b"as")
+    vm.expect(b"Ba")
+    vm.process.send_signal(number)
+    assert vm.end() == (0, b"Ba", "")
+
+
+# The rest of the command line
+
+
+def test_a_dump_runs_the_same_vm(run: Start, kernel: Path, engine: str, tmp_path: Path) -> None:
+    options = ("--kernel", str(kernel), "--engine", engine, "--memory", "16M", "--no-reboot", "-o", "config.dump=1")
+    dump = subprocess.run([*SKEP, "run", *options], capture_output=True, check=True, timeout=WAIT, env=ENVIRONMENT)
+    conf = tmp_path / "conf"
+    conf.write_bytes(dump.stdout)
+    done = subprocess.run(
+        [*SKEP, "run", "-k", str(conf)], check=False, input=b"r", capture_output=True, timeout=WAIT, env=ENVIRONMENT
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"B", b"")
+
+
+def test_verbose_says_which_engine_and_why(run: Start, engine: str) -> None:
+    status, output, errors = run("-v").end(b"q")
+    assert (status, output) == (0, b"B")
+    assert errors.splitlines() == [f"skep: engine {engine}: as configured", "skep: powered off"]
+
+
+def test_console_none(run: Start) -> None:
+    vm = run("--console", "none")
+    with pytest.raises(subprocess.TimeoutExpired):
+        vm.process.wait(1)
+    vm.process.send_signal(signal.SIGINT)
+    assert vm.end() == (0, b"", "")
+
+
+# On a terminal
+
+
+def terminal_of(engine: str, kernel: Path) -> OnTerminal:
+    return OnTerminal("-m", "skep.cli", "run", "-m", "16M", "--kernel", str(kernel), "--engine", engine)
+
+
+def test_ctrl_a_x_stops_and_the_terminal_is_restored(engine: str, kernel: Path) -> None:
+    with terminal_of(engine, kernel) as terminal:
+        terminal.read_until(b"B")
+        assert terminal.mode() != terminal.before
+        terminal.type(b"a\x03\x01\x01")
+        terminal.read_until(b"a\x03\x01")
+        terminal.type(b"s")
+        terminal.type(b"\x01x")
+        assert terminal.process.wait(WAIT) == 0
+        assert terminal.mode() == terminal.before
+
+
+@pytest.mark.parametrize(("command", "status"), [(b"q", 0), (b"t", 3)])
+def test_the_terminal_is_restored_at_the_guests_end(engine: str, kernel: Path, command: bytes, status: int) -> None:
+    with terminal_of(engine, kernel) as terminal:
+        terminal.read_until(b"B")
+        terminal.type(command)
+        assert terminal.process.wait(WAIT) == status
+        assert terminal.mode() == terminal.before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_the_terminal_is_restored_after_signals(engine: str, kernel: Path, number: signal.Signals) -> None:
+    with terminal_of(engine, kernel) as terminal:
+        terminal.read_until(b"B")
+        terminal.type(b"s")
+        terminal.process.send_signal(number)
+        if number == signal.SIGTERM:
+            time.sleep(0.1)
+            terminal.process.send_signal(number)
+        assert terminal.process.wait(WAIT) == (-number if number == signal.SIGKILL else 0)
+        deadline = time.monotonic() + 5
+        while terminal.mode() != terminal.before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert terminal.mode() == terminal.before
+
+
+# Mistakes
+
+
+def refused(*arguments: str, where: Path) -> str:
+    """The one line of a ``skep run`` that is refused, and leaves nothing behind."""
+    before = sorted(str(path) for path in where.rglob("*"))
+    done = subprocess.run(
+        [*SKEP, "run", "--memory", "16M", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=False,
+        env=ENVIRONMENT,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("skep: ")
+    assert done.stderr.count("\n") == 1
+    assert sorted(str(path) for path in where.rglob("*")) == before
+    return done.stderr.removeprefix("skep: ").strip()
+
+
+@pytest.fixture
+def files(tmp_path: Path, kernel: Path) -> Path:
+    """One file of each bad kind."""
+    good = kernel.read_bytes()
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "text").write_text("not a kernel, though long enough to be one\n" * 100)
+    (tmp_path / "truncated").write_bytes(good[: len(good) // 2])
+    (tmp_path / "stub").write_bytes(good[:100])
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 32 << 20)
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    (tmp_path / "odd").write_bytes(bytes(1000))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "cannot read the kernel: no such file or directory"),
+        ("empty", "the kernel is empty"),
+        ("text", "not a Linux kernel (bzImage)"),
+        ("stub", "not a Linux kernel (bzImage)"),
+        ("truncated", "the kernel is truncated"),
+        ("directory", "is a directory"),
+    ],
+)
+def test_bad_kernels(files: Path, name: str, message: str) -> None:
+    assert refused("--kernel", str(files / name), where=files).startswith(f"{files / name}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "cannot read the initrd: no such file or directory"),
+        ("empty", "the initrd is empty"),
+        ("directory", "is a directory"),
+        ("large", "the initrd has 32 MiB and does not fit into 16 MiB of memory"),
+    ],
+)
+def test_bad_initrds(files: Path, kernel: Path, name: str, message: str) -> None:
+    line = refused("--kernel", str(kernel), "--initrd", str(files / name), where=files)
+    assert line.startswith(f"{files / name}: {message}")
+
+
+@pytest.mark.parametrize("name", ["absent", "directory", "empty"])
+def test_bad_disks(files: Path, kernel: Path, name: str) -> None:
+    assert str(files / name) in refused("--kernel", str(kernel), "--disk", str(files / name), where=files)
+
+
+def test_a_disk_that_is_not_writable(files: Path, kernel: Path) -> None:
+    (files / "disk").chmod(0o444)
+    if os.access(files / "disk", os.W_OK):
+        pytest.skip("root may write to everything")
+    assert str(files / "disk") in refused("--kernel", str(kernel), "--disk", str(files / "disk"), where=files)
+
+
+def test_a_disk_that_another_vm_has(run: Start, files: Path, kernel: Path) -> None:
+    disk = files / "disk"
+    vm = run("--disk", str(disk))
+    vm.expect(b"B")
+    line = refused("--kernel", str(kernel), "--disk", str(disk), where=files)
+    assert line.startswith(f"{disk}: ")
+    assert "lock" in line
+    assert vm.end(b"q")[0] == 0
+    vm = run("--disk", str(disk))
+    assert vm.end(b"q")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-o pci.0.2.0.device=virtio-net", "pci.0.2.0.device: no such device: 'virtio-net'"),
+        ("-o pci.0.2.0.pth=x", "pci.0.2.0.device: says nothing of its device"),
+        ("-o lpc.com1.pth=x", "lpc.com1.pth: unknown configuration key; the nearest is lpc.com1.path"),
+        ("--console teletype", "lpc.com1.path: no such serial backend: 'teletype'"),
+        ("--disk DISK,rw", "pci.0.2.0.rw: unknown configuration key; the nearest is pci.0.2.0.ro"),
+        ("--disk DISK,format=zip", "pci.0.2.0.format: 'zip' is not one of raw"),
+        ("--cmdline " + "x" * 3000, "boot.cmdline: the kernel's command line has 3000 bytes, this kernel takes 2047"),
+    ],
+)
+def test_other_mistakes(files: Path, kernel: Path, arguments: str, message: str) -> None:
+    words = arguments.replace("DISK", str(files / "disk")).split()
+    assert refused("--kernel", str(kernel), *words, where=files).startswith(message)
+
+
+def test_nothing_to_boot(tmp_path: Path) -> None:
+    assert refused(where=tmp_path).startswith("boot.kernel: there is nothing to boot")
