@@ -587,7 +587,7 @@ class Lowering:
 
     def _count(self, node: ast.Call, n: int) -> None:
         if len(node.args) != n or node.keywords:
-            self._fail(node, f"{ast.unparse(node.func)} takes {n} arguments")
+            self._fail(node, f"{ast.unparse(node.func)} takes {n} arguments, not {len(node.args)}")
 
     def _call(self, node: ast.Call, dst: Var | None, wanted: bool = True) -> Operand:
         function = self.scope.source.resolve(node.func)
