@@ -87,7 +87,6 @@ class GuestClock:
         self._closed = True
         self._wake.set()
         self._thread.join()
-        self._queue.clear()
         self._listeners = ()
 
     def tsc(self) -> int:

@@ -190,6 +190,8 @@ def test_what_a_callback_raises_is_reported_and_the_clock_goes_on() -> None:
 
 def test_close_joins_the_thread() -> None:
     clock = GuestClock(time.monotonic_ns, GHZ)
-    clock.timer(lambda: None).arm(GHZ)
+    timer = clock.timer(lambda: None)
+    timer.arm(GHZ)
     clock.close()
     assert not clock._thread.is_alive()
+    timer.close()
