@@ -1,0 +1,5 @@
+"""The translator: an engine that needs no hardware virtualization (docs/engine.md)."""
+
+from skep.engine.translate.vcpu import TranslateEngine
+
+__all__ = ["TranslateEngine"]

@@ -58,13 +58,14 @@ _FIELDS = (
     "ng_count",  # entries in the list of non-global TLB entries
     "jl_count",  # entries in the list of non-global jump-cache sets
     "nmi_blocked",  # 1 between the delivery of an NMI and the next IRET
+    "single",  # 1 while one instruction runs alone: faults go to Python instead of into the guest
     "large",  # 1 once a 1 GiB page was used since the last whole flush
     "w_pa", "w_flags", "w_error",  # what walk found: physical address; bit 0 global, 1 large; #PF error code
     "tag", "set",  # for a jump: host r10 and r11 at a checked entry (tag and set offset)
     "target",  # host address to enter at
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
-    "slow", "link", "miss", "brk_exit", "emu_exit", "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs",
+    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs",
     "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link",  # counters
 )
 

@@ -79,7 +79,7 @@ AC = 0x40000
 # Page-table entries (Intel SDM 3, 4.5)
 P, RW, US, ACCESSED, DIRTY, PS, GLOBAL = 1, 2, 4, 0x20, 0x40, 0x80, 0x100
 FRAME = 0x000FFFFFFFFFF000
-RESERVED = 0x000FC00000000000  # MAXPHYADDR is 46
+RESERVED = 0x000FFF0000000000  # MAXPHYADDR is 40 (cpuid.PHYSICAL_BITS)
 UPPER = 0xFFFFFFFFFFFFFFFF
 
 # Access kinds of walk, and the page-fault error code's bits
@@ -353,7 +353,7 @@ def page_fault(va: int, rip: int) -> int:
     st.va = va
     st.rip = rip
     error = st.w_error
-    if deliver(14, error, 1, rip) == 0:
+    if st.single or deliver(14, error, 1, rip) == 0:
         st.w_error = error
         st.kind = Kind.EXCEPTION
         return 0
@@ -585,13 +585,6 @@ def insert(key: int, checked: int, plain: int) -> int:
     st64(entry, key)
     st64(entry + 8, checked)
     st64(entry + 16, plain)
-    return 0
-
-
-def remove(key: int) -> int:
-    entry = find(key)
-    if entry:
-        st64(entry, 1)
     return 0
 
 
@@ -897,6 +890,6 @@ def rep_move(desc: int, array: int) -> int:
 
 ROUTINES = [
     walk, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault, fill, to_python, fill_crossing,
-    supervisor_pointer, deliver, set_mode, find, insert, remove, fetch_page, lookup, link, load_cr3, descriptor_at, interrupt_return,
+    supervisor_pointer, deliver, set_mode, find, insert, fetch_page, lookup, link, load_cr3, descriptor_at, interrupt_return,
     system_call, system_return, operand, rep_store, mask_at_host, rep_move, empty_entry, lines, mask_at, jump_set, elements,
 ]  # fmt: skip

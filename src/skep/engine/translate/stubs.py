@@ -44,7 +44,7 @@ from skep.engine.translate.asm import (
     Mem,
     gs,
 )
-from skep.engine.translate.layout import JC, JC_ARRAY, OFFSETS, TLB, XSAVE_AREA, Kind, Mode
+from skep.engine.translate.layout import EMPTY_JC, JC, JC_ARRAY, OFFSETS, TLB, XSAVE_AREA, Kind, Mode
 
 CALLER_SAVED = {"rax": RAX, "rcx": RCX, "rdx": RDX, "rsi": RSI, "rdi": RDI, "r8": R8, "rsp": R9}
 """Guest registers (by name) in host registers that a routine may change."""
@@ -268,6 +268,14 @@ class Stubs:
             a.jmp(way1)
             a.bind(full)
             restore_flags(a)
+            a.jmp(miss)
+
+            # The checked entry of a block that is no more: forget the way that led there.
+            self._begin(f"dead{array}")
+            a.push(RAX)
+            a.mov(RAX, EMPTY_JC)
+            a.mov(Mem(R11, disp=JC + array * JC_ARRAY, gs=True), RAX)
+            a.pop(RAX)
             a.jmp(miss)
 
         # brk was set at a checked entry whose target is r10 (perhaps with the 32-bit tag, which Python strips).

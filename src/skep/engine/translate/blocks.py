@@ -1,0 +1,722 @@
+"""Blocks: runs of guest instructions translated together, where they lie, and how they hang together.
+
+A block begins at a guest-physical address in a mode and goes on over conditional branches that are not taken, up to a limit or the end of its page.
+It has two entries. The *checked* entry is reached through the jump cache with the target's tag in r10 and the set's offset in r11: it compares, looks
+whether somebody wants the vCPU, and notes the page's address. The *plain* entry is reached by jumps that were patched to it from blocks of the same page.
+Every cycle of plain jumps has a backward one, and those look, too.
+
+Layout of a block in the code buffer: checked entry, plain entry and body, then what is rarely run: calls of the slow path, links, long jumps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable
+
+from iced_x86 import Decoder, Instruction
+
+from skep.engine.translate.asm import Assembler, Cond, Mem, R10, R11, gs
+from skep.engine.translate.compiler import compile_functions
+from skep.engine.translate.layout import HASH_BITS, HASH_ENTRY, JC, JC_ARRAY, OFFSETS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
+from skep.engine.translate.lower import ALL_FLAGS, TAG32, TLB_MASK, Ends, Form, Lowering, Template
+from skep.engine.translate.runtime import ROUTINES
+from skep.engine.translate.stubs import Stubs, restore_flags, save_flags
+from skep.engine.translate.stubs import field as state
+from skep.memory import GuestMemory
+
+CODE_SIZE = 64 << 20
+MAX_INSTRUCTIONS = 48
+MAX_BRANCHES = 6
+MAX_BYTES = 192
+MAX_BLOCKS = (1 << HASH_BITS) * 5 // 8
+GIVE_UP = 200
+"""A code page that is written this often is forgotten whole, so that data beside dead code is cheap again."""
+
+_i32 = struct.Struct("<i").pack_into
+_NOPS = (b"", b"\x90", b"\x66\x90", b"\x0f\x1f\x00")
+_RELATIVE_KEY = b"rip!"
+
+
+def _frag(build: Callable[[Assembler], None]) -> bytes:
+    a = Assembler()
+    build(a)
+    return a.code(0)
+
+
+_ESC = b"\x65"
+_LINK_CALL = _frag(lambda a: a.call(state("link")))
+_SLOW_CALL = _frag(lambda a: a.call(state("slow")))
+_LOAD_PAGE = _frag(lambda a: a.mov(R10, state("page")))
+_BRK_JUMP = _frag(lambda a: a.jmp(state("brk_exit")))
+_RESTORE = _frag(restore_flags)
+_SAVE = _frag(save_flags)
+_SLOW = struct.Struct(f"<Bi{len(_SLOW_CALL)}sBi")
+_SLOW_SIZE = _SLOW.size
+_LINK = struct.Struct(f"<2sQ{len(_LINK_CALL)}si")
+_LINK_SITE = 10 + len(_LINK_CALL)
+_CHECK_DEAD = _frag(lambda a: a.cmp(gs(OFFSETS["brk"]), 0, size=16)) + b"\x0f\x85"  # jne rel32
+# the same without touching flags: mov r11, rcx; movzx ecx, word brk; jrcxz over; mov rcx, r11; jmp rel32; over: mov rcx, r11
+_CHECK_LIVE = b"\x49\x89\xcb" + _frag(lambda a: a.movzx(1, gs(OFFSETS["brk"]), 16)) + b"\xe3\x08\x4c\x89\xd9\xe9"
+_CHECK_LIVE_END = b"\x4c\x89\xd9"
+
+
+class Block:
+    """One translation. Offsets ``start`` (checked entry), ``entry`` and ``end`` are in the code buffer."""
+
+    __slots__ = ("key", "pa", "size", "pa2", "start", "entry", "end", "live", "marks")
+
+    def __init__(self, key: int, pa: int, size: int, pa2: int | None, start: int, entry: int, end: int, live: int, marks: array[int]) -> None:
+        self.key = key
+        self.pa = pa
+        self.size = size
+        self.pa2 = pa2
+        self.start = start
+        self.entry = entry
+        self.end = end
+        self.live = live
+        self.marks = marks
+
+    @property
+    def mode(self) -> int:
+        return self.key & 4095
+
+
+class CodeBuffer:
+    """Memory for code, seen twice: writable, and executable; never both at one address."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        fd = os.memfd_create("skep-code")
+        try:
+            os.ftruncate(fd, size)
+            self._rw = mmap.mmap(fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._rx = mmap.mmap(fd, size, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+        finally:
+            os.close(fd)
+        self.view = memoryview(self._rw)
+        self._pin = ctypes.c_char.from_buffer(self._rw)
+        self.rw = ctypes.addressof(self._pin)
+        self.rx = _address_of(self._rx)
+
+    def close(self) -> None:
+        self.view.release()
+        del self._pin
+        self._rw.close()
+        self._rx.close()
+
+
+def _address_of(mapping: mmap.mmap) -> int:
+    """The address of a read-only mapping, which ctypes will not tell."""
+    buffer = (ctypes.c_char * 80)()  # Py_buffer: void *buf is its first field
+    api = ctypes.pythonapi
+    if api.PyObject_GetBuffer(ctypes.py_object(mapping), buffer, 0):
+        raise OSError("cannot take the address of a mapping")
+    address = ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint64))[0]
+    api.PyBuffer_Release(buffer)
+    return address
+
+
+class Cache:
+    """A VM's translations."""
+
+    def __init__(self, memory: GuestMemory, size: int = CODE_SIZE) -> None:
+        self.memory = memory
+        self.buffer = CodeBuffer(size)
+        self.code = self.buffer.view
+        frames = (memory.top + 4095) >> 12
+        self._tables = [mmap.mmap(-1, (HASH_ENTRY << HASH_BITS)), mmap.mmap(-1, frames * 8), mmap.mmap(-1, frames)]
+        self._pins = [ctypes.c_char.from_buffer(t) for t in self._tables]
+        self.hash_address, self.mask_address, self.wmapped_address = (ctypes.addressof(p) for p in self._pins)
+        self._hash = memoryview(self._tables[0]).cast("B").cast("Q")
+        self.mask = memoryview(self._tables[1]).cast("B").cast("Q")
+        self.wmapped = memoryview(self._tables[2])
+        unit = compile_functions(ROUTINES, self.buffer.rx)
+        self.code[: len(unit.code)] = unit.code
+        self.routines = {name: self.buffer.rx + offset for name, offset in unit.entry.items()}
+        at = (len(unit.code) + 63) & ~63
+        data, self.stubs = Stubs(self.routines).code(self.buffer.rx + at)
+        self.code[at : at + len(data)] = data
+        self.first = self.pos = (at + len(data) + 63) & ~63
+        self.blocks: dict[int, Block] = {}
+        self._pages: dict[int, list[Block]] = {}
+        self._starts: list[int] = []
+        self._order: list[Block] = []
+        self._writes: dict[int, int] = {}
+        self._modes: dict[int, tuple[Lowering, dict[bytes, Form]]] = {}
+        self._prologues: dict[tuple[int, bool], tuple[bytes, int, int, int]] = {}
+        self._peeks: dict[int, int] = {}
+        self._ins = Instruction()
+        self._insert = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)(self.routines["insert"])
+        self._clear_write_tags = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)(self.routines["clear_write_tags"])
+        self.instructions = 0
+        self.killed = 0
+
+    def close(self) -> None:
+        self.mask.release()
+        self.wmapped.release()
+        self._hash.release()
+        self._pins.clear()
+        for t in self._tables:
+            t.close()
+        self.buffer.close()
+
+    # Forms
+
+    def mode(self, mode: int) -> tuple[Lowering, dict[bytes, Form]]:
+        known = self._modes.get(mode)
+        if known is None:
+            known = self._modes[mode] = (Lowering(mode), {})
+        return known
+
+    def live_at(self, page: int, offset: int, mode: int) -> int:
+        """The flags that code at ``offset`` of the page reads before it writes them, as far as a short look tells."""
+        key = (page | offset) << 12 | mode
+        block = self.blocks.get(key)
+        if block is not None:
+            return block.live
+        known = self._peeks.get(key)
+        if known is not None:
+            return known
+        lowering, forms = self.mode(mode)
+        pa = page | offset
+        data = bytes(self.memory.view(pa, min(4096 - offset, 20)))
+        decoder = Decoder(64 if lowering.wide else 32, data, ip=offset)
+        ins = self._ins
+        need = 0
+        open_ = ALL_FLAGS
+        at = 0
+        for _ in range(3):
+            decoder.decode_out(ins)
+            if ins.code == 0:
+                break
+            n = ins.len
+            form = forms.get(data[at : at + n])
+            if form is None:
+                relative = ins.is_ip_rel_memory_operand
+                form = lowering.form(ins, relative)
+                if not relative and not 0 < form.ends <= Ends.CALL:
+                    forms[data[at : at + n]] = form
+            at += n
+            need |= open_ & form.reads
+            open_ &= form.keeps
+            if not open_ or form.ends:
+                break
+        need |= open_
+        if len(self._peeks) > 20000:
+            self._peeks.clear()
+        self._peeks[key] = need
+        return need
+
+    # Translation
+
+    def translate(self, pa: int, mode: int, next_page: Callable[[], int]) -> Block:
+        """Translate the block at ``pa``. ``next_page`` gives the physical address of the page behind it in the guest's address space, for an
+        instruction on two pages; what it raises goes through. The caller has seen that there is no such block."""
+        if self.pos + (64 << 10) > self.buffer.size or len(self.blocks) >= MAX_BLOCKS:
+            self.forget_all()
+        offset = pa & 4095
+        page = pa - offset
+        frame = pa >> 12
+        if self.wmapped[frame]:
+            self._clear_write_tags(page)
+        room = 4096 - offset
+        data = bytes(self.memory.view(pa, room if room < MAX_BYTES else MAX_BYTES))
+        lowering, forms = self.mode(mode)
+        bits = 64 if lowering.wide else 32
+        decoder = Decoder(bits, data, ip=offset)
+        decode = decoder.decode_out
+        ins = self._ins
+        get = forms.get
+        end = len(data)
+        items: list[tuple[Form, int, int, int]] = []
+        at = 0
+        branches = 0
+        pa2: int | None = None
+        ends = Ends.NO
+        shadow = False
+        half = 1 << bits - 1
+        while at < end:
+            decode(ins)
+            n = ins.len
+            if ins.code == 0:
+                if items:
+                    break
+                if end - at < 15 and room <= MAX_BYTES:
+                    try:
+                        pa2 = next_page()
+                    except Exception:
+                        if ins.len and decoder.last_error != 2:  # not for want of bytes: #UD comes first
+                            pa2 = None
+                        else:
+                            raise
+                    if pa2 is not None:
+                        data += bytes(self.memory.view(pa2, 15))
+                        decoder = Decoder(bits, data, ip=offset)
+                        decoder.decode_out(ins)
+                        n = ins.len
+                        if n <= room:
+                            pa2 = None
+                        end = n
+            b = data[at]
+            extra = 0
+            if 0x70 <= b < 0x80 or b == 0xE9 or b == 0xEB or b == 0xE8 or (b == 0x0F and data[at + 1] & 0xF0 == 0x80):
+                key = data[at : at + 2] if b == 0x0F else data[at : at + 1]
+                form = get(key)
+                if form is None:
+                    form = forms[key] = lowering.form(ins, False)
+                extra = ins.near_branch_target
+                if extra >= half:
+                    extra -= half << 1
+            else:
+                key = data[at : at + n]
+                form = get(key)
+                if form is None:
+                    relative = ins.is_ip_rel_memory_operand
+                    if relative:
+                        extra = ins.memory_displacement
+                        where = decoder.get_constant_offsets(ins).displacement_offset
+                        key = key[:where] + _RELATIVE_KEY + key[where + 4 :]
+                        form = get(key)
+                    if form is None:
+                        form = forms[key] = lowering.form(ins, relative)
+                        if 0 < form.ends < Ends.LOOP:
+                            extra = ins.near_branch_target
+                            if extra >= half:
+                                extra -= half << 1
+                    if relative:
+                        if extra >= half:
+                            extra -= half << 1
+                        if not -(1 << 31) <= extra < 1 << 31:
+                            form = lowering.emulated
+                if form.ends == Ends.LOOP or (form.ends and form.ends <= Ends.CALL and ins.op_count and ins.op0_kind in (2, 3)):
+                    extra = ins.near_branch_target
+                    if extra >= half:
+                        extra -= half << 1
+            items.append((form, offset + at, n, extra))
+            at += n
+            ends = form.ends
+            if ends:
+                if ends == Ends.JCC and branches < MAX_BRANCHES and not shadow:
+                    branches += 1
+                    ends = Ends.NO
+                elif ends == Ends.SHADOW:
+                    if at + 15 > room or shadow:
+                        items[-1] = (lowering.emulated, offset + at - n, n, 0)
+                        ends = Ends.YES
+                        break
+                    shadow = True
+                    ends = Ends.NO
+                    continue
+                else:
+                    break
+            if shadow or pa2 is not None or len(items) >= MAX_INSTRUCTIONS:
+                break
+        return self._emit(pa, mode, page, offset, at, items, ends, shadow, pa2, lowering, data)
+
+    def _emit(
+        self, pa: int, mode: int, page: int, offset: int, size: int, items: list[tuple[Form, int, int, int]], ends: int, shadow: bool,
+        pa2: int | None, lowering: Lowering, data: bytes,
+    ) -> Block:  # fmt: skip
+        live_at = self.live_at
+        blocks = self.blocks
+        follow = offset + size
+        # Which flags must survive: backwards.
+        last = items[-1][0]
+        if ends in (Ends.NO, Ends.MODE, Ends.JCC, Ends.LOOP) and 0 <= follow < 4096:
+            live = live_at(page, follow, mode)
+        else:
+            live = ALL_FLAGS
+        needs: list[int] = []
+        for form, _, _, extra in reversed(items):
+            e = form.ends
+            if e:
+                if e == Ends.JCC or e == Ends.LOOP:
+                    live |= live_at(page, extra, mode) if 0 <= extra < 4096 else ALL_FLAGS
+                elif e == Ends.JMP or e == Ends.CALL:
+                    live = live_at(page, extra, mode) if 0 <= extra < 4096 else ALL_FLAGS
+                elif e == Ends.YES:
+                    live = ALL_FLAGS
+            live = (live & form.keeps) | form.reads
+            needs.append(live)
+        # Emission
+        start = self.pos
+        rx = self.buffer.rx + start
+        prologue, fix_second, fix_brk, fix_page = self._prologue(mode, bool(live))
+        out = bytearray(prologue)
+        stubs = self.stubs
+        array_ = mode & 3
+        _i32(out, fix_second, stubs[f"second{array_}_fl" if live else f"second{array_}"] - (rx + fix_second + 4))
+        _i32(out, fix_brk, stubs["brk_fl" if live else "brk_exit"] - (rx + fix_brk + 4))
+        _i32(out, fix_page, -offset)
+        entry = len(out)
+        slow: list[tuple[int, int, int, bool]] = []
+        links: list[tuple[int, int]] = []  # (position of a displacement, key)
+        breaks: list[tuple[int, int]] = []  # (position of a displacement, offset to go on at)
+        far: list[tuple[int, int]] = []  # (position of a displacement, target)
+        marks = array("H")
+        if pa2 is not None:
+            self._span(out, mode, offset, pa2, far)
+
+        def direct(prefix: bytes, target: int, mode_: int) -> None:
+            """A jump within the page whose displacement may be patched: it is aligned."""
+            pad = -(len(out) + len(prefix)) & 3
+            out.extend(_NOPS[pad])
+            out.extend(prefix)
+            key = (page | target) << 12 | mode_
+            known = blocks.get(key)
+            here = len(out)
+            out.extend(b"\0\0\0\0")
+            if known is not None:
+                _i32(out, here, known.entry - (start + here + 4))
+            elif key == own and pa2 is None:
+                _i32(out, here, entry - (here + 4))
+            else:
+                links.append((here, key))
+
+        def leave(target: int, looks: bool, mode_: int) -> None:
+            """Go to ``target``, unconditionally."""
+            if 0 <= target < 4096:
+                if looks:
+                    if live_at(page, target, mode_):
+                        out.extend(_CHECK_LIVE)
+                        breaks.append((len(out), target))
+                        out.extend(b"\0\0\0\0" + _CHECK_LIVE_END)
+                    else:
+                        out.extend(_CHECK_DEAD)
+                        breaks.append((len(out), target))
+                        out.extend(b"\0\0\0\0")
+                direct(b"\xe9", target, mode_)
+            else:
+                out.extend(self._long(lowering, target))
+
+        own = pa << 12 | mode
+        i = len(items)
+        for form, at, n, extra in items:
+            i -= 1
+            marks.append(len(out))
+            marks.append(at)
+            e = form.ends
+            if e == Ends.JCC:
+                cc = form.cond
+                if 0 <= extra < 4096 and extra > at and not shadow:
+                    direct(bytes((0x0F, 0x80 | cc)), extra, mode)
+                elif 0 <= extra < 4096:
+                    out.extend(bytes((0x0F, 0x80 | cc ^ 1, 0, 0, 0, 0)))
+                    skip = len(out)
+                    leave(extra, True, mode)
+                    _i32(out, skip - 4, len(out) - skip)
+                else:
+                    out.extend(bytes((0x0F, 0x80 | cc, 0, 0, 0, 0)))
+                    far.append((len(out) - 4, extra))
+                continue
+            if e == Ends.LOOP:
+                raw = data[at - offset : at - offset + n - 1]
+                out.extend(raw)
+                out.append(0)
+                skip = len(out)
+                leave(at + n, True, mode)
+                out[skip - 1] = len(out) - skip
+                leave(extra, True, mode)
+                continue
+            if e != Ends.JMP:
+                t = form.templates[1 if needs[i] else 0]
+                if t is None:
+                    t = self._template(form, lowering, data, at - offset, at, n, bool(needs[i]))
+                base = len(out)
+                out.extend(t.code)
+                for jump, back, desc, saved in t.checks:
+                    slow.append((base + jump, base + back, desc | at, saved))
+                for hole, what, add in t.holes:
+                    _i32(out, base + hole, add + (at if what == 0 else at + n if what == 1 else extra))
+            if e == Ends.JMP or e == Ends.CALL:
+                leave(extra, extra <= at or shadow, mode)
+            elif e == Ends.MODE:
+                leave(at + n, False, mode ^ Mode.AC)
+        if ends == Ends.NO:
+            leave(follow, shadow, mode)
+        # What is rarely run
+        for jump, back, desc, saved in slow:
+            here = len(out)
+            _i32(out, jump, here - jump - 4)
+            if saved:
+                out.extend(_RESTORE)
+                here += len(_RESTORE)
+            out.extend(_SLOW.pack(0x68, desc, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))
+        for site, key in links:
+            here = len(out)
+            _i32(out, site, here - site - 4)
+            out.extend(_LINK.pack(b"\x49\xbb", key, _LINK_CALL, site - (here + _LINK_SITE)))
+        for site, target in breaks:
+            _i32(out, site, len(out) - site - 4)
+            out.extend(_LOAD_PAGE + b"\x4d\x8d\x92" + target.to_bytes(4, "little") + _BRK_JUMP)
+        for site, target in far:
+            _i32(out, site, len(out) - site - 4)
+            out.extend(self._long(lowering, target))
+        total = len(out)
+        self.code[start : start + total] = out
+        self.pos = start + (total + 15 & ~15)
+        block = Block(own, pa, size, pa2, start, start + entry, start + total, live, marks)
+        self._register(block)
+        self.instructions += len(items)
+        return block
+
+    def _template(self, form: Form, lowering: Lowering, data: bytes, index: int, at: int, n: int, live: bool) -> Template:
+        decoder = Decoder(64 if lowering.wide else 32, data[index : index + n], ip=at)
+        ins = decoder.decode()
+        if form.emulate:
+            t = lowering.emulated_template
+        else:
+            t = lowering.template(ins, data[index : index + n], live)
+        form.templates[1 if live else 0] = t
+        return t
+
+    def _long(self, lowering: Lowering, target: int) -> bytes:
+        """Go to another page: its address relative to this one's, through the jump cache."""
+        if not -(1 << 31) <= target < 1 << 31:
+            a = Assembler()
+            a.mov(R11, target)
+            a.mov(R10, state("page"))
+            a.lea(R10, Mem(R10, R11))
+            return a.code(0) + lowering.dispatch_code
+        return _LOAD_PAGE + b"\x4d\x8d\x92" + (target & 0xFFFFFFFF).to_bytes(4, "little") + lowering.dispatch_code
+
+    def _prologue(self, mode: int, live: bool) -> tuple[bytes, int, int, int]:
+        """The checked entry, and where it wants the displacements of `second` and `brk` and the block's negated offset."""
+        known = self._prologues.get((mode & 15, live))
+        if known is not None:
+            return known
+        a = Assembler()
+        if live:
+            save_flags(a)
+        a.cmp(R10, Mem(R11, disp=JC + (mode & 3) * JC_ARRAY, gs=True))
+        a.raw(b"\x0f\x85")
+        second = len(a)
+        a.raw(bytes(4))
+        a.cmp(gs(OFFSETS["brk"]), 0, size=16)
+        a.raw(b"\x0f\x85")
+        brk = len(a)
+        a.raw(bytes(4))
+        if live:
+            restore_flags(a)
+        if mode & (Mode.CODE32 | Mode.CODE16):
+            a.mov(R10, R10, size=32)
+        a.raw(b"\x4d\x8d\x92")  # lea r10, [r10 + disp32]
+        page = len(a)
+        a.raw(bytes(4))
+        a.mov(state("page"), R10)
+        known = self._prologues[mode & 15, live] = (a.code(0), second, brk, page)
+        return known
+
+    def _span(self, out: bytearray, mode: int, offset: int, pa2: int, far: list[tuple[int, int]]) -> None:
+        """Make sure that the second page is still mapped where it was; the TLB's execute tag knows."""
+        a = Assembler()
+        bad, good = a.label(), a.label()
+        base = TLB + (mode & 3) * TLB_ARRAY
+        save_flags(a)
+        a.mov(R10, state("page"))
+        a.lea(R10, Mem(R10, disp=4096), size=32 if mode & (Mode.CODE32 | Mode.CODE16) else 64)
+        a.mov(R11, R10, size=32)
+        a.shr(R11, 7, size=32)
+        a.and_(R11, TLB_MASK, size=32)
+        a.xor(R10, Mem(R11, disp=base + TLB_EXEC, gs=True))
+        a.shr(R10, 1)  # the lowest bit says global
+        a.jcc(Cond.NE, bad)
+        a.mov(R10, Mem(R11, disp=base + TLB_HOST, gs=True))
+        a.mov(R11, self.memory.base + pa2)
+        a.cmp(R10, R11)
+        a.jcc(Cond.E, good)
+        a.bind(bad)
+        restore_flags(a)
+        a.mov(R10, state("page"))
+        a.lea(R10, Mem(R10, disp=offset))
+        a.mov(state("site"), 0)
+        a.jmp(state("done_exit"))
+        a.bind(good)
+        restore_flags(a)
+        out.extend(a.code(0))
+
+    def _register(self, block: Block) -> None:
+        self.blocks[block.key] = block
+        self._starts.append(block.start)
+        self._order.append(block)
+        rx = self.buffer.rx
+        self._insert(block.key, rx + block.start, rx + block.entry)
+        pa = block.pa
+        first = min(block.size, 4096 - (pa & 4095))
+        self._cover(pa, first, block)
+        if block.pa2 is not None:
+            self._cover(block.pa2, block.size - first, block)
+
+    def _cover(self, pa: int, n: int, block: Block) -> None:
+        frame = pa >> 12
+        if self.wmapped[frame]:
+            self._clear_write_tags(pa & ~4095)
+        self.mask[frame] |= _lines(pa, n)
+        page = self._pages.get(frame)
+        if page is None:
+            self._pages[frame] = [block]
+        else:
+            page.append(block)
+
+    # A single instruction with operands in bounce buffers
+
+    def single(self, data: bytes, offset: int, mode: int, bounce: dict[int, int]) -> int:
+        """Host address of code that runs the one instruction in ``data`` (at ``offset`` of its page) and leaves by done_exit. Not remembered: it lies
+        behind the last block and is overwritten by what comes next."""
+        lowering, _ = self.mode(mode)
+        ins = Decoder(64 if lowering.wide else 32, data, ip=offset).decode()
+        if self.pos + (64 << 10) > self.buffer.size:
+            self.forget_all()
+        form = lowering.form(ins, False)
+        t = lowering.template(ins, data[: ins.len], True, bounce)
+        out = bytearray(t.code)
+        target = 0
+        if form.ends in (Ends.JCC, Ends.JMP, Ends.LOOP, Ends.CALL):
+            target = ins.near_branch_target
+        elif ins.is_ip_rel_memory_operand:
+            target = ins.memory_displacement
+        for hole, what, add in t.holes:
+            value = add + (offset if what == 0 else offset + ins.len if what == 1 else target)
+            _i32(out, hole, (value + (1 << 31) & 0xFFFFFFFF) - (1 << 31))
+        done = lowering.done_code
+        n32 = offset + ins.len
+
+        def leave(to: int) -> bytes:
+            return _LOAD_PAGE + b"\x4d\x8d\x92" + (to & 0xFFFFFFFF).to_bytes(4, "little") + done
+
+        if form.ends == Ends.JCC:
+            other = leave(n32)
+            out.extend(bytes((0x0F, 0x80 | form.cond)) + len(other).to_bytes(4, "little") + other + leave(target))
+        elif form.ends == Ends.LOOP:
+            other = leave(n32)
+            out.extend(data[: ins.len - 1] + bytes((len(other),)) + other + leave(target))
+        elif form.ends == Ends.JMP:
+            out.extend(leave(target))
+        elif form.ends not in (Ends.YES, Ends.CALL):
+            out.extend(leave(n32))
+        for jump, back, desc, saved in t.checks:
+            here = len(out)
+            _i32(out, jump, here - jump - 4)
+            if saved:
+                out.extend(_RESTORE)
+                here += len(_RESTORE)
+            out.extend(_SLOW.pack(0x68, desc | offset, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))
+        at = self.pos
+        self.code[at : at + len(out)] = out
+        return self.buffer.rx + at
+
+    # Forgetting
+
+    def kill(self, block: Block) -> None:
+        """Make sure that nothing enters a block any more; its frames' masks are the caller's."""
+        if self.blocks.get(block.key) is not block:
+            return
+        del self.blocks[block.key]
+        self._unhash(block.key)
+        if self.pos + 4096 > self.buffer.size:
+            self.forget_all()
+            return
+        lowering, _ = self.mode(block.mode)
+        tail = self._long(lowering, block.pa & 4095)
+        at = self.pos
+        self.code[at : at + len(tail)] = tail
+        self.pos = at + (len(tail) + 15 & ~15)
+        rx = self.buffer.rx
+        self._jump(block.entry, rx + at)
+        self._jump(block.start, self.stubs[f"dead{block.mode & 3}"])
+        self.killed += 1
+
+    def _unhash(self, key: int) -> None:
+        """As runtime.remove, which needs the GS of a vCPU's thread."""
+        number = (key * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 64 - HASH_BITS
+        words = HASH_ENTRY >> 3
+        table = self._hash
+        while table[number * words]:
+            if table[number * words] == key:
+                table[number * words] = 1
+                return
+            number = number + 1 & (1 << HASH_BITS) - 1
+
+    def _jump(self, position: int, target: int) -> None:
+        self.code[position : position + 5] = b"\xe9" + (target - (self.buffer.rx + position + 5)).to_bytes(4, "little", signed=True)
+
+    def written(self, pa: int, n: int) -> None:
+        """[pa, pa + n) has changed or is about to: forget what was translated from it. Called with no guest code running."""
+        end = pa + n
+        frame = pa >> 12
+        while frame << 12 < end:
+            if self.mask[frame]:
+                self._written(frame, max(pa, frame << 12), min(end, (frame + 1) << 12))
+            frame += 1
+
+    def _written(self, frame: int, low: int, high: int) -> None:
+        self._peeks.clear()
+        blocks = self._pages.get(frame, [])
+        count = self._writes.get(frame, 0) + 1
+        self._writes[frame] = count
+        everything = count % GIVE_UP == 0
+        keep: list[Block] = []
+        mask = 0
+        base = frame << 12
+        for block in blocks:
+            if block.pa >> 12 == frame:
+                first, last = block.pa, min(block.pa + block.size, base + 4096)
+            else:
+                first, last = base, base + block.size - (4096 - (block.pa & 4095))
+            if everything or (first < high and low < last) or self.blocks.get(block.key) is not block:
+                self.kill(block)
+            else:
+                keep.append(block)
+                mask |= _lines(first, last - first)
+        if keep:
+            self._pages[frame] = keep
+        else:
+            self._pages.pop(frame, None)
+        self.mask[frame] = mask
+
+    def forget_all(self) -> None:
+        """Drop every translation. Guest code is not running; jump caches are dropped by whoever sees ``generation`` change."""
+        self.blocks.clear()
+        self._peeks.clear()
+        for frame in self._pages:
+            self.mask[frame] = 0
+        self._pages.clear()
+        self._writes.clear()
+        self._starts.clear()
+        self._order.clear()
+        self._tables[0].madvise(mmap.MADV_DONTNEED)
+        self.pos = self.first
+        self.generation += 1
+
+    generation = 0
+
+    def locate(self, address: int) -> int | None:
+        """The guest offset (in its page) of the instruction whose code holds a host address."""
+        position = address - self.buffer.rx
+        i = bisect_right(self._starts, position) - 1
+        if i < 0:
+            return None
+        block = self._order[i]
+        if position >= block.end:
+            return None
+        inside = position - block.start
+        found = None
+        for k in range(0, len(block.marks), 2):
+            if block.marks[k] <= inside:
+                found = block.marks[k + 1]
+        return found
+
+
+def _lines(pa: int, n: int) -> int:
+    """The code-mask bits of [pa, pa + n), which lies in one page."""
+    first = pa >> 6 & 63
+    last = pa + n - 1 >> 6 & 63
+    return (1 << last + 1) - (1 << first)
+
+
+__all__ = ["TAG32", "Block", "Cache"]
