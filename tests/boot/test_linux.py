@@ -6,11 +6,11 @@ import struct
 from pathlib import Path
 
 import pytest
-from tests.boot.bzimage import CODE, LOAD, MiB, bzimage
 
 from skep.boot.linux import BOOT_CS, BOOT_DS, CMDLINE, E820, PAGE_TABLES, LinuxImage, RangeType
 from skep.errors import UserError
 from skep.memory import GuestMemory
+from tests.boot.bzimage import CODE, LOAD, MiB, bzimage
 
 
 @pytest.fixture

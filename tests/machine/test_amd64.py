@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tests.boot.bzimage import bzimage
 
 from skep.boot.linux import ZERO_PAGE, RangeType
 from skep.chardev.null import Null
@@ -20,6 +19,7 @@ from skep.config import Tree, check_settings
 from skep.machine import Events, amd64
 from skep.machine.amd64 import ECAM_BASE, PCI_MEMORY, Amd64Board
 from skep.memory import GuestMemory
+from tests.boot.bzimage import bzimage
 
 MiB = 1 << 20
 

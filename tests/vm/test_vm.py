@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.boot.bzimage import CODE, LOAD, bzimage
-from tests.vm.scripted import HALTED, HALTED_FOR_GOOD, KICKED, ScriptedEngine, ScriptedVcpu
 
 from skep.config import Tree
 from skep.engine.contract import Exit, ExitReason
 from skep.errors import InternalError, UserError
 from skep.vm import TRANSITIONS, End, State, Step, Vm
+from tests.boot.bzimage import CODE, LOAD, bzimage
+from tests.vm.scripted import HALTED, HALTED_FOR_GOOD, KICKED, ScriptedEngine, ScriptedVcpu
 
 Program = Callable[[ScriptedVcpu], Exit]
 Make = Callable[..., Vm]
