@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.devices.virtio.driver import F_EVENT_IDX, F_INDIRECT, Board, Driver, DriverQueue
-
 from skep.block.backend import BlockBackend
 from skep.block.image import open_image
 from skep.block.options import BlockOptions
 from skep.devices.virtio.blk import T_FLUSH, T_GET_ID, T_IN, T_OUT, VirtioBlk
 from skep.devices.virtio.pci import VirtioPci
+from tests.devices.virtio.driver import F_EVENT_IDX, F_INDIRECT, Board, Driver, DriverQueue
 
 ALL = (1 << 2) | (1 << 5) | (1 << 6) | (1 << 9) | (1 << 10) | (1 << 11) | F_EVENT_IDX | F_INDIRECT
 SIZE = 1 << 20

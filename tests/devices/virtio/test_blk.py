@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.devices.virtio.disk import ALL, SIZE, Disk, disk
-from tests.devices.virtio.driver import NEEDS_RESET, Driver
 
 from skep.block.backend import Buffers
 from skep.block.options import BlockOptions, BlockSizes
 from skep.block.record import Kind, read_log
 from skep.devices.virtio.blk import T_FLUSH, T_GET_ID, T_IN, T_OUT
+from tests.devices.virtio.disk import ALL, SIZE, Disk, disk
+from tests.devices.virtio.driver import NEEDS_RESET, Driver
 
 F_RO, F_FLUSH, F_CONFIG_WCE = 1 << 5, 1 << 9, 1 << 11
 OK, IOERR, UNSUPP = 0, 1, 2

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.devices.virtio.disk import ALL, SIZE, Disk, disk
-from tests.devices.virtio.driver import NEEDS_RESET, Board, Driver
 
 from skep.block.backend import Buffers
 from skep.block.image import open_image
@@ -22,6 +20,8 @@ from skep.contracts.conformance import DeviceConformance
 from skep.contracts.io import IoRegion
 from skep.devices.virtio.blk import T_IN, VirtioBlk
 from skep.devices.virtio.pci import REGISTERS_SIZE, VirtioPci
+from tests.devices.virtio.disk import ALL, SIZE, Disk, disk
+from tests.devices.virtio.driver import NEEDS_RESET, Board, Driver
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_2_7_5_3_as_long_as_the_queue_but_no_longer(ring: Ring) -> None:
 
 
 class Descriptor(NamedTuple):
-    index: int
+    number: int
     gpa: int = BUFFER
     n: int = 16
     flags: int = 0
