@@ -92,7 +92,15 @@ _STRING = {  # implicit memory operands, by address size in bits
 }  # fmt: skip
 IMPLICIT = (*_STRING, "SEG_RBX_AL")
 _BRANCHES = {"BR32": OpKind.NEAR_BRANCH32, "BR64": OpKind.NEAR_BRANCH64}
-_ODD_SIZE = re.compile(r"^(PUSHW_IMM8|PUSH_IMM16|RETNW|RETFW|ENTERW|LEAVEW|\w+_REL(8|32)?_?16|\w+_REL16|PUSHD_IMM.*64)")
+_ODD_SIZE = re.compile(
+    r"^(PUSHW_IMM8|PUSH_IMM16|RETNW|RETFW|ENTERW|LEAVEW|\w+_REL8_16|\w+_REL16|(F?N?SAVE|FRSTOR)_M94|(FN?STENV|FLDENV)_M14)"
+)
+"""Operand sizes that nobody means who does not ask for them by the Code's name."""
+_CONDITION = re.compile(r"^(J|SET|CMOV)(C|NC|Z|NZ|NAE|NB|NBE|NA|NGE|NL|NG|NLE|PE|PO)$")
+_CONDITIONS = {
+    "C": "B", "NC": "AE", "Z": "E", "NZ": "NE", "NAE": "B", "NB": "AE", "NBE": "A", "NA": "BE", "NGE": "L", "NL": "GE",
+    "NG": "LE", "NLE": "G", "PE": "P", "PO": "NP",
+}  # fmt: skip
 
 
 class AssemblyError(Exception):
@@ -323,7 +331,7 @@ def _instruction(text: str, symbols: _Symbols, ip: int, bits: int, code: int | N
     while words and words[0].lower() in PREFIXES and len(words) > 1:
         prefixes.append(words[0].lower())
         words = words[1].split(None, 1)
-    mnemonic = words[0].upper()
+    mnemonic = _CONDITION.sub(lambda m: m[1] + _CONDITIONS[m[2]], words[0].upper())
     operands = tuple(_parse_operand(t, symbols) for t in _split(words[1] if len(words) > 1 else ""))
     best: tuple[bytes, int] | None = None
     sizes = set()

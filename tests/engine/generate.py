@@ -221,9 +221,10 @@ class Generator:
         struct.pack_into("<I", image, 24, mxcsr)
         for i in range(8):
             image[32 + 16 * i : 42 + 16 * i] = _extended(rng)
-        for offset in (*range(160, 416, 16), *range(576, 832, 16)):
+        avx = "AVX" in self.offered
+        for offset in (*range(160, 416, 16), *(range(576, 832, 16) if avx else ())):
             image[offset : offset + 16] = self._vector()
-        struct.pack_into("<Q", image, 512, 7)
+        struct.pack_into("<Q", image, 512, 7 if avx else 3)
         return bytes(image)
 
     def _vector(self) -> bytes:
@@ -668,7 +669,9 @@ class Generator:
         mask = self.rng.randrange(8)
         where = Mem(Register.RIP, disp=DATA + SAVE)
         saves = [(Code.FXSAVE_M512BYTE, Code.FXRSTOR_M512BYTE), (Code.FXSAVE64_M512BYTE, Code.FXRSTOR64_M512BYTE)]
-        saves += [(Code.XSAVE_MEM, Code.XRSTOR_MEM), (Code.XSAVE64_MEM, Code.XRSTOR64_MEM), (Code.XSAVEOPT64_MEM, Code.XRSTOR64_MEM)]
+        if "XSAVE" in self.offered:
+            saves += [(Code.XSAVE_MEM, Code.XRSTOR_MEM), (Code.XSAVE64_MEM, Code.XRSTOR64_MEM)]
+            saves += [(Code.XSAVEOPT64_MEM, Code.XRSTOR64_MEM)]
         save, restore = self.rng.choice(saves)
         self._load(_RDX, 0)
         self._load(_RAX, mask)

@@ -27,6 +27,8 @@ from tests.engine.tiny import CODE64, DATA0, NULL_SEGMENT, SEGMENTS, USER64, USE
 
 CODE_GPA = 0x400000
 DATA_GPA = 0x600000
+KERNEL = 0xFFFF_9000_0000_0000
+"""Where the VM's own tables lie, so that a wild address finds as little in the guest as it does in the host process."""
 
 
 class GuestCpu:
@@ -34,7 +36,7 @@ class GuestCpu:
     stack of their own (IST), so that they leave its memory alone."""
 
     def __init__(self, engine: Engine, *, supervisor: bool = False, cpu_model: str = "host") -> None:
-        self.tiny = Tiny(engine, "hlt", ist=dict.fromkeys(range(256), 1), cpu_model=cpu_model)
+        self.tiny = Tiny(engine, "hlt", ist=dict.fromkeys(range(256), 1), cpu_model=cpu_model, base=KERNEL)
         self.supervisor = supervisor
         user = 0 if supervisor else Pte.US
         for offset in range(0, CODE_SIZE, PAGE):
@@ -93,7 +95,7 @@ class GuestCpu:
     def __enter__(self) -> GuestCpu:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import random
 import struct
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 from iced_x86 import Code, Decoder
@@ -33,12 +32,6 @@ from tests.engine.place import (
     comparable_fpu,
 )
 from tests.engine.sequence import Item, flag_use
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[Oracle]:
-    with Oracle() as oracle:
-        yield oracle
 
 
 def xsave() -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
 
 import pytest
 
@@ -22,12 +21,6 @@ from tests.engine.oracle import Oracle
 SEEDS = [os.environ["SKEP_SEED"]] if "SKEP_SEED" in os.environ else ["skep", secrets.token_hex(4)]
 _TOLD = 5
 """So many failing sequences are made small and shown."""
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[Oracle]:
-    with Oracle() as oracle:
-        yield oracle
 
 
 def check(host: Oracle, seed: str, count: int, *, supervisor: bool = False, cpu_model: str = "host") -> None:

@@ -9,7 +9,8 @@ saying what it was.
     guest.run()
     assert guest.load("out") == 1
 
-Guest-physical and virtual addresses are the same up to :data:`IDENTITY`; more is mapped by :meth:`Tiny.map`.
+Virtual addresses up to :data:`IDENTITY` are the guest-physical ones plus ``base``, which is 0 unless a test needs the
+low addresses for itself; the first page is never mapped. More is mapped by :meth:`Tiny.map`.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class RecordingIo:
 
 
 class TestInterrupts:
-    """:class:`~skep.contracts.interrupts.LocalInterrupts` whose interrupts the test raises, in order, from any thread."""
+    """A :class:`~skep.contracts.interrupts.LocalInterrupts` whose interrupts the test raises, from any thread."""
 
     __test__ = False  # not a test, whatever pytest thinks of the name
 
@@ -190,19 +191,21 @@ class Tiny:
         symbols: Mapping[str, int] | None = None,
         cpu_model: str = "host",
         bits: int = 64,
-        interrupts: TestInterrupts | None = None,
+        base: int = 0,
     ) -> None:
+        self.base = base
         self.memory = GuestMemory(RAM)
         self.io = RecordingIo()
-        self.interrupts = interrupts or TestInterrupts()
+        self.interrupts = TestInterrupts()
         self._next_table = TABLES
         self.cr3 = self.new_table()
         user_bit = Pte.US if user else 0
-        for page in range(0, IDENTITY, PAGE):
-            self.map(page, page, Pte.RW | (user_bit if page >= USER_STACK - PAGE else 0))
+        for page in range(PAGE, IDENTITY, PAGE):
+            self.map(base + page, page, Pte.RW | (user_bit if page >= USER_STACK - PAGE else 0))
         self.map(MMIO, MMIO, Pte.RW | user_bit)
-        names = {"MMIO": MMIO, "STACK": STACK, "USER_STACK": USER_STACK, "GDT": GDT, "IDT": IDT, "TSS": TSS, "CR3": self.cr3}
-        self.program: Program = assemble(text, PROGRAM, {**names, **(symbols or {})}, bits)
+        names = {"MMIO": MMIO, "STACK": STACK, "USER_STACK": USER_STACK, "GDT": GDT, "IDT": IDT, "TSS": TSS}
+        names |= {"CR3": self.cr3, **(symbols or {})}
+        self.program: Program = assemble(text, base + PROGRAM, names, bits)
         if len(self.program.code) > IDENTITY - PROGRAM:
             raise TinyError("the program is too long")
         self.memory.write(PROGRAM, self.program.code)
@@ -210,7 +213,7 @@ class Tiny:
         self.vm = engine.create_vm(self.memory, self.io, 1, cpu_model, 0)
         self.vcpu = self.vm.create_vcpu(0, self.interrupts)
         self.interrupts.kick = self.vcpu.kick
-        self.set(**self._start(user))
+        self.set(**self._start(user, xsave=cpu_model == "host"))
 
     # Building
 
@@ -224,7 +227,9 @@ class Tiny:
         return page
 
     def entry(self, va: int, level: int = 1, cr3: int | None = None) -> int:
-        """Guest-physical address of the entry for ``va``: level 1 is the page table's, 4 the PML4's. Makes what is missing."""
+        """Guest-physical address of the entry for ``va``: level 1 is the page table's, 4 the PML4's.
+
+        Tables above it that are missing are made."""
         table = self.cr3 if cr3 is None else cr3
         for above in range(4, level, -1):
             where = table + 8 * (va >> 12 + 9 * (above - 1) & 0x1FF)
@@ -251,16 +256,19 @@ class Tiny:
         flat |= {USER32: 0x00CFFB000000FFFF, USER_DATA: 0x00CFF3000000FFFF, USER64: 0x00AFFB000000FFFF}
         for selector, descriptor in flat.items():
             self.memory.store_u64(GDT + (selector & ~7), descriptor)
-        low = 0x67 | (TSS & 0xFFFFFF) << 16 | 0x8B << 40 | (TSS >> 24) << 56
+        tss = self.base + TSS
+        low = 0x67 | (tss & 0xFFFFFF) << 16 | 0x8B << 40 | (tss >> 24 & 0xFF) << 56
         self.memory.store_u64(GDT + TSS_SELECTOR, low)
-        self.memory.store_u64(GDT + TSS_SELECTOR + 8, 0)
-        self.memory.write(TSS, struct.pack("<IQQQQ7QQHH", 0, RSP0, 0, 0, 0, *IST, 0, 0, 0x68))
+        self.memory.store_u64(GDT + TSS_SELECTOR + 8, tss >> 32)
+        stacks = [self.base + stack for stack in (RSP0, 0, 0, 0, *IST)]
+        self.memory.write(TSS, struct.pack("<I11QQHH", 0, *stacks, 0, 0, 0x68))
         code = bytearray()
         for vector in range(256):
             stub = b"" if vector in _ERROR_CODE else b"\x6a\x00"  # push 0
             stub += b"\x68" + vector.to_bytes(4, "little") + b"\xf4\xeb\xfd"  # push vector; hlt; jmp back
             code += stub.ljust(_STUB, b"\xcc")
-            self.gate(vector, self.program[handlers[vector]] if vector in handlers else STUBS + _STUB * vector, ist.get(vector, 0))
+            stub_address = self.base + STUBS + _STUB * vector
+            self.gate(vector, self.program[handlers[vector]] if vector in handlers else stub_address, ist.get(vector, 0))
         self.memory.write(STUBS, bytes(code))
 
     def gate(self, vector: int, handler: int, ist: int = 0) -> None:
@@ -270,21 +278,23 @@ class Tiny:
         self.memory.store_u64(IDT + 16 * vector, low)
         self.memory.store_u64(IDT + 16 * vector + 8, handler >> 32)
 
-    def _start(self, user: bool) -> dict[str, Any]:
-        xsave = bytearray(832)
-        struct.pack_into("<H", xsave, 0, 0x37F)
-        struct.pack_into("<I", xsave, 24, 0x1F80)
+    def _start(self, user: bool, xsave: bool) -> dict[str, Any]:
+        """Registers before the first instruction. ``xsave``: the CPU has XSAVE and AVX, and they are on."""
+        image = bytearray(832)
+        struct.pack_into("<H", image, 0, 0x37F)
+        struct.pack_into("<I", image, 24, 0x1F80)
         data = SEGMENTS[USER_DATA if user else DATA0]
         state: dict[str, Any] = dict.fromkeys(GPRS, 0)
         state.update(
-            rip=self.program.labels.get("start", PROGRAM), rflags=2, rsp=USER_STACK if user else STACK,
+            rip=self.program.labels.get("start", self.program.address), rflags=2,
+            rsp=self.base + (USER_STACK if user else STACK),
             cs=SEGMENTS[USER64 if user else CODE64], ss=data, ds=data, es=data, fs=data, gs=data,
             ldtr={"selector": 0, "base": 0, "limit": 0, "attributes": 0},
-            tr={"selector": TSS_SELECTOR, "base": TSS, "limit": 0x67, "attributes": 0x8B},
-            gdtr={"base": GDT, "limit": 0x4F}, idtr={"base": IDT, "limit": 0xFFF},
+            tr={"selector": TSS_SELECTOR, "base": self.base + TSS, "limit": 0x67, "attributes": 0x8B},
+            gdtr={"base": self.base + GDT, "limit": 0x4F}, idtr={"base": self.base + IDT, "limit": 0xFFF},
             cr0=Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.PG, cr2=0, cr3=self.cr3,
-            cr4=Cr4.PAE | Cr4.PGE | Cr4.OSFXSR | Cr4.OSXMMEXCPT | Cr4.OSXSAVE | Cr4.FSGSBASE,
-            efer=Efer.SCE | Efer.LME | Efer.LMA | Efer.NXE, xcr0=7, xsave=bytes(xsave),
+            cr4=Cr4.PAE | Cr4.PGE | Cr4.OSFXSR | Cr4.OSXMMEXCPT | Cr4.FSGSBASE | (Cr4.OSXSAVE if xsave else 0),
+            efer=Efer.SCE | Efer.LME | Efer.LMA | Efer.NXE, xcr0=7 if xsave else 1, xsave=bytes(image),
         )  # fmt: skip
         return state
 
@@ -307,7 +317,7 @@ class Tiny:
         return int.from_bytes(self.read(where, size), "little")
 
     def read(self, where: str | int, size: int) -> bytes:
-        return self.memory.read(self.program[where] if isinstance(where, str) else where, size)
+        return self.memory.read(self.program[where] - self.base if isinstance(where, str) else where, size)
 
     def run(self, timeout: float = 10.0) -> Exit:
         """Run until the guest halts with interrupts off, or with none to come, or shuts down."""
@@ -336,18 +346,14 @@ class Tiny:
             watchdog.cancel()
             watchdog.join()
 
-    def run_to_kick(self) -> Exit:
-        """One ``Vcpu.run``, for tests of what makes it return."""
-        return self.vcpu.run()
-
     @property
     def exception(self) -> Frame | None:
         """The exception that ended the program, if one did."""
         state = self.state
-        if not STUBS <= state["rip"] < STUBS + 256 * _STUB:
+        if not 0 <= state["rip"] - self.base - STUBS < 256 * _STUB:
             return None
-        words = struct.unpack("<7Q", self.memory.read(state["rsp"], 56))
-        return Frame(*words, state["cr2"])
+        vector, error, rip, cs, rflags, rsp, ss = struct.unpack("<7Q", self.memory.read(state["rsp"] - self.base, 56))
+        return Frame(vector, error, rip, cs, rflags, rsp, ss, state["cr2"])
 
     def close(self) -> None:
         self.vcpu.close()
@@ -357,5 +363,5 @@ class Tiny:
     def __enter__(self) -> Tiny:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
