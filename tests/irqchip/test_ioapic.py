@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from boardtest import Time
 from skep.contracts.conformance import DeviceConformance
 from skep.contracts.io import IoRegion
 from skep.irqchip import lapic as regs
@@ -16,6 +15,7 @@ from skep.irqchip.ioapic import LEVEL, LOGICAL, MASKED, PINS, REMOTE_IRR, IoApic
 from skep.irqchip.lapic import LocalApic
 from skep.irqchip.lines import GsiLines
 from skep.irqchip.pic import Pic
+from tests.boardtest import Time
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from boardtest import Time
 from skep.contracts.conformance import DeviceConformance
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoRegion, IoSpace
 from skep.irqchip import lapic as regs
 from skep.irqchip.apicbus import ApicBus, Delivery, Message
 from skep.irqchip.lapic import ApicView, LocalApic
+from tests.boardtest import Time
 
 X2APIC = 0xFEE0_0C00
 
@@ -357,8 +357,8 @@ def test_x2apic_registers_fault_where_the_manual_says(time: Time) -> None:
     for index in (0x80B, 0x80E, 0x831, 0x83F, 0x809, 0x804):
         assert apic.read_msr(index) is None, f"{index:#x}"
     read_only = [(index, 0) for index in (0x802, 0x803, 0x80D, 0x810, 0x831, 0x839)]
-    reserved = [(0x808, 0x100), (0x80F, 0x2000), (0x832, 1 << 20), (0x83F, 0x100), (0x830, 1 << 31), (0x80B, 1), (0x828, 1)]
-    for index, value in read_only + reserved:
+    reserved = [(0x808, 0x100), (0x80F, 0x2000), (0x832, 1 << 20), (0x83F, 0x100), (0x830, 1 << 31)]
+    for index, value in [*read_only, *reserved, (0x80B, 1), (0x828, 1)]:
         assert not apic.write_msr(index, value), f"{index:#x}"
     assert apic.write_msr(0x83F, 0x77) and apic.acknowledge() == 0x77
     assert apic.write_msr(0x80B, 0) and not apic.isr

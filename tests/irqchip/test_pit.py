@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from boardtest import Time, Wire
 from skep.contracts.conformance import DeviceConformance
 from skep.contracts.io import IoRegion
 from skep.irqchip.pit import MAX_LOST_TICKS, PIT_HZ, Counter, Pit
+from tests.boardtest import Time, Wire
 
 TICK_NS = 1_000_000_000 / PIT_HZ
 
