@@ -180,6 +180,8 @@ class Vm:
         self._processors: list[_Processor] = []
         self._engine_vm: EngineVm | None = None
         self._tuned = False
+        self._parting = False
+        """The guest asked for its end or a reset, and may well halt for good until that comes."""
         self._said_hopeless = False
         self._loop: Loop | None = None
         self._console: Console | None = None
@@ -326,6 +328,7 @@ class Vm:
 
     def _power_on(self, *, frozen: bool) -> None:
         """Devices as after power-on, files loaded, and the first processor running."""
+        self._parting = False
         board = self._the_board
         state = board.reset()
         settings = self.settings
@@ -396,12 +399,14 @@ class Vm:
 
     def _guest_ends(self, outcome: Outcome) -> None:
         if self._processors:
+            self._parting = True
             self._tell(_Request(Step.END, outcome, self._processors[0]))
 
     def _guest_resets(self) -> None:
         if self.settings.no_reboot:
             self._guest_ends(Outcome(End.REBOOTED))
         elif self._processors:
+            self._parting = True
             self._tell(_Request(Step.RESET, asker=self._processors[0]))
 
     def _failed(self, error: BaseException) -> None:
@@ -413,7 +418,7 @@ class Vm:
     def _processor_sleeps_for_good(self) -> None:
         """A processor halted with interrupts off. Where all did, only an NMI or a reset can help."""
         hopeless = all(processor.hopeless for processor in self._processors if processor.begun)
-        if hopeless and not self._said_hopeless:
+        if hopeless and not self._parting and not self._said_hopeless:
             self._said_hopeless = True
             self.say("the guest halted with interrupts off; nothing but a reset will wake it")
 

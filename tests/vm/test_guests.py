@@ -1,0 +1,272 @@
+"""Whole VMs with a small guest of real code, under each engine that this host has.
+
+The guest is entered as a Linux kernel would be, and does what the first character of its command line says.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skep.errors import UserError
+from skep.machine import choose_engine
+from skep.vm import End, Vm
+from tests.boot.bzimage import LOAD, bzimage
+from tests.engine.assemble import assemble
+
+GUEST = """
+        mov rsp, 0x80000
+        mov r15d, [rsi + 0x228]         ; cmd_line_ptr
+        lea rsi, [rip + hello]
+        call print
+        mov al, [r15]
+        cmp al, 'o'
+        je off
+        cmp al, 'r'
+        je reboot
+        cmp al, 't'
+        je triple
+        cmp al, 'h'
+        je halt
+        cmp al, 's'
+        je spin
+        cmp al, 'e'
+        je echo
+        cmp al, 'i'
+        je interrupts
+        cmp al, 'm'
+        je memory
+        hlt
+
+off:    mov dx, 0x604
+        mov ax, 0x3400
+        out dx, ax
+        jmp off
+
+reboot: mov dx, 0xcf9
+        mov al, 6
+        out dx, al
+        jmp reboot
+
+triple: lidt [rip + no_idt]
+        ud2
+
+halt:   cli
+        hlt
+        jmp halt
+
+spin:   inc qword [0x70000]
+        jmp spin
+
+echo:   mov dx, 0x3fc
+        mov al, 3
+        out dx, al
+again:  mov dx, 0x3fd
+        in al, dx
+        test al, 1
+        je again
+        mov dx, 0x3f8
+        in al, dx
+        cmp al, 'q'
+        je off
+        out dx, al
+        jmp again
+
+interrupts:                             ; 100 ticks of the PIT, asleep between them
+        lidt [rip + idt]
+        mov rdi, 0x60000 + 0x20 * 16
+        lea rax, [rip + tick]
+        mov [rdi], ax
+        mov word [rdi + 2], 0x10
+        mov word [rdi + 4], 0x8e00
+        shr rax, 16
+        mov [rdi + 6], ax
+        shr rax, 16
+        mov [rdi + 8], eax
+        lea rsi, [rip + ports]
+next:   movzx edx, word [rsi]
+        mov al, [rsi + 2]
+        add rsi, 3
+        out dx, al
+        cmp dx, 0x40
+        jne next
+        mov al, [rsi + 2]               ; the count's high byte
+        out dx, al
+        xor ebx, ebx
+wait:   sti
+        hlt
+        cmp ebx, 100
+        jb wait
+        lea rsi, [rip + ticked]
+        call print
+        jmp off
+tick:   push rax
+        inc ebx
+        mov al, 0x20
+        out 0x20, al
+        pop rax
+        iretq
+
+memory:                                 ; RAM above 4 GiB is not mapped by the loader: only what is below is touched
+        mov rdi, 0x2000000
+        mov ecx, 4096
+        mov rax, 0x1122334455667788
+fill:   mov [rdi], rax
+        add rdi, 8
+        dec ecx
+        jne fill
+        jmp off
+
+print:  mov dx, 0x3f8
+more:   mov al, [rsi]
+        inc rsi
+        test al, al
+        je printed
+        out dx, al
+        jmp more
+printed:
+        ret
+
+hello:  db 72, 105, 10, 0
+ticked: db 84, 105, 99, 107, 101, 100, 10, 0
+no_idt: dw 0
+        dq 0
+idt:    dw 0xfff
+        dq 0x60000
+ports:  dw 0x20
+        db 0x11
+        dw 0x21
+        db 0x20
+        dw 0x21
+        db 4
+        dw 0x21
+        db 1
+        dw 0x21
+        db 0xfe
+        dw 0x43
+        db 0x34
+        dw 0x40
+        db 0xa9
+        dw 0
+        db 4
+"""
+
+Make = Callable[..., Vm]
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = GUEST
+    for letter in "orthseimq":
+        text = text.replace(f"'{letter}'", str(ord(letter)))
+    code = bytes(assemble(text, LOAD + 0x200).code)
+    path = tmp_path_factory.mktemp("guest") / "vmlinuz"
+    path.write_bytes(bzimage(code=bytes(0x200) + code + bytes(-len(code) % 16)))
+    return path
+
+
+@pytest.fixture(params=["translate", "kvm"])
+def make(request: pytest.FixtureRequest, kernel: Path) -> Iterator[Make]:
+    """``make(command)``: a VM with the small guest; everything it took is given back."""
+    try:
+        choose_engine(request.param)
+        if request.param == "kvm":
+            os.close(os.open("/dev/kvm", os.O_RDWR))
+    except (UserError, OSError) as error:
+        pytest.skip(str(error))
+    fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    made: list[Vm] = []
+
+    def make(command: str, **options: Any) -> Vm:
+        made.append(Vm(kernel=kernel, memory="64M", cmdline=command, engine=request.param, **options))
+        made[-1].start()
+        made[-1].console.expect("Hi\n", timeout=20)
+        return made[-1]
+
+    yield make
+    for vm in made:
+        vm.close()
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == fds
+
+
+def ended(vm: Vm) -> End:
+    outcome = vm.wait(20)
+    assert outcome is not None, "it did not end"
+    assert outcome.error is None, outcome
+    return outcome.end
+
+
+def test_power_off(make: Make) -> None:
+    assert ended(make("o")) is End.POWERED_OFF
+
+
+def test_reboots_go_on_in_the_same_vm(make: Make) -> None:
+    vm = make("r")
+    for _ in range(3):
+        vm.console.expect("Hi\n", timeout=20)
+    vm.stop()
+    assert ended(vm) is End.STOPPED
+
+
+def test_a_reboot_can_be_the_end(make: Make) -> None:
+    assert ended(make("r", no_reboot=True)) is End.REBOOTED
+
+
+def test_a_triple_fault_says_where(make: Make) -> None:
+    outcome = make("t").wait(20)
+    assert outcome is not None and outcome.end is End.TRIPLE_FAULT and outcome.exit_status == 3
+    assert LOAD < outcome.registers["rip"] < LOAD + 0x2000
+    assert outcome.registers["rsp"] == 0x80000 and outcome.registers["idtr"]["limit"] == 0
+
+
+def test_a_halt_for_good_is_said(make: Make) -> None:
+    said = threading.Event()
+    vm = make("h", diagnostics=lambda line: said.set())
+    assert said.wait(20)
+    vm.stop()
+    assert ended(vm) is End.STOPPED
+
+
+def test_a_spinning_guest_can_be_frozen_and_goes_on(make: Make) -> None:
+    vm = make("s")
+    memory = vm._the_board.memory
+    for _ in range(5):
+        vm.freeze()
+        count = memory.load_u64(0x70000)
+        time.sleep(0.02)
+        assert memory.load_u64(0x70000) == count
+        vm.thaw()
+        deadline = time.monotonic() + 20
+        while memory.load_u64(0x70000) == count:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    vm.stop()
+    assert ended(vm) is End.STOPPED
+
+
+def test_the_console_both_ways(make: Make) -> None:
+    vm = make("e")
+    vm.console.send("abc")
+    vm.console.expect("abc", timeout=20)
+    vm.console.send("q")
+    assert ended(vm) is End.POWERED_OFF
+
+
+def test_a_timer_wakes_a_halted_guest_a_hundred_times(make: Make) -> None:
+    vm = make("i")
+    vm.console.expect("Ticked\n", timeout=20)
+    assert ended(vm) is End.POWERED_OFF
+
+
+def test_memory_is_seen_from_outside(make: Make) -> None:
+    vm = make("m")
+    memory = vm._the_board.memory
+    assert ended(vm) is End.POWERED_OFF
+    assert memory.read(0x2000000, 8) == bytes.fromhex("8877665544332211")
