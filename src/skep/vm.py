@@ -286,7 +286,7 @@ class Vm:
             except BaseException as error:
                 request.error = error
                 if self.state in (State.RUNNING, State.FROZEN) and not isinstance(error, UserError):
-                    self._tell(_Request(Step.END, Outcome(End.FAILED, error=error)))
+                    self._tell(_Request(Step.END, _failure(error, request.step.value)))
             finally:
                 request.done.set()
 
@@ -368,7 +368,7 @@ class Vm:
                 if self._board is not None and self.state is State.RUNNING:
                     self._board.pause()
             except Exception as error:
-                outcome = Outcome(End.FAILED, error=error)
+                outcome = _failure(error, "stop")
             self._outcome = outcome
         if self._tuned:
             self._tuned = False
@@ -410,7 +410,7 @@ class Vm:
             self._tell(_Request(Step.RESET, asker=self._processors[0]))
 
     def _failed(self, error: BaseException) -> None:
-        self._tell(_Request(Step.END, Outcome(End.FAILED, error=error)))
+        self._tell(_Request(Step.END, _failure(error, "the board")))
 
     def _processor_ends(self, processor: _Processor, outcome: Outcome) -> None:
         self._tell(_Request(Step.END, outcome, processor))
@@ -603,8 +603,7 @@ class _Processor:
                 self._fail(InternalError(str(exit_.detail.get("message", "the engine gave no reason"))))
 
     def _fail(self, error: BaseException) -> None:
-        known = isinstance(error, SkepError)
-        self._over(Outcome(End.FAILED, error=error if known else _explained(error, self.index)))
+        self._over(_failure(error, f"processor {self.index}"))
 
     def _over(self, outcome: Outcome) -> None:
         """Nothing more to run here; the VM decides what follows."""
@@ -612,10 +611,13 @@ class _Processor:
         self._vm._processor_ends(self, outcome)
 
 
-def _explained(error: BaseException, index: int) -> InternalError:
-    internal = InternalError(f"processor {index}: {type(error).__name__}: {error}")
+def _failure(error: BaseException, who: str) -> Outcome:
+    """What is not of our own exception tree is ours to answer for."""
+    if isinstance(error, SkepError):
+        return Outcome(End.FAILED, error=error)
+    internal = InternalError(f"{who}: {type(error).__name__}: {error}")
     internal.__cause__ = error
-    return internal
+    return Outcome(End.FAILED, error=internal)
 
 
 class _Interpreter:

@@ -254,6 +254,18 @@ def test_a_guest_that_halts_with_interrupts_off_is_said_once_and_not_woken(make:
     assert len(said) == 1 and "interrupts off" in said[0]
 
 
+def test_a_halt_after_asking_for_the_end_is_not_remarkable(make: Make) -> None:
+    said: list[str] = []
+
+    def off(cpu: ScriptedVcpu) -> Exit:
+        power_off(cpu)
+        return HALTED_FOR_GOOD
+
+    vm = make(once(off), diagnostics=said.append)
+    vm.start()
+    assert vm.wait(10) and said == []
+
+
 def test_the_guests_reset_starts_again_with_the_files_as_they_were(make: Make, kernel: Path) -> None:
     def scribble(cpu: ScriptedVcpu) -> None:
         cpu.vm.memory.write(LOAD, b"overwritten")
