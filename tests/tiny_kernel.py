@@ -33,6 +33,8 @@ _ON_COMMAND = {
     b"s": b"\xeb\xfe",
 }
 
+COMMANDS = b"".join(_ON_COMMAND)
+
 
 def _code() -> bytes:
     code = _dx(_COM1 + 4) + _al(0x0B) + _OUT  # MCR: DTR, RTS, OUT2: ready
