@@ -42,6 +42,8 @@ GUEST = """
         je interrupts
         cmp al, 'm'
         je memory
+        cmp al, 'a'
+        je another
         hlt
 
 off:    mov dx, 0x604
@@ -123,6 +125,15 @@ fill:   mov [rdi], rax
         jne fill
         jmp off
 
+another:                                ; starts the second processor, which prints A
+        mov rax, 0xf4ee41b003f8ba       ; mov dx, 0x3f8; mov al, 'A'; out dx, al; hlt
+        mov [0x8000], rax
+        mov rdi, 0xfee00000
+        mov dword [rdi + 0x310], 0x1000000
+        mov dword [rdi + 0x300], 0x4500
+        mov dword [rdi + 0x300], 0x4608
+        jmp spin
+
 print:  mov dx, 0x3f8
 more:   mov al, [rsi]
         inc rsi
@@ -163,7 +174,7 @@ Make = Callable[..., Vm]
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = GUEST
-    for letter in "orthseimq":
+    for letter in "orthseimqa":
         text = text.replace(f"'{letter}'", str(ord(letter)))
     code = bytes(assemble(text, LOAD + 0x200).code)
     path = tmp_path_factory.mktemp("guest") / "vmlinuz"
@@ -263,6 +274,21 @@ def test_a_timer_wakes_a_halted_guest_a_hundred_times(make: Make) -> None:
     vm = make("i")
     vm.console.expect("Ticked\n", timeout=20)
     assert ended(vm) is End.POWERED_OFF
+
+
+def test_a_second_processor(make: Make, request: pytest.FixtureRequest) -> None:
+    if "translate" in request.node.name:
+        pytest.skip("the translator has no real mode, in which a second processor starts")
+    vm = make("a", cpus=2)
+    vm.console.expect("A", timeout=20)
+    vm.freeze()
+    count = vm._the_board.memory.load_u64(0x70000)
+    vm.thaw()
+    deadline = time.monotonic() + 20
+    while vm._the_board.memory.load_u64(0x70000) == count:
+        assert time.monotonic() < deadline
+    vm.stop()
+    assert ended(vm) is End.STOPPED
 
 
 def test_memory_is_seen_from_outside(make: Make) -> None:
