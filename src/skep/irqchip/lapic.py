@@ -2,7 +2,7 @@
 
 IRR, ISR and TMR are Python integers of 256 bits, so the most urgent vector is ``bit_length() - 1``. Whether an
 interrupt may be taken is kept in one flag, brought up to date by whatever changes it: the engine asks far more
-often than anything changes. The timer's input clock is :data:`TIMER_HZ`.
+often than anything changes.
 """
 
 from __future__ import annotations
@@ -12,16 +12,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from skep.contracts.io import IoSpace
 from skep.irqchip.apicbus import Delivery, Message
+from skep.irqchip.lapictimer import ApicTimer
 from skep.state import Fields
 
 if TYPE_CHECKING:
     from skep.clock import GuestClock
     from skep.irqchip.apicbus import ApicBus
-
-TIMER_HZ = 1_000_000_000
-"""The timer's clock before the divider: one tick a nanosecond. Guests find it by calibration or CPUID."""
-MIN_PERIOD_NS = 50_000
-"""A periodic timer fires no oftener; the count that the guest reads is right nevertheless."""
 
 MSR_APIC_BASE = 0x1B
 MSR_TSC_DEADLINE = 0x6E0
@@ -40,13 +36,12 @@ LVT_MASKED = 1 << 16
 LVT_LEVEL = 1 << 15
 LVT_REMOTE_IRR = 1 << 14
 SVR_ENABLE, SVR_NO_EOI_BROADCAST = 1 << 8, 1 << 12
-TIMER_PERIODIC, TIMER_TSC_DEADLINE = 1, 2
 
 ERROR_SEND_VECTOR, ERROR_RECEIVE_VECTOR, ERROR_REGISTER = 1 << 5, 1 << 6, 1 << 7
 
 _VERSION = 1 << 24 | 5 << 16 | 0x15  # EOI-broadcast suppression, six LVT entries
 _SVR_BITS = 0x11FF
-_ICR_BITS = 0xCCFFF & ~(1 << 12)  # bit 12, delivery status, always reads idle
+_ICR_BITS = 0xCCFFF  # not bit 12, delivery status, which always reads idle
 _LVT_READ_ONLY = 0x5000  # delivery status, always idle; remote IRR
 _WRITABLE = {
     TPR: 0xFF, SVR: _SVR_BITS, ESR: 0, INITIAL_COUNT: 0xFFFF_FFFF, DIVIDE: 0xB,
@@ -65,8 +60,7 @@ class LocalApic(Fields):
 
     state_fields: ClassVar[tuple[str, ...]] = (
         "apic_base", "xapic_id", "tpr", "ldr", "dfr", "svr", "irr", "isr", "tmr", "esr", "errors", "icr", "lvt",
-        "lines", "extint_latched", "nmi_latched",
-        "initial_count", "divide", "timer_start", "timer_deadline", "tsc_deadline",
+        "lines", "extint_latched", "nmi_latched", "timer",
     )  # fmt: skip
 
     def __init__(
@@ -91,13 +85,12 @@ class LocalApic(Fields):
         """Where the xAPIC page is, or -1 while there is none."""
         self.lock = apics.lock
         self._apics = apics
-        self._clock = clock
         self._acknowledge_pic = acknowledge_pic
         self._bsp = bsp
         self._base_bits = ((1 << physical_bits) - 1) & ~0xFFF | BASE_EN | BASE_EXTD | BASE_BSP
         self._ready = False
         self.lines = 0
-        self._timer = clock.timer(self._expired)
+        self.timer = ApicTimer(clock, self._timer_expired)
         apics.locals.append(self)
         self.reset()
 
@@ -124,10 +117,7 @@ class LocalApic(Fields):
         self.icr = 0
         self.lvt = [LVT_MASKED] * 6
         self.extint_latched = self.nmi_latched = False
-        self.divide = self.initial_count = 0
-        self.timer_start = self.timer_deadline = 0  # in ns of guest time; a deadline of 0 means none
-        self.tsc_deadline = 0
-        self._timer.cancel()
+        self.timer.reset()
 
     def _base_changed(self) -> None:
         enabled, extended = self.apic_base & BASE_EN, self.apic_base & BASE_EXTD
@@ -143,11 +133,11 @@ class LocalApic(Fields):
         """The clock goes on."""
 
     def loaded(self) -> None:
+        self._ready = False  # so that what waits kicks
         self._base_changed()
-        self._arm()
 
     def close(self) -> None:
-        self._timer.close()
+        self.timer.close()
 
     # LocalInterrupts: the engine's questions, on the vCPU's own thread.
 
@@ -188,7 +178,7 @@ class LocalApic(Fields):
     def read_msr(self, index: int) -> int | None:
         with self.lock:
             if index == MSR_TSC_DEADLINE:
-                return self.tsc_deadline
+                return self.timer.tsc_deadline
             if index == MSR_APIC_BASE:
                 return self.apic_base
             if not self._x2apic:
@@ -205,8 +195,7 @@ class LocalApic(Fields):
     def write_msr(self, index: int, value: int) -> bool:
         with self.lock:
             if index == MSR_TSC_DEADLINE:
-                if self._timer_mode() == TIMER_TSC_DEADLINE:
-                    self._write_tsc_deadline(value)
+                self.timer.set_tsc_deadline(value)
                 return True
             if index == MSR_APIC_BASE:
                 return self._write_apic_base(value)
@@ -307,7 +296,7 @@ class LocalApic(Fields):
             bits = self.isr if offset < TMR else self.tmr if offset < IRR else self.irr
             return bits >> ((offset & 0x70) << 1) & 0xFFFF_FFFF
         if offset == CURRENT_COUNT:
-            return self._current_count()
+            return self.timer.current_count()
         if offset == ID:
             return self.apic_id if self._x2apic else self.xapic_id << 24
         if offset == PPR:
@@ -319,9 +308,9 @@ class LocalApic(Fields):
         if offset == SVR:
             return self.svr
         if offset == INITIAL_COUNT:
-            return self.initial_count
+            return self.timer.initial_count
         if offset == DIVIDE:
-            return self.divide
+            return self.timer.divide
         if offset == VERSION:
             return _VERSION
         if offset == DFR:
@@ -330,16 +319,11 @@ class LocalApic(Fields):
 
     def _write_register(self, offset: int, value: int) -> None:
         if offset == INITIAL_COUNT:
-            if self._timer_mode() != TIMER_TSC_DEADLINE:
-                self.initial_count = value
-                self.timer_start = self._clock.now_ns()
-                self._schedule()
+            self.timer.set_initial_count(value)
         elif offset == TPR:
             self.tpr = value
             self._update()
-        elif offset == LVT_TIMER:
-            self._write_lvt_timer(value)
-        elif LVT_TIMER < offset <= LVT_ERROR:
+        elif LVT_TIMER <= offset <= LVT_ERROR:
             self._write_lvt(offset, value)
         elif offset == SVR:
             self.svr = value
@@ -347,11 +331,7 @@ class LocalApic(Fields):
                 self.lvt = [entry | LVT_MASKED for entry in self.lvt]
             self._update()
         elif offset == DIVIDE:
-            remaining = self._current_count()
-            self.divide = value
-            # The count goes on from where it is, at the new rate.
-            self.timer_start = self._clock.now_ns() - (self.initial_count - remaining) * self._divider()
-            self._schedule()
+            self.timer.set_divide(value)
         elif offset == ESR:
             self.esr, self.errors = self.errors, 0
 
@@ -360,19 +340,13 @@ class LocalApic(Fields):
             value |= LVT_MASKED
         index = _index(offset)
         self.lvt[index] = value | self.lvt[index] & LVT_REMOTE_IRR if value & LVT_LEVEL else value
-        if offset in _LINT:
+        if offset == LVT_TIMER:
+            self.timer.set_mode(value >> 17 & 3)
+        elif offset in _LINT:
             pin = _LINT.index(offset)
             if self.lines >> pin & 1 and value & LVT_LEVEL:
                 self._lint_asserted(pin)
         self._update()
-
-    def _write_lvt_timer(self, value: int) -> None:
-        before = self._timer_mode()
-        self._write_lvt(LVT_TIMER, value)
-        after = self._timer_mode()
-        if before != after and TIMER_TSC_DEADLINE in (before, after):  # disarms (SDM 11.5.4.1)
-            self.initial_count = self.tsc_deadline = 0
-        self._schedule()
 
     # Interrupts: in, to the processor, and their end.
 
@@ -497,6 +471,10 @@ class LocalApic(Fields):
         if not entry & LVT_MASKED and entry & 0xFF >= 16:  # an illegal vector here would err about itself
             self.accept(Delivery.FIXED, entry & 0xFF, False)
 
+    def _timer_expired(self) -> None:
+        if not self.lvt[0] & LVT_MASKED:
+            self.accept(Delivery.FIXED, self.lvt[0] & 0xFF, False)
+
     # Interrupts to others.
 
     def _send(self, destination: int, *, wide: bool) -> None:
@@ -530,64 +508,6 @@ class LocalApic(Fields):
     def _x2apic_ldr(self) -> int:
         """SDM 11.12.10.2."""
         return (self.apic_id >> 4) << 16 | 1 << (self.apic_id & 0xF)
-
-    # The timer (SDM 11.5.4).
-
-    def _timer_mode(self) -> int:
-        return self.lvt[0] >> 17 & 3
-
-    def _divider(self) -> int:
-        """Nanoseconds a count, as TIMER_HZ is 1 GHz."""
-        code = (self.divide & 8) >> 1 | self.divide & 3
-        return 1 if code == 7 else 2 << code
-
-    def _current_count(self) -> int:
-        if not self.initial_count or self._timer_mode() == TIMER_TSC_DEADLINE:
-            return 0
-        gone = (self._clock.now_ns() - self.timer_start) // self._divider()
-        if self._timer_mode() == TIMER_PERIODIC:
-            return self.initial_count - gone % self.initial_count
-        return max(self.initial_count - gone, 0)
-
-    def _schedule(self) -> None:
-        """Find the next expiry of the count, and arm."""
-        self.timer_deadline = 0
-        if self.initial_count:
-            period = self.initial_count * self._divider()
-            now = self._clock.now_ns()
-            expiries = (now - self.timer_start) // period
-            if self._timer_mode() == TIMER_PERIODIC:  # those that were missed are one in IRR anyway
-                self.timer_deadline = max(self.timer_start + (expiries + 1) * period, now + MIN_PERIOD_NS)
-            elif not expiries:
-                self.timer_deadline = self.timer_start + period
-        self._arm()
-
-    def _arm(self) -> None:
-        if self.tsc_deadline:
-            self._timer.arm_tsc(self.tsc_deadline)
-        elif self.timer_deadline:
-            self._timer.arm(self.timer_deadline)
-        else:
-            self._timer.cancel()
-
-    def _write_tsc_deadline(self, value: int) -> None:
-        self.tsc_deadline = value
-        if value and self._clock.tsc() >= value:  # past already: no need to wake the clock's thread
-            self._timer.cancel()
-            self._expired()
-        else:
-            self._arm()
-
-    def _expired(self) -> None:
-        """On the clock's thread, under the board lock."""
-        if self._timer_mode() == TIMER_TSC_DEADLINE:
-            self.tsc_deadline = 0
-        elif self._timer_mode() == TIMER_PERIODIC:
-            self._schedule()
-        else:
-            self.timer_deadline = 0
-        if not self.lvt[0] & LVT_MASKED:
-            self.accept(Delivery.FIXED, self.lvt[0] & 0xFF, False)
 
 
 class ApicView:
