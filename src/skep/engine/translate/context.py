@@ -53,6 +53,8 @@ XSTATE_BV = XSAVE_AREA + 512
 XMM = XSAVE_AREA + 160
 YMM_HIGH = XSAVE_AREA + 576
 MMX = XSAVE_AREA + 32
+FSW, FTW = XSAVE_AREA + 2, XSAVE_AREA + 4
+X87_INITIAL = (0x37F).to_bytes(24, "little")
 
 
 class Context:
@@ -220,7 +222,10 @@ class Context:
         (present,) = area[XSTATE_BV : XSTATE_BV + 8].cast("Q")
         if present & component:
             return
-        if component == 2:
+        if component == 1:
+            area[XSAVE_AREA : XSAVE_AREA + 24] = X87_INITIAL
+            area[MMX : MMX + 128] = bytes(128)
+        elif component == 2:
             area[XMM : XMM + 256] = bytes(256)
         elif component == 4:
             area[YMM_HIGH : YMM_HIGH + 256] = bytes(256)
@@ -228,13 +233,25 @@ class Context:
 
     def get_vector(self, register: Register_) -> bytes:
         """An XMM (16 bytes) or YMM (32 bytes) register."""
-        area, number = self.st.bytes, RegisterExt.number(register)
+        return self.get_ymm(RegisterExt.number(register))[: RegisterExt.size(register)]
+
+    def get_ymm(self, number: int) -> bytes:
+        """All of a vector register."""
+        area = self.st.bytes
         self.touch_state(2)
-        low = bytes(area[XMM + 16 * number : XMM + 16 * number + 16])
-        if RegisterExt.size(register) == 16:
-            return low
         self.touch_state(4)
-        return low + bytes(area[YMM_HIGH + 16 * number : YMM_HIGH + 16 * number + 16])
+        at = 16 * number
+        return bytes(area[XMM + at : XMM + at + 16]) + bytes(area[YMM_HIGH + at : YMM_HIGH + at + 16])
+
+    def get_mmx(self, number: int) -> bytes:
+        self.touch_state(1)
+        return bytes(self.st.bytes[MMX + 16 * number : MMX + 16 * number + 8])
+
+    def enter_mmx(self) -> None:
+        """What every MMX instruction but EMMS does: all x87 registers valid, top of stack 0 (SDM 1, 9.5.1)."""
+        area = self.st.bytes
+        area[FTW] = 0xFF
+        area[FSW + 1] &= ~0x38 & 0xFF
 
     def put_vector(self, register: Register_, data: bytes) -> None:
         """As a VEX instruction does: the part above ``data`` becomes zero."""

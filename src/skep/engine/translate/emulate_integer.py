@@ -79,21 +79,25 @@ def sahf(e: Context, i: Instruction) -> None:
 
 
 def enter(e: Context, i: Instruction) -> None:
-    """One store for the whole frame, so that a fault leaves nothing half done."""
+    """Every access is tried before the first word is stored; then the words go one by one, as one pushed may be the
+    next one read."""
     st, size = e.st, _FRAME_SIZE[i.code]
     allocated, level = i.immediate16, i.immediate8_2nd & 31
     mask = e.stack_mask
-    words = [st.q[RBP] & MASK[size]]
     frame = st.rsp - size & mask
+    sources = [e.linear("ss", st.q[RBP] - depth * size & mask, size) for depth in range(1, level)]
+    targets = [e.linear("ss", frame - n * size & mask, size, write=True) for n in range(level + 1)]
+    below = frame - level * size - allocated & mask
+    for address in sources:
+        e.cpu.read(address, size)
+    for address in (*targets, e.linear("ss", below, size, write=True)):
+        e.cpu.check_write(address, size)
+    e.cpu.write(targets[0], (st.q[RBP] & MASK[size]).to_bytes(size, "little"))
+    for source, target in zip(sources, targets[1:], strict=False):
+        e.cpu.write(target, e.cpu.read(source, size))
     if level:
-        for depth in range(1, level):
-            address = e.linear("ss", st.q[RBP] - depth * size & mask, size)
-            words.append(int.from_bytes(e.cpu.read(address, size), "little"))
-        words.append(frame & MASK[size])
-    below = frame - (len(words) - 1) * size - allocated & mask
-    e.cpu.check_write(e.linear("ss", below, size, write=True), size)
-    e.push(b"".join(word.to_bytes(size, "little") for word in reversed(words)))
-    st.rsp = st.rsp & ~mask | st.rsp - allocated & mask
+        e.cpu.write(targets[-1], (frame & MASK[size]).to_bytes(size, "little"))
+    st.rsp = st.rsp & ~mask | below
     e.put_number(RBP, size, frame)
 
 

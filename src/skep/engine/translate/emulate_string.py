@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from iced_x86 import Instruction, Mnemonic, OpKind, Register
 
 from skep.engine.amd64.registers import Rflags
-from skep.engine.translate.context import MASK, RAX, RCX, RDX, SEGMENT_NAME, Context, Handler
+from skep.engine.translate.context import M32, MASK, RAX, RCX, RDI, RDX, RSI, SEGMENT_NAME, Context, Handler
 from skep.engine.translate.emulate_integer import subtract_flags
 from skep.engine.translate.emulate_system import check_port
 from skep.engine.translate.port import GuestFault
@@ -29,15 +29,13 @@ class Element:
     address_size: int
     step: int
     source_segment: str
-    source_number: int = 6
-    destination_number: int = 7
 
     def source(self, e: Context) -> int:
-        offset = e.st.q[self.source_number] & MASK[self.address_size]
+        offset = e.st.q[RSI] & MASK[self.address_size]
         return e.linear(self.source_segment, offset, self.size)
 
     def destination(self, e: Context, *, write: bool = True) -> int:
-        offset = e.st.q[self.destination_number] & MASK[self.address_size]
+        offset = e.st.q[RDI] & MASK[self.address_size]
         return e.linear("es", offset, self.size, write=write)
 
     def advance(self, e: Context, number: int) -> None:
@@ -46,10 +44,10 @@ class Element:
         e.put_number(number, self.address_size, value + self.step & mask)
 
     def advance_source(self, e: Context) -> None:
-        self.advance(e, self.source_number)
+        self.advance(e, RSI)
 
     def advance_destination(self, e: Context) -> None:
-        self.advance(e, self.destination_number)
+        self.advance(e, RDI)
 
 
 def movs(e: Context, element: Element) -> None:
@@ -71,8 +69,8 @@ def lods(e: Context, element: Element) -> None:
 
 
 def cmps(e: Context, element: Element) -> None:
-    left = int.from_bytes(e.cpu.read(element.source(e), element.size), "little")
     right = int.from_bytes(e.cpu.read(element.destination(e, write=False), element.size), "little")
+    left = int.from_bytes(e.cpu.read(element.source(e), element.size), "little")
     element.advance_source(e)
     element.advance_destination(e)
     e.set_status(subtract_flags(left, right, element.size))
@@ -87,7 +85,6 @@ def scas(e: Context, element: Element) -> None:
 def ins(e: Context, element: Element) -> None:
     """The port is read only when the store cannot fault any more."""
     port = e.st.q[RDX] & 0xFFFF
-    check_port(e, port, element.size)
     address = element.destination(e)
     e.cpu.check_write(address, element.size)
     value = e.io.port_read(port, element.size) & MASK[element.size]
@@ -97,7 +94,6 @@ def ins(e: Context, element: Element) -> None:
 
 def outs(e: Context, element: Element) -> None:
     port = e.st.q[RDX] & 0xFFFF
-    check_port(e, port, element.size)
     value = int.from_bytes(e.cpu.read(element.source(e), element.size), "little")
     e.io.port_write(port, element.size, value)
     element.advance_source(e)
@@ -124,9 +120,21 @@ def _element(e: Context, i: Instruction, size: int) -> Element:
     return Element(size, address_size, -size if e.st.flags & Rflags.DF else size, SEGMENT_NAME[segment])
 
 
+def _truncate(e: Context, operation: Operation) -> None:
+    """Intel's CPUs clear the upper halves first when REP meets 32-bit addresses in 64-bit mode, even to do nothing."""
+    q = e.st.q
+    q[RCX] &= M32
+    if operation in (movs, stos):
+        q[RDI] &= M32
+    if operation is movs:
+        q[RSI] &= M32
+
+
 def string(e: Context, i: Instruction) -> None:
     operation, size = _STRINGS[i.mnemonic]
     element = _element(e, i, size)
+    if operation in (ins, outs):  # even where the count is 0
+        check_port(e, e.st.q[RDX] & 0xFFFF, size)
     if not (i.has_rep_prefix or i.has_repne_prefix):
         operation(e, element)
         return
@@ -134,6 +142,8 @@ def string(e: Context, i: Instruction) -> None:
     compares = operation in (cmps, scas)
     wanted = Rflags.ZF if i.has_rep_prefix else 0
     flags_before = st.flags
+    if element.address_size == 4 and e.bits == 64 and not e.cpuid.is_amd:
+        _truncate(e, operation)
     for _ in range(MAX_ELEMENTS):
         count = st.q[RCX] & MASK[element.address_size]
         if not count:

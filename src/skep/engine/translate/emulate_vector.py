@@ -1,8 +1,8 @@
 """Vector instructions whose memory accesses depend on register contents: masked moves and gathers.
 
-An element whose mask bit is clear is not accessed and cannot fault. A masked store checks all its elements before it
-stores the first; a gather clears the mask of each element it has loaded, so it goes on after a fault (SDM 2,
-VPGATHERDD).
+An element of VMASKMOV or a gather whose mask bit is clear is not accessed and cannot fault. A masked store checks all
+its elements before it stores the first; a gather clears the mask of each element it has loaded, so it goes on after a
+fault (SDM 2, VPGATHERDD).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from iced_x86 import Instruction, Mnemonic, OpKind, Register, Register_, Registe
 
 from skep.engine.amd64.cpuid import Feature
 from skep.engine.amd64.registers import Cr0, Cr4, Vector, Xcr0
-from skep.engine.translate.context import GENERAL, M64, MASK, MMX, SEGMENT_NAME, Context, Handler
+from skep.engine.translate.context import GENERAL, M64, MASK, SEGMENT_NAME, Context, Handler
 from skep.engine.translate.port import GuestFault
 
 
@@ -23,13 +23,6 @@ def require_avx(e: Context, feature: Feature = Feature.AVX) -> None:
         raise GuestFault(Vector.UD)
     if st.cr0 & Cr0.TS:
         raise GuestFault(Vector.NM)
-
-
-def _masked_store(e: Context, addresses: list[tuple[int, bytes]]) -> None:
-    for address, data in addresses:
-        e.cpu.check_write(address, len(data))
-    for address, data in addresses:
-        e.cpu.write(address, data)
 
 
 # VMASKMOVPS/PD, VPMASKMOVD/Q: the element's own top bit in the mask register
@@ -47,7 +40,11 @@ def vmaskmov(e: Context, i: Instruction) -> None:
     chosen = [at for at in range(0, len(mask), size) if mask[at + size - 1] >> 7]
     if i.op0_kind == OpKind.MEMORY:
         source = e.get_vector(i.op2_register)
-        _masked_store(e, [(e.address(i, size, write=True, plus=at), source[at : at + size]) for at in chosen])
+        addresses = [e.address(i, size, write=True, plus=at) for at in chosen]
+        for address in addresses:
+            e.cpu.check_write(address, size)
+        for at, address in zip(chosen, addresses, strict=True):
+            e.cpu.write(address, source[at : at + size])
         return
     result = bytearray(len(mask))
     for at in chosen:
@@ -55,7 +52,7 @@ def vmaskmov(e: Context, i: Instruction) -> None:
     e.put_vector(i.op0_register, bytes(result))
 
 
-# MASKMOVDQU, MASKMOVQ: a byte each, to DS:rDI
+# MASKMOVDQU, MASKMOVQ: a byte each, to DS:rDI. All of the operand must be writable, as on Intel's CPUs
 
 
 def maskmov(e: Context, i: Instruction) -> None:
@@ -70,17 +67,19 @@ def maskmov(e: Context, i: Instruction) -> None:
     number, address_size = e.string_index(i, 0)
     start = e.st.q[number] & MASK[address_size]
     segment = SEGMENT_NAME[i.memory_segment]
-    _masked_store(e, [
-        (e.linear(segment, start + at & MASK[address_size], 1, write=True), source[at : at + 1])
-        for at in range(len(mask))
-        if mask[at] >> 7
-    ])  # fmt: skip
+    if i.mnemonic == Mnemonic.MASKMOVQ:
+        e.enter_mmx()
+    addresses = [e.linear(segment, start + n & MASK[address_size], 1, write=True) for n in range(len(mask))]
+    for address in addresses:
+        e.cpu.check_write(address, 1)
+    for n, address in enumerate(addresses):
+        if mask[n] >> 7:
+            e.cpu.write(address, source[n : n + 1])
 
 
 def _vector(e: Context, register: Register_) -> bytes:
     if register in range(Register.MM0, Register.MM7 + 1):
-        at = MMX + 16 * (register - Register.MM0)
-        return bytes(e.st.bytes[at : at + 8])
+        return e.get_mmx(register - Register.MM0)
     return e.get_vector(register)
 
 
@@ -100,25 +99,31 @@ def gather(e: Context, i: Instruction) -> None:
     if len({RegisterExt.number(r) for r in (to, mask_register, index_register)}) < 3:
         raise GuestFault(Vector.UD)
     index = e.get_vector(index_register)
-    result, mask = bytearray(e.get_vector(to)), bytearray(e.get_vector(mask_register))
+    result = bytearray(e.get_vector(to))
+    length = max(len(result), len(index))  # the vector length: dword results of qword indices fill half of it
+    old_mask = e.get_ymm(RegisterExt.number(mask_register))[:length]
+    mask = bytearray(b"".join((b"\xff" if top >> 7 else b"\0") * size for top in old_mask[size - 1 :: size]))
     count = min(len(result) // size, len(index) // index_size)
+    loaded = False
     segment = SEGMENT_NAME[i.memory_segment]
     base = e.get(i.memory_base) if i.memory_base in GENERAL else 0
     address_mask = MASK[e.address_size(i)]
     for n in range(count):
         at = n * size
-        if not mask[at + size - 1] >> 7:
+        if not mask[at]:
             continue
         offset = int.from_bytes(index[n * index_size : (n + 1) * index_size], "little", signed=True)
         place = base + offset * i.memory_index_scale + i.memory_displacement & M64 & address_mask
         try:
             data = e.cpu.read(e.linear(segment, place, size), size)
         except GuestFault:
-            e.put_vector(to, bytes(result))  # what is loaded stays, and is not loaded again
+            if loaded:  # what is loaded stays, and is not loaded again
+                e.put_vector(to, bytes(result[: count * size]))
             e.put_vector(mask_register, bytes(mask))
             raise
         result[at : at + size] = data
         mask[at : at + size] = bytes(size)
+        loaded = True
     e.put_vector(to, bytes(result[: count * size]))
     e.put_vector(mask_register, b"")
 
