@@ -1,0 +1,243 @@
+"""KVM's ioctls and structures for x86, by the names of <linux/kvm.h>, as far as the engine uses them.
+
+The ioctls go through ctypes: ``fcntl.ioctl`` retries EINTR from Python 3.14 on, and a kick would never end KVM_RUN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import Array, Structure, Union, c_uint8, c_uint16, c_uint32, c_uint64
+from typing import Any
+
+API_VERSION = 12
+
+CAP_USER_MEMORY = 3
+CAP_MAX_VCPUS = 66
+CAP_IMMEDIATE_EXIT = 136
+CAP_X86_USER_SPACE_MSR = 188
+CAP_X86_MSR_FILTER = 189
+
+EXIT_IO = 2
+EXIT_HLT = 5
+EXIT_MMIO = 6
+EXIT_IRQ_WINDOW_OPEN = 7
+EXIT_SHUTDOWN = 8
+EXIT_FAIL_ENTRY = 9
+EXIT_INTR = 10
+EXIT_SET_TPR = 11
+EXIT_INTERNAL_ERROR = 17
+EXIT_X86_RDMSR = 29
+EXIT_X86_WRMSR = 30
+
+EXIT_IO_OUT = 1
+CPUID_FLAG_SIGNIFICANT_INDEX = 1
+MSR_EXIT_REASON_INVAL, MSR_EXIT_REASON_UNKNOWN, MSR_EXIT_REASON_FILTER = 1, 2, 4
+MSR_FILTER_READ, MSR_FILTER_WRITE = 1, 2
+VCPU_TSC_CTRL, VCPU_TSC_OFFSET = 0, 0
+VCPUEVENT_VALID_NMI_PENDING, VCPUEVENT_VALID_SHADOW = 1, 4
+
+
+class UserspaceMemoryRegion(Structure):
+    _fields_ = (
+        ("slot", c_uint32), ("flags", c_uint32),
+        ("guest_phys_addr", c_uint64), ("memory_size", c_uint64), ("userspace_addr", c_uint64),
+    )  # fmt: skip
+
+
+class EnableCap(Structure):
+    _fields_ = (("cap", c_uint32), ("flags", c_uint32), ("args", c_uint64 * 4), ("pad", c_uint8 * 64))
+
+
+class MsrFilterRange(Structure):
+    """``bitmap`` has a bit for each MSR from ``base`` on: 0 hands it to userspace."""
+
+    _fields_ = (("flags", c_uint32), ("nmsrs", c_uint32), ("base", c_uint32), ("bitmap", ctypes.c_void_p))
+
+
+class MsrFilter(Structure):
+    _fields_ = (("flags", c_uint32), ("ranges", MsrFilterRange * 16))
+
+
+class DeviceAttr(Structure):
+    _fields_ = (("flags", c_uint32), ("group", c_uint32), ("attr", c_uint64), ("addr", c_uint64))
+
+
+class Regs(Structure):
+    NAMES = (
+        "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
+        "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags",
+    )  # fmt: skip
+    _fields_ = tuple((name, c_uint64) for name in NAMES)
+
+
+class Segment(Structure):
+    _fields_ = (
+        ("base", c_uint64), ("limit", c_uint32), ("selector", c_uint16),
+        *((name, c_uint8) for name in ("type", "present", "dpl", "db", "s", "l", "g", "avl", "unusable", "padding")),
+    )  # fmt: skip
+
+
+class Dtable(Structure):
+    _fields_ = (("base", c_uint64), ("limit", c_uint16), ("padding", c_uint16 * 3))
+
+
+class Sregs(Structure):
+    _fields_ = (
+        *((name, Segment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),
+        ("gdt", Dtable), ("idt", Dtable),
+        *((name, c_uint64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")),
+        ("interrupt_bitmap", c_uint64 * 4),
+    )  # fmt: skip
+
+
+class Debugregs(Structure):
+    _fields_ = (("db", c_uint64 * 4), ("dr6", c_uint64), ("dr7", c_uint64), ("flags", c_uint64), ("res", c_uint64 * 9))
+
+
+class Xcr(Structure):
+    _fields_ = (("xcr", c_uint32), ("reserved", c_uint32), ("value", c_uint64))
+
+
+class Xcrs(Structure):
+    _fields_ = (("nr_xcrs", c_uint32), ("flags", c_uint32), ("xcrs", Xcr * 16), ("padding", c_uint64 * 16))
+
+
+class Xsave(Structure):
+    """The XSAVE area in the standard format."""
+
+    _fields_ = (("region", c_uint8 * 4096),)
+
+
+class VcpuEvents(Structure):
+    """What is on its way into the guest, and what blocks it."""
+
+    _fields_ = (
+        ("exception", c_uint8 * 8),
+        ("interrupt_injected", c_uint8), ("interrupt_nr", c_uint8), ("interrupt_soft", c_uint8),
+        ("interrupt_shadow", c_uint8),
+        ("nmi_injected", c_uint8), ("nmi_pending", c_uint8), ("nmi_masked", c_uint8), ("nmi_pad", c_uint8),
+        ("sipi_vector", c_uint32), ("flags", c_uint32), ("rest", c_uint8 * 40),
+    )  # fmt: skip
+
+
+class MsrEntry(Structure):
+    _fields_ = (("index", c_uint32), ("reserved", c_uint32), ("data", c_uint64))
+
+
+class CpuidEntry(Structure):
+    _fields_ = (
+        ("function", c_uint32), ("index", c_uint32), ("flags", c_uint32),
+        ("eax", c_uint32), ("ebx", c_uint32), ("ecx", c_uint32), ("edx", c_uint32), ("padding", c_uint32 * 3),
+    )  # fmt: skip
+
+
+class ExitIo(Structure):
+    _fields_ = (
+        ("direction", c_uint8), ("size", c_uint8), ("port", c_uint16), ("count", c_uint32), ("data_offset", c_uint64),
+    )  # fmt: skip
+
+
+class ExitMmio(Structure):
+    _fields_ = (("phys_addr", c_uint64), ("data", c_uint8 * 8), ("len", c_uint32), ("is_write", c_uint8))
+
+
+class ExitFailEntry(Structure):
+    _fields_ = (("hardware_entry_failure_reason", c_uint64), ("cpu", c_uint32))
+
+
+class ExitInternal(Structure):
+    _fields_ = (("suberror", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16))
+
+
+class ExitMsr(Structure):
+    _fields_ = (
+        ("error", c_uint8), ("pad", c_uint8 * 7), ("reason", c_uint32), ("index", c_uint32), ("data", c_uint64),
+    )  # fmt: skip
+
+
+class ExitUnion(Union):
+    _fields_ = (
+        ("io", ExitIo), ("mmio", ExitMmio), ("fail_entry", ExitFailEntry), ("internal", ExitInternal), ("msr", ExitMsr),
+        ("padding", c_uint8 * 256),
+    )  # fmt: skip
+
+
+class Run(Structure):
+    """What a vCPU shares with us: the first page of its mapping."""
+
+    _anonymous_ = ("exit",)
+    _fields_ = (
+        ("request_interrupt_window", c_uint8), ("immediate_exit", c_uint8), ("padding1", c_uint8 * 6),
+        ("exit_reason", c_uint32),
+        ("ready_for_interrupt_injection", c_uint8), ("if_flag", c_uint8), ("flags", c_uint16),
+        ("cr8", c_uint64), ("apic_base", c_uint64),
+        ("exit", ExitUnion),
+    )  # fmt: skip
+
+
+def msrs(entries: int) -> Any:
+    """A struct kvm_msrs with room for ``entries``."""
+    return _counted(MsrEntry, entries)
+
+
+def cpuid2(entries: int) -> Any:
+    """A struct kvm_cpuid2 with room for ``entries``."""
+    return _counted(CpuidEntry, entries)
+
+
+def _counted(entry: type[Structure], n: int) -> Any:
+    kind = type("Counted", (Structure,), {"_fields_": (("n", c_uint32), ("pad", c_uint32), ("entries", entry * n))})
+    made = kind()
+    made.n = n
+    return made
+
+
+def _io(number: int) -> int:
+    return 0xAE << 8 | number
+
+
+def _iow(number: int, size: int) -> int:
+    return 1 << 30 | size << 16 | _io(number)
+
+
+def _ior(number: int, size: int) -> int:
+    return 2 << 30 | size << 16 | _io(number)
+
+
+GET_API_VERSION = _io(0x00)
+CREATE_VM = _io(0x01)
+CHECK_EXTENSION = _io(0x03)
+GET_VCPU_MMAP_SIZE = _io(0x04)
+GET_SUPPORTED_CPUID = _ior(0x05, 8) | _iow(0x05, 8)
+CREATE_VCPU = _io(0x41)
+SET_USER_MEMORY_REGION = _iow(0x46, ctypes.sizeof(UserspaceMemoryRegion))
+SET_TSS_ADDR = _io(0x47)
+SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
+RUN = _io(0x80)
+GET_REGS, SET_REGS = _ior(0x81, ctypes.sizeof(Regs)), _iow(0x82, ctypes.sizeof(Regs))
+GET_SREGS, SET_SREGS = _ior(0x83, ctypes.sizeof(Sregs)), _iow(0x84, ctypes.sizeof(Sregs))
+INTERRUPT = _iow(0x86, 4)
+GET_MSRS, SET_MSRS = _ior(0x88, 8) | _iow(0x88, 8), _iow(0x89, 8)
+SET_CPUID2 = _iow(0x90, 8)
+NMI = _io(0x9A)
+GET_VCPU_EVENTS, SET_VCPU_EVENTS = _ior(0x9F, ctypes.sizeof(VcpuEvents)), _iow(0xA0, ctypes.sizeof(VcpuEvents))
+GET_DEBUGREGS, SET_DEBUGREGS = _ior(0xA1, ctypes.sizeof(Debugregs)), _iow(0xA2, ctypes.sizeof(Debugregs))
+ENABLE_CAP = _iow(0xA3, ctypes.sizeof(EnableCap))
+GET_XSAVE, SET_XSAVE = _ior(0xA4, ctypes.sizeof(Xsave)), _iow(0xA5, ctypes.sizeof(Xsave))
+GET_XCRS, SET_XCRS = _ior(0xA6, ctypes.sizeof(Xcrs)), _iow(0xA7, ctypes.sizeof(Xcrs))
+X86_SET_MSR_FILTER = _iow(0xC6, ctypes.sizeof(MsrFilter))
+SET_DEVICE_ATTR = _iow(0xE1, ctypes.sizeof(DeviceAttr))
+
+_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+_ioctl.restype = ctypes.c_int
+_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+
+
+def ioctl(fd: int, request: int, argument: Structure | Array[Any] | int = 0) -> int:
+    """Raises OSError. ``argument`` is a number, or a structure passed by address and filled in place."""
+    result: int = _ioctl(fd, request, argument if isinstance(argument, int) else ctypes.addressof(argument))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result

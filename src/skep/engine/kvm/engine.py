@@ -1,0 +1,190 @@
+"""A VM under KVM: its memory slots, its CPUID, and what of the CPU model the hardware really has."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import Any
+
+from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.io import IoSpace
+from skep.engine.amd64 import cpuid, msrs
+from skep.engine.amd64.cpuid import SUBLEAVES, Feature
+from skep.engine.amd64.native import function
+from skep.engine.amd64.tsc import tsc_hz
+from skep.engine.contract import EngineVm
+from skep.engine.kvm import abi
+from skep.engine.kvm.vcpu import KICK_SIGNAL, KvmVcpu
+from skep.errors import HostError, UserError
+from skep.memory import GuestMemory
+
+TSS_PAGES = 0xFFFB_D000
+"""Three pages, and the one before them, that KVM needs for real mode on old Intel CPUs: in the hole under 4 GiB."""
+
+OURS = frozenset((Feature.TSC_DEADLINE, Feature.HYPERVISOR, Feature.HTT, Feature.CMP_LEGACY, Feature.X2APIC))
+"""Features that need nothing of the hardware: the local APIC is Skep's, and the others only tell what there is."""
+
+_NEEDED = {
+    abi.CAP_USER_MEMORY: "user memory",
+    abi.CAP_IMMEDIATE_EXIT: "immediate exit",
+    abi.CAP_X86_USER_SPACE_MSR: "MSRs in user space",
+    abi.CAP_X86_MSR_FILTER: "MSR filters",
+}
+
+
+class KvmEngine:
+    """See :class:`skep.engine.contract.Engine`."""
+
+    name = "kvm"
+
+    def __init__(self, device: str = "/dev/kvm") -> None:
+        self.device = device
+
+    def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> EngineVm:
+        todo = "use --engine translate, which needs nothing of the host's kernel"
+        try:
+            fd = os.open(self.device, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(f"KVM cannot be used: {error.strerror}", self.device, todo) from None
+        try:
+            return KvmVm(fd, memory, io, max_vcpus, cpu_model, tsc_offset)
+        except OSError as error:
+            raise HostError(f"KVM cannot make this VM: {error.strerror}", self.device, todo) from None
+        finally:
+            os.close(fd)
+
+
+class KvmVm:
+    """See :class:`skep.engine.contract.EngineVm`. ``kvm`` is /dev/kvm, open during the constructor."""
+
+    def __init__(
+        self, kvm: int, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
+    ) -> None:
+        try:
+            version = abi.ioctl(kvm, abi.GET_API_VERSION)
+        except OSError:  # another device
+            version = 0
+        lacking = [what for cap, what in _NEEDED.items() if version != abi.API_VERSION or not _has(kvm, cap)]
+        if lacking:
+            raise HostError(f"this KVM lacks {', '.join(lacking)}", None, "use --engine translate")
+        limit = _has(kvm, abi.CAP_MAX_VCPUS)
+        if max_vcpus > limit:
+            raise UserError(f"KVM on this host has at most {limit} CPUs a VM", "cpus", "ask for fewer")
+        self.max_vcpus = max_vcpus
+        self._io = io
+        self._model = cpu_model
+        self._tsc_offset = tsc_offset
+        self._supported = _supported_cpuid(kvm)
+        self._run_size = abi.ioctl(kvm, abi.GET_VCPU_MMAP_SIZE)
+        self._vcpus: list[KvmVcpu] = []
+        self._cpuid(0)  # a model that does not exist is told here
+        self._fd = abi.ioctl(kvm, abi.CREATE_VM)
+        try:
+            abi.ioctl(self._fd, abi.SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(TSS_PAGES - 4096))
+            abi.ioctl(self._fd, abi.SET_TSS_ADDR, TSS_PAGES)
+            for slot, region in enumerate(memory.regions):
+                abi.ioctl(
+                    self._fd,
+                    abi.SET_USER_MEMORY_REGION,
+                    abi.UserspaceMemoryRegion(slot, 0, region.gpa, region.size, region.host),
+                )
+            self._take_msrs()
+            _install_kick_handler()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _take_msrs(self) -> None:
+        """Send the local APIC's MSRs to us: two by a filter, the x2APIC's because KVM has no local APIC here."""
+        reasons = abi.MSR_EXIT_REASON_INVAL | abi.MSR_EXIT_REASON_UNKNOWN | abi.MSR_EXIT_REASON_FILTER
+        abi.ioctl(self._fd, abi.ENABLE_CAP, abi.EnableCap(abi.CAP_X86_USER_SPACE_MSR, 0, (reasons, 0, 0, 0)))
+        ours = ctypes.create_string_buffer(8)  # a bitmap of zeros
+        msr_filter = abi.MsrFilter()
+        for entry, index in zip(msr_filter.ranges, (msrs.IA32_APIC_BASE, msrs.IA32_TSC_DEADLINE), strict=False):
+            entry.flags = abi.MSR_FILTER_READ | abi.MSR_FILTER_WRITE
+            entry.nmsrs, entry.base, entry.bitmap = 1, index, ctypes.addressof(ours)
+        abi.ioctl(self._fd, abi.X86_SET_MSR_FILTER, msr_filter)
+
+    def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> KvmVcpu:
+        fd = abi.ioctl(self._fd, abi.CREATE_VCPU, index)
+        vcpu = KvmVcpu(index, fd, self._run_size, self._io, interrupts)
+        try:
+            vcpu.set_cpuid(self._cpuid(index))
+            vcpu.set_tsc_offset(self._tsc_offset)
+        except BaseException:
+            vcpu.close()
+            raise
+        self._vcpus.append(vcpu)
+        return vcpu
+
+    def set_tsc_offset(self, offset: int) -> None:
+        self._tsc_offset = offset
+        for vcpu in self._vcpus:
+            vcpu.set_tsc_offset(offset)
+
+    def close(self) -> None:
+        for vcpu in self._vcpus:
+            vcpu.close()
+        self._vcpus.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _cpuid(self, index: int) -> list[abi.CpuidEntry]:
+        """The CPU model's CPUID, less the features that this hardware or this KVM has not."""
+        model = cpuid.make(self._model, tsc_hz(), index, self.max_vcpus)
+        absent: dict[tuple[int, int], list[int]] = {}
+        for feature in model.features - OURS:
+            leaf, subleaf, register, bit = feature.value
+            if not self._supported.get((leaf, subleaf), (0, 0, 0, 0))[register] >> bit & 1:
+                absent.setdefault((leaf, subleaf), [0, 0, 0, 0])[register] |= 1 << bit
+        return [
+            abi.CpuidEntry(
+                leaf,
+                subleaf,
+                abi.CPUID_FLAG_SIGNIFICANT_INDEX if leaf in SUBLEAVES else 0,
+                *(value & ~gone for value, gone in zip(values, absent.get((leaf, subleaf), [0] * 4), strict=True)),
+            )
+            for (leaf, subleaf), values in sorted(model.table.items())
+        ]
+
+
+def _has(kvm: int, capability: int) -> int:
+    return abi.ioctl(kvm, abi.CHECK_EXTENSION, capability)
+
+
+def _supported_cpuid(kvm: int) -> dict[tuple[int, int], tuple[int, int, int, int]]:
+    """What this KVM can give a guest on this hardware, by (leaf, subleaf)."""
+    room = 64
+    while True:
+        rows = abi.cpuid2(room)
+        try:
+            abi.ioctl(kvm, abi.GET_SUPPORTED_CPUID, rows)
+        except OSError as error:
+            if error.errno != errno.E2BIG or room > 4096:
+                raise
+            room *= 2
+            continue
+        return {(e.function, e.index): (e.eax, e.ebx, e.ecx, e.edx) for e in rows.entries[: rows.n]}
+
+
+_nothing: Any = function(b"\xc3", None)  # ret
+
+
+def _install_kick_handler() -> None:
+    """Make :data:`KICK_SIGNAL` interrupt KVM_RUN and do nothing else.
+
+    Not through :mod:`signal`: that works in the main thread only, and runs Python in it for every kick.
+    """
+
+    class Sigaction(ctypes.Structure):
+        _fields_ = (
+            ("handler", ctypes.c_void_p), ("mask", ctypes.c_ulong * 16), ("flags", ctypes.c_int),
+            ("restorer", ctypes.c_void_p),
+        )  # fmt: skip
+
+    action = Sigaction(handler=ctypes.cast(_nothing, ctypes.c_void_p))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.sigaction(int(KICK_SIGNAL), ctypes.byref(action), None):
+        raise OSError(ctypes.get_errno(), "sigaction")

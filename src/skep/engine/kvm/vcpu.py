@@ -1,0 +1,364 @@
+"""One vCPU under KVM: the run loop, injection of interrupts, and its state in architectural names.
+
+KVM has no interrupt controllers here; the local APIC is Skep's. Before each entry the loop offers what waits there. KVM
+says by ``ready_for_interrupt_injection`` whether the guest could take an interrupt at once; if not, a window is
+asked for, and KVM_RUN returns as soon as it opens.
+
+A kick is never lost: ``immediate_exit`` is cleared before anything is looked at, and set before the signal is sent, so
+a kick between the look and the entry makes the entry return at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.io import IoSpace
+from skep.engine.amd64 import msrs
+from skep.engine.amd64.cpuid import AVX_OFFSET, AVX_SIZE
+from skep.engine.amd64.registers import SEGMENTS, Rflags
+from skep.engine.contract import Exit, ExitReason
+from skep.engine.kvm import abi
+from skep.engine.kvm.abi import ioctl
+
+KICK_SIGNAL = signal.SIGRTMIN + 5
+XSAVE_SIZE = AVX_OFFSET + AVX_SIZE
+"""Of the standard format, what the CPU models offer."""
+
+_SEGMENT_FIELDS = {name: name for name in SEGMENTS} | {"tr": "tr", "ldtr": "ldt"}
+_TABLE_FIELDS = {"gdtr": "gdt", "idtr": "idt"}
+_CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
+_ATTRIBUTE_BITS = (("type", 0, 15), ("s", 4, 1), ("dpl", 5, 3), ("present", 7, 1), ("avl", 12, 1), ("l", 13, 1),
+                   ("db", 14, 1), ("g", 15, 1))  # fmt: skip
+_PRESENT = 1 << 7
+
+_S = TypeVar("_S", bound=ctypes.Structure)
+
+
+class KvmVcpu:
+    """See :class:`skep.engine.contract.Vcpu`."""
+
+    def __init__(self, index: int, fd: int, run_size: int, io: IoSpace, interrupts: LocalInterrupts) -> None:
+        self.index = index
+        self._fd = fd
+        self._io = io
+        self._interrupts = interrupts
+        self._map = mmap.mmap(fd, run_size)
+        self._run = abi.Run.from_buffer(self._map)
+        self._bytes = memoryview(self._map)
+        self._guard = threading.Lock()  # of _thread, and of the signal to it
+        self._thread: int | None = None
+        self._exit_requested = False
+        self._halted = False
+        self._last: deque[tuple[int, ...]] = deque(maxlen=16)
+        self._handlers: dict[int, Callable[[], Exit | None]] = {
+            abi.EXIT_IO: self._port,
+            abi.EXIT_MMIO: self._mmio,
+            abi.EXIT_X86_RDMSR: self._read_msr,
+            abi.EXIT_X86_WRMSR: self._write_msr,
+            abi.EXIT_HLT: self._halt,
+            abi.EXIT_SHUTDOWN: self._shutdown,
+            abi.EXIT_FAIL_ENTRY: self._failed_entry,
+            abi.EXIT_INTERNAL_ERROR: self._internal_error,
+            abi.EXIT_IRQ_WINDOW_OPEN: _go_on,
+            abi.EXIT_INTR: _go_on,
+            abi.EXIT_SET_TPR: _go_on,
+        }
+
+    # Running
+
+    def run(self) -> Exit:
+        with self._guard:
+            self._thread = threading.get_ident()
+        try:
+            while True:
+                self._run.immediate_exit = 0
+                if self._exit_requested:
+                    self._exit_requested = False
+                    return Exit(ExitReason.KICKED)
+                if not self._offer_interrupts():
+                    return self._halted_exit()
+                left = self._enter()
+                if left is not None:
+                    return left
+        finally:
+            with self._guard:
+                self._thread = None
+
+    def kick(self) -> None:
+        with self._guard:
+            self._run.immediate_exit = 1
+            if self._thread is not None and self._thread != threading.get_ident():
+                signal.pthread_kill(self._thread, KICK_SIGNAL)
+
+    def request_exit(self) -> None:
+        self._exit_requested = True
+        self.kick()
+
+    def _offer_interrupts(self) -> bool:
+        """Inject what waits, or ask for a window; False if the vCPU is halted and nothing wakes it."""
+        run, interrupts = self._run, self._interrupts
+        nmi = interrupts.take_nmi()
+        if nmi:
+            ioctl(self._fd, abi.NMI)
+        waiting = interrupts.pending()
+        if self._halted and not nmi and not (waiting and run.if_flag):
+            return False
+        self._halted = False
+        run.request_interrupt_window = 0
+        if waiting and not run.ready_for_interrupt_injection:
+            run.request_interrupt_window = 1
+        elif waiting:
+            vector = interrupts.acknowledge()
+            if vector is not None:
+                ioctl(self._fd, abi.INTERRUPT, (ctypes.c_uint32 * 1)(vector))
+                run.ready_for_interrupt_injection = 0
+                run.request_interrupt_window = interrupts.pending()
+        return True
+
+    def _enter(self) -> Exit | None:
+        """One KVM_RUN, and what it left for."""
+        run = self._run
+        tpr = run.cr8 = self._interrupts.read_tpr()
+        try:
+            ioctl(self._fd, abi.RUN)
+        except OSError as error:
+            if error.errno != errno.EINTR:
+                return self._failure(f"KVM_RUN: {error.strerror}")
+            reason = abi.EXIT_INTR
+        else:
+            reason = run.exit_reason
+        if run.cr8 != tpr:
+            self._interrupts.write_tpr(run.cr8)
+        handler = self._handlers.get(reason)
+        if handler is None:
+            return self._failure(f"KVM left the guest for a reason unknown to Skep: {reason}")
+        return handler()
+
+    def _port(self) -> None:
+        io = self._run.io
+        size, port = io.size, io.port
+        self._last.append((abi.EXIT_IO, io.direction, size, port))
+        for at in range(io.data_offset, io.data_offset + io.count * size, size):
+            if io.direction == abi.EXIT_IO_OUT:
+                self._io.port_write(port, size, int.from_bytes(self._bytes[at : at + size], "little"))
+            else:
+                self._bytes[at : at + size] = self._io.port_read(port, size).to_bytes(size, "little")
+
+    def _mmio(self) -> None:
+        """KVM cuts accesses at 8 bytes and at page ends, so ``len`` need not be a power of two; a device's size is."""
+        mmio = self._run.mmio
+        self._last.append((abi.EXIT_MMIO, mmio.is_write, mmio.len, mmio.phys_addr))
+        offset = 0
+        while offset < mmio.len:
+            left = mmio.len - offset
+            size = 1 << left.bit_length() - 1
+            gpa = mmio.phys_addr + offset
+            if mmio.is_write:
+                self._io.mmio_write(gpa, size, int.from_bytes(bytes(mmio.data[offset : offset + size]), "little"))
+            else:
+                mmio.data[offset : offset + size] = tuple(self._io.mmio_read(gpa, size).to_bytes(size, "little"))
+            offset += size
+
+    def _read_msr(self) -> None:
+        msr = self._run.msr
+        value = self._interrupts.read_msr(msr.index)
+        msr.error, msr.data = value is None, value or 0
+
+    def _write_msr(self) -> None:
+        msr = self._run.msr
+        msr.error = not self._interrupts.write_msr(msr.index, msr.data)
+
+    def _halt(self) -> Exit:
+        self._halted = True
+        return self._halted_exit()
+
+    def _halted_exit(self) -> Exit:
+        return Exit(ExitReason.HALTED, {"interrupts": bool(self._run.if_flag)})
+
+    def _shutdown(self) -> Exit:
+        return Exit(ExitReason.SHUTDOWN, {"exits": [_described(*one) for one in self._last]})
+
+    def _failed_entry(self) -> Exit:
+        reason = self._run.fail_entry.hardware_entry_failure_reason
+        return self._failure(f"KVM cannot enter the guest, reason {reason:#x}")
+
+    def _internal_error(self) -> Exit:
+        internal = self._run.internal
+        data = " ".join(f"{word:#x}" for word in internal.data[: min(internal.ndata, 16)])
+        return self._failure(f"KVM internal error {internal.suberror} ({data})")
+
+    def _failure(self, message: str) -> Exit:
+        rip = self._get(abi.GET_REGS, abi.Regs()).rip
+        return Exit(ExitReason.FAILED, {"message": f"{message}, at rip {rip:#x}"})
+
+    # State
+
+    def get_state(self) -> dict[str, Any]:
+        """Besides what the contract names, ``interrupt`` is there if a vector was taken from the local APIC and did not
+        reach the guest yet, and ``nmi_blocked`` while the guest is in its NMI handler."""
+        self._complete_io()
+        regs, sregs = self._get(abi.GET_REGS, abi.Regs()), self._get(abi.GET_SREGS, abi.Sregs())
+        debug, events = self._get(abi.GET_DEBUGREGS, abi.Debugregs()), self._events()
+        state: dict[str, Any] = {name: getattr(regs, name) for name in abi.Regs.NAMES}
+        state |= {name: getattr(sregs, name) for name in _CONTROL}
+        for name, theirs in _SEGMENT_FIELDS.items():
+            state[name] = _segment(getattr(sregs, theirs))
+        for name, theirs in _TABLE_FIELDS.items():
+            table = getattr(sregs, theirs)
+            state[name] = {"base": table.base, "limit": table.limit}
+        state |= {f"dr{i}": debug.db[i] for i in range(4)} | {"dr6": debug.dr6, "dr7": debug.dr7}
+        xcrs = self._get(abi.GET_XCRS, abi.Xcrs())
+        state["xcr0"] = next((x.value for x in xcrs.xcrs[: xcrs.nr_xcrs] if x.xcr == 0), 1)
+        state["xsave"] = bytes(self._get(abi.GET_XSAVE, abi.Xsave()).region)[:XSAVE_SIZE]
+        state["msrs"] = self._get_msrs(msrs.SAVED)
+        if events.interrupt_injected and not events.interrupt_soft:
+            state["interrupt"] = events.interrupt_nr
+        if events.nmi_masked:
+            state["nmi_blocked"] = 1
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """A state with ``rip`` is a new beginning: what was on its way into the guest is dropped."""
+        self._complete_io()
+        if any(name in state for name in (*_CONTROL, *_SEGMENT_FIELDS, *_TABLE_FIELDS)):
+            self._set_sregs(state)
+        if any(name in state for name in abi.Regs.NAMES):
+            regs = self._get(abi.GET_REGS, abi.Regs())
+            for name in abi.Regs.NAMES:
+                setattr(regs, name, state.get(name, getattr(regs, name)))
+            ioctl(self._fd, abi.SET_REGS, regs)
+            self._run.if_flag = bool(regs.rflags & Rflags.IF)
+        if any(f"dr{i}" in state for i in range(8)):
+            debug = self._get(abi.GET_DEBUGREGS, abi.Debugregs())
+            for i in range(4):
+                debug.db[i] = state.get(f"dr{i}", debug.db[i])
+            debug.dr6, debug.dr7 = state.get("dr6", debug.dr6), state.get("dr7", debug.dr7)
+            ioctl(self._fd, abi.SET_DEBUGREGS, debug)
+        if "xcr0" in state:
+            xcrs = abi.Xcrs(nr_xcrs=1)
+            xcrs.xcrs[0].value = state["xcr0"] | 1  # x87 cannot be off; 0 is a CPU without XSAVE
+            ioctl(self._fd, abi.SET_XCRS, xcrs)
+        if "xsave" in state:
+            area = abi.Xsave()
+            ctypes.memmove(area.region, state["xsave"], min(len(state["xsave"]), len(area.region)))
+            ioctl(self._fd, abi.SET_XSAVE, area)
+        if "msrs" in state:
+            self._set_msrs(state["msrs"])
+        if "rip" in state:
+            self._halted = False
+            events = self._events()
+            ctypes.memset(ctypes.addressof(events), 0, ctypes.sizeof(events))
+            events.flags = abi.VCPUEVENT_VALID_NMI_PENDING | abi.VCPUEVENT_VALID_SHADOW
+            events.interrupt_injected, events.interrupt_nr = "interrupt" in state, state.get("interrupt", 0)
+            events.nmi_masked = bool(state.get("nmi_blocked", 0))
+            ioctl(self._fd, abi.SET_VCPU_EVENTS, events)
+        self._run.ready_for_interrupt_injection = 0  # KVM says it anew
+
+    def set_cpuid(self, rows: Sequence[abi.CpuidEntry]) -> None:
+        table = abi.cpuid2(len(rows))
+        table.entries[:] = rows
+        ioctl(self._fd, abi.SET_CPUID2, table)
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """The guest's TSC is the host's plus ``offset``."""
+        value = (ctypes.c_uint64 * 1)(offset & (1 << 64) - 1)
+        attribute = abi.DeviceAttr(0, abi.VCPU_TSC_CTRL, abi.VCPU_TSC_OFFSET, ctypes.addressof(value))
+        ioctl(self._fd, abi.SET_DEVICE_ATTR, attribute)
+
+    def close(self) -> None:
+        with self._guard:  # a late kick finds a page of its own
+            if self._fd < 0:
+                return
+            fd, self._fd = self._fd, -1
+            self._run = abi.Run()
+        self._bytes.release()
+        self._map.close()
+        os.close(fd)
+
+    def _complete_io(self) -> None:
+        """An access that left the guest is finished by the next KVM_RUN; before that the registers are not final."""
+        while True:
+            self._run.immediate_exit = 1
+            try:
+                ioctl(self._fd, abi.RUN)
+            except OSError as error:
+                if error.errno == errno.EINTR:
+                    return
+                raise
+            self._handlers.get(self._run.exit_reason, _go_on)()  # the next piece of the same access
+
+    def _get(self, request: int, into: _S) -> _S:
+        ioctl(self._fd, request, into)
+        return into
+
+    def _events(self) -> abi.VcpuEvents:
+        return self._get(abi.GET_VCPU_EVENTS, abi.VcpuEvents())
+
+    def _set_sregs(self, state: dict[str, Any]) -> None:
+        sregs = self._get(abi.GET_SREGS, abi.Sregs())
+        for name in _CONTROL:
+            setattr(sregs, name, state.get(name, getattr(sregs, name)))
+        for name, theirs in _SEGMENT_FIELDS.items():
+            if name in state:
+                _fill_segment(getattr(sregs, theirs), state[name])
+        for name, theirs in _TABLE_FIELDS.items():
+            if name in state:
+                table = getattr(sregs, theirs)
+                table.base, table.limit = state[name]["base"], state[name]["limit"]
+        sregs.cr8 = self._interrupts.read_tpr()
+        ioctl(self._fd, abi.SET_SREGS, sregs)
+
+    def _get_msrs(self, indices: Sequence[int]) -> dict[int, int]:
+        """Those that this KVM knows."""
+        found: dict[int, int] = {}
+        while indices:
+            table = abi.msrs(len(indices))
+            for entry, index in zip(table.entries, indices, strict=True):
+                entry.index = index
+            done = ioctl(self._fd, abi.GET_MSRS, table)  # it stops at the first that it does not know
+            found |= {entry.index: entry.data for entry in table.entries[:done]}
+            indices = indices[done + 1 :]
+        return found
+
+    def _set_msrs(self, values: dict[int, int]) -> None:
+        left = list(values.items())
+        while left:
+            table = abi.msrs(len(left))
+            for entry, (index, value) in zip(table.entries, left, strict=True):
+                entry.index, entry.data = index, value
+            left = left[ioctl(self._fd, abi.SET_MSRS, table) + 1 :]
+
+
+def _go_on() -> None:
+    return None
+
+
+def _described(reason: int, to_device: int, size: int, where: int) -> str:
+    if reason == abi.EXIT_IO:
+        return f"{'out' if to_device else 'in'} port {where:#x}, {size} bytes"
+    return f"{'write' if to_device else 'read'} {where:#x}, {size} bytes"
+
+
+def _segment(segment: abi.Segment) -> dict[str, int]:
+    attributes = 0
+    for name, shift, mask in _ATTRIBUTE_BITS:
+        attributes |= (getattr(segment, name) & mask) << shift
+    if segment.unusable:
+        attributes &= ~_PRESENT
+    return {"selector": segment.selector, "base": segment.base, "limit": segment.limit, "attributes": attributes}
+
+
+def _fill_segment(segment: abi.Segment, value: dict[str, int]) -> None:
+    segment.selector, segment.base, segment.limit = value["selector"], value["base"], value["limit"]
+    for name, shift, mask in _ATTRIBUTE_BITS:
+        setattr(segment, name, value["attributes"] >> shift & mask)
+    segment.unusable = not value["attributes"] & _PRESENT

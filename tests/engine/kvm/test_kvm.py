@@ -1,0 +1,404 @@
+"""The KVM engine with tiny guests. Where KVM is an emulation (no vmx, no svm) it still runs all that stands here."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from skep.engine.amd64.msrs import IA32_TSC_DEADLINE, LSTAR
+from skep.engine.amd64.tsc import read_tsc
+from skep.engine.contract import ExitReason
+from skep.engine.kvm import KvmEngine
+from skep.errors import HostError, UserError
+from skep.memory import GuestMemory
+from tests.engine.tiny import MMIO, NULL_SEGMENT, PROGRAM, RAM, RecordingIo, TestInterrupts, Tiny
+
+
+def _opens() -> bool:
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
+def _hardware() -> bool:
+    """KVM without VMX or SVM is an instruction emulator, with ways of its own."""
+    with open("/proc/cpuinfo") as info:
+        flags = next((line for line in info if line.startswith("flags")), "").split()
+    return "vmx" in flags or "svm" in flags
+
+
+HARDWARE = _hardware()
+needs_kvm = pytest.mark.skipif(not _opens(), reason="/dev/kvm cannot be opened")
+
+
+@pytest.fixture
+def boot() -> Iterator[Callable[..., Tiny]]:
+    machines: list[Tiny] = []
+
+    def make(text: str, **options: Any) -> Tiny:
+        tiny = Tiny(KvmEngine(), text, **{"cpu_model": "baseline", **options})
+        tiny.interrupts.kick = tiny.vcpu.kick
+        machines.append(tiny)
+        return tiny
+
+    yield make
+    for machine in machines:
+        machine.close()
+
+
+# Accesses that leave the guest
+
+
+@needs_kvm
+def test_ports(boot: Callable[..., Tiny]) -> None:
+    guest = boot("""
+        mov dx, 0x3f8
+        mov al, 0x41
+        out dx, al
+        mov eax, 0x12345678
+        out 0x80, eax
+        in ax, dx
+        mov [rip + got], rax
+        hlt
+        got: dq 0""")
+    guest.io.inputs[0x3F8] = 0xBEEF
+    left = guest.run()
+    assert left.reason is ExitReason.HALTED and left.detail == {"interrupts": False}
+    assert guest.io.log == [("out", 0x3F8, 1, 0x41), ("out", 0x80, 4, 0x12345678), ("in", 0x3F8, 2, 0xBEEF)]
+    assert guest.load("got") == 0x1234BEEF
+
+
+@needs_kvm
+def test_port_strings(boot: Callable[..., Tiny]) -> None:
+    guest = boot("""
+        lea rsi, [rip + text]
+        mov dx, 0x3f8
+        mov ecx, 5
+        cld
+        rep outsb
+        hlt
+        text: db 0x68, 0x65, 0x6c, 0x6c, 0x6f""")
+    guest.run()
+    assert bytes(guest.io.outs(0x3F8)) == b"hello"
+
+
+@needs_kvm
+def test_device_memory(boot: Callable[..., Tiny]) -> None:
+    guest = boot("""
+        mov rbx, MMIO
+        mov byte [rbx + 1], 0x5a
+        mov rax, 0x1122334455667788
+        mov [rbx + 8], rax
+        movzx ecx, word [rbx + 8]
+        add dword [rbx + 16], 7
+        hlt""")
+    guest.io.device[16] = 3
+    guest.run()
+    assert guest.io.log == [
+        ("write", MMIO + 1, 1, 0x5A), ("write", MMIO + 8, 8, 0x1122334455667788), ("read", MMIO + 8, 2, 0x7788),
+        ("read", MMIO + 16, 4, 3), ("write", MMIO + 16, 4, 10),
+    ]  # fmt: skip
+    assert guest.reg("rcx") == 0x7788
+
+
+@needs_kvm
+def test_the_local_apics_msrs_are_ours(boot: Callable[..., Tiny]) -> None:
+    guest = boot(f"""
+        mov ecx, 0x1b
+        rdmsr
+        mov [rip + base], eax
+        mov ecx, {IA32_TSC_DEADLINE:#x}
+        mov eax, 0x1234
+        mov edx, 1
+        wrmsr
+        mov ecx, 0x80b
+        xor eax, eax
+        xor edx, edx
+        wrmsr
+        hlt
+        base: dq 0""")
+    guest.interrupts.msrs |= {IA32_TSC_DEADLINE: 0, 0x80B: 99}
+    guest.run()
+    assert guest.exception is None
+    assert guest.load("base") == 0xFEE00900
+    assert guest.interrupts.msrs[IA32_TSC_DEADLINE] == 0x1_0000_1234 and guest.interrupts.msrs[0x80B] == 0
+
+
+@needs_kvm
+def test_an_msr_that_nobody_knows_faults(boot: Callable[..., Tiny]) -> None:
+    guest = boot("mov ecx, 0x12345\n rdmsr\n hlt")
+    guest.run()
+    assert guest.exception is not None and guest.exception.vector == 13
+
+
+@needs_kvm
+def test_task_priority_goes_both_ways(boot: Callable[..., Tiny]) -> None:
+    guest = boot("mov rax, cr8\n mov rbx, rax\n mov eax, 3\n mov cr8, rax\n out 0x80, al\n hlt")
+    guest.interrupts.tpr = 9
+    guest.run()
+    assert guest.reg("rbx") == 9 and guest.interrupts.tpr == 3
+
+
+# Interrupts
+
+
+HANDLED = """
+    start:  {before}
+            hlt
+            cli
+            hlt
+    handler: inc qword [rip + count]
+            iretq
+    count:  dq 0"""
+
+
+@needs_kvm
+def test_an_interrupt_wakes_a_halted_guest(boot: Callable[..., Tiny]) -> None:
+    guest = boot(HANDLED.format(before="sti"), handlers={0x40: "handler"})
+    left = guest.vcpu.run()
+    assert left.reason is ExitReason.HALTED and left.detail == {"interrupts": True}
+    assert guest.vcpu.run().reason is ExitReason.HALTED, "nothing waits: it stays halted"
+    assert guest.load("count") == 0
+    guest.interrupts.raise_vector(0x40)
+    left = guest.vcpu.run()
+    assert left.detail == {"interrupts": False} and guest.load("count") == 1
+
+
+@needs_kvm
+def test_an_interrupt_waits_for_its_window(boot: Callable[..., Tiny]) -> None:
+    guest = boot(
+        """
+        mov eax, 1
+        out 0x80, al
+        mov rbx, [rip + count]
+        sti
+        wait: cmp qword [rip + count], 2
+        jne wait
+        cli
+        hlt
+        handler: inc qword [rip + count]
+        iretq
+        count: dq 0""",
+        handlers={0x41: "handler", 0x52: "handler"},
+    )
+
+    def on_write(port: int, size: int, value: int) -> None:
+        if value == 1:
+            guest.interrupts.raise_vector(0x41)
+            guest.interrupts.raise_vector(0x52)
+
+    guest.io.on_write = on_write
+    guest.run()
+    assert guest.reg("rbx") == 0, "not before STI"
+    assert guest.load("count") == 2
+
+
+@needs_kvm
+def test_an_nmi_needs_no_window(boot: Callable[..., Tiny]) -> None:
+    guest = boot(HANDLED.format(before="cli"), handlers={2: "handler"})
+    assert guest.vcpu.run().detail == {"interrupts": False}
+    assert guest.load("count") == 0
+    guest.interrupts.raise_nmi()
+    guest.run()
+    assert guest.load("count") == 1
+
+
+@needs_kvm
+def test_an_interrupt_under_way_is_part_of_the_state(boot: Callable[..., Tiny]) -> None:
+    guest = boot(HANDLED.format(before="sti"), handlers={0x40: "handler"})
+    guest.vcpu.run()
+    guest.set(**(guest.state | {"interrupt": 0x40, "rflags": 0x202}))
+    assert guest.state["interrupt"] == 0x40
+    guest.run()
+    assert guest.load("count") == 1 and "interrupt" not in guest.state
+
+
+# Leaving
+
+
+@needs_kvm
+def test_a_kick_from_another_thread_makes_it_look(boot: Callable[..., Tiny]) -> None:
+    """The guest spins with interrupts on; nothing but the kick makes KVM_RUN return."""
+    guest = boot("start: sti\n again: jmp again\n handler: cli\n hlt", handlers={0x40: "handler"})
+    raiser = threading.Timer(0.1, guest.interrupts.raise_vector, (0x40,))
+    raiser.start()
+    left = guest.run()
+    raiser.join()
+    assert left.reason is ExitReason.HALTED and left.detail == {"interrupts": False}
+
+
+@needs_kvm
+def test_request_exit_is_never_lost(boot: Callable[..., Tiny]) -> None:
+    guest = boot("again: jmp again")
+    guest.vcpu.request_exit()
+    assert guest.vcpu.run().reason is ExitReason.KICKED, "asked for before the run"
+    for delay in (0.0, 0.001, 0.02):
+        asker = threading.Timer(delay, guest.vcpu.request_exit)
+        asker.start()
+        assert guest.vcpu.run().reason is ExitReason.KICKED
+        asker.join()
+
+
+@needs_kvm
+def test_a_triple_fault_tells_the_last_exits(boot: Callable[..., Tiny]) -> None:
+    guest = boot("mov al, 7\n out 0x80, al\n ud2")
+    guest.set(idtr={"base": 0, "limit": 0})
+    left = guest.run()
+    assert left.reason is ExitReason.SHUTDOWN
+    assert left.detail["exits"] == ["out port 0x80, 1 bytes"]
+
+
+# State
+
+
+@needs_kvm
+def test_state_out_and_in_is_the_same(boot: Callable[..., Tiny]) -> None:
+    guest = boot("mov eax, 1\n hlt")
+    guest.set(
+        r9=0xFFFF_FFFF_FFFF_FFFF, dr0=0x1000, cr2=0x1234, xsave=guest.state["xsave"],
+        gs={"selector": 0x18, "base": 0x7000_0000_0000, "limit": 0xFFFFF, "attributes": 0x4093},
+        fs=NULL_SEGMENT, msrs={LSTAR: 0xFFFF_8000_0000_1000},
+    )  # fmt: skip
+    before = guest.state
+    assert before["r9"] == 0xFFFF_FFFF_FFFF_FFFF and before["dr0"] == 0x1000 and before["cr2"] == 0x1234
+    assert before["msrs"][LSTAR] == 0xFFFF_8000_0000_1000
+    assert before["gs"] == {"selector": 0x18, "base": 0x7000_0000_0000, "limit": 0xFFFFF, "attributes": 0x4093}
+    assert not before["fs"]["attributes"] & 0x80
+    guest.set(**before)
+    assert guest.state == before
+    other = boot("hlt")
+    other.set(**before)
+    assert other.state == before
+
+
+@needs_kvm
+def test_state_taken_within_an_access_has_it_done(boot: Callable[..., Tiny]) -> None:
+    guest = boot("in al, 0x60\n again: jmp again")
+
+    class Asks(RecordingIo):
+        def port_read(self, port: int, size: int) -> int:
+            guest.vcpu.request_exit()
+            return 0x77
+
+    guest.vcpu._io = Asks()  # type: ignore[attr-defined]
+    assert guest.vcpu.run().reason is ExitReason.KICKED
+    state = guest.state
+    assert state["rax"] & 0xFF == 0x77 and state["rip"] == PROGRAM + 2
+
+
+@needs_kvm
+def test_real_mode() -> None:
+    memory = GuestMemory(RAM)
+    io = RecordingIo()
+    # mov al, [0x700]; inc al; out 0x80, al; hlt
+    memory.write(0x7C00, bytes.fromhex("a00007 fec0 e680 f4"))
+    memory.store_u8(0x700, 41)
+    vm = KvmEngine().create_vm(memory, io, 1, "baseline", 0)
+    vcpu = vm.create_vcpu(0, TestInterrupts())
+    try:
+        code = {"selector": 0, "base": 0, "limit": 0xFFFF, "attributes": 0x9B}
+        vcpu.set_state({"cs": code, "rip": 0x7C00, "rflags": 2})
+        assert vcpu.run().reason is ExitReason.HALTED
+        assert io.outs(0x80) == [42]
+        assert vcpu.get_state()["rip"] == 0x7C08
+    finally:
+        vcpu.close()
+        vm.close()
+        memory.close()
+
+
+@needs_kvm
+def test_the_tsc_is_the_hosts_plus_the_offset(boot: Callable[..., Tiny]) -> None:
+    read = "rdtsc" if HARDWARE else "mov ecx, 0x10\n rdmsr"  # the emulation runs RDTSC on the host
+    guest = boot(f"{read}\n shl rdx, 32\n or rax, rdx\n mov [rip + t], rax\n hlt\n t: dq 0")
+    guest.vm.set_tsc_offset(1 << 50)
+    before = read_tsc() + (1 << 50)
+    guest.run()
+    assert before <= guest.load("t") <= read_tsc() + (1 << 50)
+
+
+@needs_kvm
+def test_cpuid_is_the_models(boot: Callable[..., Tiny]) -> None:
+    guest = boot("mov eax, 0x40000000\n cpuid\n mov [rip + id], ebx\n mov eax, 1\n cpuid\n hlt\n id: dq 0")
+    guest.run()
+    assert guest.read("id", 4) == b"Skep"
+    avx, hypervisor, tsc_deadline = 1 << 28, 1 << 31, 1 << 24
+    assert guest.reg("rcx") & hypervisor and guest.reg("rcx") & tsc_deadline
+    assert not (HARDWARE and guest.reg("rcx") & avx)  # the emulation shows the host's features
+
+
+@needs_kvm
+def test_memory_above_the_hole() -> None:
+    memory = GuestMemory(64 << 20, low_limit=32 << 20, high_base=48 << 20)
+    io = RecordingIo()
+    # mov al, [0x300_0010]; out 0x80, al; hlt, in flat 32-bit mode
+    memory.write(0x7C00, bytes.fromhex("a010000003 e680 f4"))
+    memory.store_u8((48 << 20) + 0x10, 77)
+    vm = KvmEngine().create_vm(memory, io, 1, "baseline", 0)
+    vcpu = vm.create_vcpu(0, TestInterrupts())
+    try:
+        code = {"selector": 8, "base": 0, "limit": 0xFFFFFFFF, "attributes": 0xC09B}
+        data = {"selector": 16, "base": 0, "limit": 0xFFFFFFFF, "attributes": 0xC093}
+        vcpu.set_state({"cs": code, "ds": data, "es": data, "ss": data, "cr0": 0x11, "rip": 0x7C00, "rflags": 2})
+        assert vcpu.run().reason is ExitReason.HALTED
+        assert io.outs(0x80) == [77]
+    finally:
+        vcpu.close()
+        vm.close()
+        memory.close()
+
+
+@needs_kvm
+def test_nothing_is_left_behind(boot: Callable[..., Tiny]) -> None:
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        with Tiny(KvmEngine(), "hlt", cpu_model="baseline") as guest:
+            guest.run()
+            guest.vcpu.close()
+            guest.vcpu.kick()  # a late one
+    assert os.listdir("/proc/self/fd") == before
+
+
+# The user's mistakes
+
+
+@pytest.mark.parametrize("device", ["/nonexistent/kvm", "/dev/null", "/"])
+def test_no_kvm_is_one_line(device: str) -> None:
+    memory = GuestMemory(1 << 20)
+    with pytest.raises(HostError) as error:
+        KvmEngine(device).create_vm(memory, RecordingIo(), 1, "baseline", 0)
+    memory.close()
+    assert "\n" not in str(error.value) and "translate" in str(error.value)
+
+
+@needs_kvm
+def test_too_many_cpus_and_unknown_models_are_told() -> None:
+    memory = GuestMemory(1 << 20)
+    try:
+        with pytest.raises(UserError, match="at most"):
+            KvmEngine().create_vm(memory, RecordingIo(), 1 << 20, "baseline", 0)
+        with pytest.raises(UserError, match="no such CPU model"):
+            KvmEngine().create_vm(memory, RecordingIo(), 1, "z80", 0)
+    finally:
+        memory.close()
+
+
+@needs_kvm
+def test_a_busy_guest_does_not_hold_the_interpreter(boot: Callable[..., Tiny]) -> None:
+    guest = boot("again: jmp again")
+    runner = threading.Thread(target=guest.vcpu.run)
+    runner.start()
+    began = time.monotonic()
+    for _ in range(20):
+        time.sleep(0.001)
+    took = time.monotonic() - began
+    guest.vcpu.request_exit()
+    runner.join(10)
+    assert not runner.is_alive() and took < 5
