@@ -536,6 +536,7 @@ class Generator:
             return
         top = Label()
         self._load(counter, rng.randint(1, 6))
+        essential = [self.items[-1]]
         self.items.append(top)
         with self._reserve(counter):
             self._body(4)
@@ -546,7 +547,11 @@ class Generator:
                 self._make(Code.DEC_RM64, Reg(counter))
             else:
                 self._make(Code.SUB_RM64_IMM8, Reg(counter), Imm(1))
+            essential.append(self.items[-1])
             self._emit(self._branch_to(Code.JNE_REL32_64), top)
+        for item in essential:
+            assert isinstance(item, Item)
+            item.keep = True
         self.known.pop(counter, None)
 
     def _string(self) -> None:

@@ -26,6 +26,8 @@ class Item:
     """Where a branch goes, what a RIP-relative LEA addresses, or the address that is the data."""
     prefix: bytes = b""
     """Redundant prefixes, to be put in front."""
+    keep: bool = False
+    """Without it the sequence might not end."""
 
     @property
     def is_branch(self) -> bool:
@@ -143,6 +145,10 @@ class RandomSequence:
         masks[end] = ALL_FLAGS & ~tainted[-1]
         return masks
 
+    def at(self, address: int, rip: int) -> Instruction | None:
+        """The instruction at ``rip``."""
+        return next((item.instruction for ip, _, item in self.layout(address) if ip == rip), None)
+
     def tainted_reader(self) -> int | None:
         """The index of an item that reads a flag which is undefined there."""
         tainted = _Flow(self.items).tainted()
@@ -153,8 +159,9 @@ class RandomSequence:
         return None
 
     def without(self, index: int) -> RandomSequence | None:
-        """The same sequence less one item; None if that is a label, which others need."""
-        if isinstance(self.items[index], Label):
+        """The same sequence less one item; None where others need it."""
+        item = self.items[index]
+        if isinstance(item, Label) or item.keep:
             return None
         items = self.items[:index] + self.items[index + 1 :]
         return RandomSequence(self.seed, items, self.registers, self.rflags, self.fs_base, self.gs_base, self.xsave)

@@ -83,11 +83,13 @@ def _case(text: str) -> Case:
     return Case(CODE, program.code, tuple(start.values()), 0x202, D + 0x100, D + 0x180, _xsave())
 
 
-def agree(host: Oracle, guest: GuestCpu, text: str, flags: int = 0x8D5) -> None:
-    """``flags``: those that are defined where the case ends."""
-    batch = Batch(IMAGE, (_case(text),))
+def agree(host: Oracle, guest: GuestCpu, text: str, flags: int = 0x8D5, wide: bool = False) -> None:
+    """``flags``: those that are defined at the end. Where the case does not come to its end, dead flags do not count."""
+    case = _case(text)
+    batch = Batch(IMAGE, (case,))
     (theirs,), (ours,) = host.run(batch), guest.run(batch)
-    found = differences(theirs, ours, flags)
+    came_to_its_end = theirs.rip == case.address + len(case.code) - 2
+    found = differences(theirs, ours, flags if came_to_its_end else 0, wide)
     assert not found, f"{text}\n" + "\n".join(found)
 
 
@@ -201,7 +203,7 @@ def test_high_byte_registers(host: Oracle, guest: GuestCpu, text: str) -> None:
     "vmovdqu ymm1, [rbx + 0x200]\nvpcmpeqd ymm2, ymm2, ymm2\nxor eax, eax\nvpgatherdd ymm3, fs:[rax + ymm1*4], ymm2",
 )
 def test_gathers(host: Oracle, guest: GuestCpu, text: str) -> None:
-    agree(host, guest, text)
+    agree(host, guest, text, wide=True)
 
 
 @cases(
@@ -219,7 +221,7 @@ def test_gathers(host: Oracle, guest: GuestCpu, text: str) -> None:
     "vmovdqu xmm1, [rbx + 0x300]\nvmaskmovdqu xmm2, xmm1",
 )
 def test_masked_moves(host: Oracle, guest: GuestCpu, text: str) -> None:
-    agree(host, guest, text)
+    agree(host, guest, text, wide=True)
 
 
 _SAVES = [
@@ -252,7 +254,7 @@ _SAVES = [
     "ldmxcsr [rip + v]\nud2\nv: dd 0x10000",
 )
 def test_xsave_family(host: Oracle, guest: GuestCpu, text: str) -> None:
-    agree(host, guest, text)
+    agree(host, guest, text, wide=True)
 
 
 @cases(
@@ -270,7 +272,7 @@ def test_xsave_family(host: Oracle, guest: GuestCpu, text: str) -> None:
     "fld1\nfstp tbyte [END - D + rbx - 4]\nfld1",
 )
 def test_x87_images_and_operands(host: Oracle, guest: GuestCpu, text: str) -> None:
-    agree(host, guest, text)
+    agree(host, guest, text, wide=True)
 
 
 @cases(
@@ -300,7 +302,7 @@ def test_x87_images_and_operands(host: Oracle, guest: GuestCpu, text: str) -> No
     "mov rbp, HOLE\nleave",
     "mov rbp, E\nleave",
     "PUSHW_IMM8 -1\nPUSH_IMM16 0x1234\npush -1\npush 0x7fffffff\npop rax",
-    "pushfq\npop rax\npush 0xcd7\npopfq\npushfq\npop rdx",
+    "pushfq\npop rax\npush 0xed7\npopfq\npushfq\npop rdx",
     "push 0x200a97\npopfq\npushfq\npop rax",  # ID
 )
 def test_stack(host: Oracle, guest: GuestCpu, text: str) -> None:
@@ -491,7 +493,7 @@ def test_exceptions(host: Oracle, guest: GuestCpu, text: str) -> None:
 @cases(
     "cli", "sti", "hlt", "in al, 0x60", "out 0x80, al", "in eax, dx", "insb", "rep outsb", "mov rax, cr0", "mov cr3, rax",
     "mov rax, dr0", "clts", "lgdt [rbx]", "lidt [rbx]", "ltr ax", "lldt ax", "lmsw ax", "rdmsr", "wrmsr", "invlpg [rbx]",
-    "swapgs", "sysretq", "invd", "wbinvd", "xsetbv", "iretq", "mov cr8, rax", "invpcid rax, [rbx]", "xor ecx, ecx\nxgetbv\nxsetbv",
+    "swapgs", "sysretq", "invd", "wbinvd", "xsetbv", "iretq", "mov cr8, rax", "invpcid rax, [rbx]",
 )  # fmt: skip
 def test_ring_3_may_not(host: Oracle, guest: GuestCpu, text: str) -> None:
     if guest.supervisor:
