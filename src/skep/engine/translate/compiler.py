@@ -9,11 +9,10 @@ registers each function really changes, so that stubs need not save them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
 
 from skep.engine.translate.asm import (
     R8,
@@ -599,7 +598,7 @@ class CompiledUnit:
     changes: dict[str, frozenset[Reg]]  # registers that each function may change; never the callee-saved ones
 
 
-def compile_functions(functions: Sequence[Callable[..., Any]], base_address: int) -> CompiledUnit:
+def compile_functions(functions: Sequence[object], base_address: int) -> CompiledUnit:
     """Machine code of ``functions``, to stand at ``base_address`` (a multiple of 16). They may call each other."""
     sources = Sources()
     known: dict[FunctionType, str] = {}

@@ -199,7 +199,7 @@ class Sources:
         self._files: dict[str, dict[tuple[str, int], ast.FunctionDef]] = {}
         self._found: dict[FunctionType, Source] = {}
 
-    def __call__(self, function: Callable[..., Any]) -> Source:
+    def __call__(self, function: object) -> Source:
         if not isinstance(function, FunctionType):
             raise TypeError(f"{function!r} is not a plain function")
         if function not in self._found:
