@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as s
 
-from engine.translate.native import Native
 from skep.engine.translate import compiler
 from skep.engine.translate.asm import R8, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI
 from skep.engine.translate.compiler import (
@@ -39,6 +38,7 @@ from skep.engine.translate.compiler import (
 )
 from skep.engine.translate.layout import OFFSETS, TLB, Kind, StateBlock
 from skep.engine.translate.simulate import Regions, simulate
+from tests.engine.translate.native import Native
 
 BIG = 0x8000_0000_0000_0001
 SMALL = 40
