@@ -70,7 +70,7 @@ class Both:
         got = getattr(self.native, name)(*args)
         expected = self.python[name](*args)
         assert got == (0 if expected is None else expected), (name, args)
-        assert self.real.bytes[: SCRATCH + 4096] == self.twin.bytes[: SCRATCH + 4096]
+        assert bytes(self.real.bytes[: SCRATCH + 4096]) == bytes(self.twin.bytes[: SCRATCH + 4096])
         return got
 
     def close(self) -> None:
@@ -412,9 +412,15 @@ def define(text: str) -> Callable[..., Any]:
     return function
 
 
-@pytest.mark.parametrize("first", range(0, 100, 25))
-def test_random_programs(first: int, states: tuple[StateBlock, StateBlock]) -> None:
-    for seed in range(first, first + 25):
+@pytest.mark.parametrize("registers", ["all", "two", "none"])
+def test_random_programs(
+    registers: str, states: tuple[StateBlock, StateBlock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where variables must share few registers, or live on the stack altogether."""
+    if registers != "all":
+        monkeypatch.setattr(compiler, "_CALLER_SAVED", (RSI,) if registers == "two" else ())
+        monkeypatch.setattr(compiler, "_CALLEE_SAVED", (RBX,) if registers == "two" else ())
+    for seed in range(25):
         text = Program(seed).text
         both = Both([define(text), bump, digits], states)
         r = random.Random(seed)
