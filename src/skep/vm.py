@@ -207,6 +207,13 @@ class Vm:
         return self._engine
 
     @property
+    def board(self) -> Board:
+        """The machine itself: its memory, its bus, its devices."""
+        if self._board is None:
+            raise InternalError("the VM has no board")
+        return self._board
+
+    @property
     def console(self) -> Console:
         """The other end of the guest's first serial port: ``expect`` and ``send``."""
         if self._console is None:
@@ -248,10 +255,12 @@ class Vm:
 
     def close(self) -> None:
         """Give everything back: threads, memory, files. It stops the VM first; closing twice is closing once."""
-        if self.state is not State.CLOSED:
-            self._ask(Step.CLOSE)
+        request = _Request(Step.CLOSE)
+        self._tell(request)
         if self._thread is not None:
             self._thread.join()
+        if request.error is not None:
+            raise request.error
 
     def __enter__(self) -> Vm:
         return self
@@ -273,7 +282,7 @@ class Vm:
         request = _Request(step)
         self._tell(request)
         while not request.done.wait(0.5):
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None or not self._thread.is_alive():  # closed by somebody else meanwhile
                 raise UserError(f"cannot {step.value} a VM that is closed", self.name)
         if request.error is not None:
             raise request.error
@@ -281,62 +290,68 @@ class Vm:
     def _main(self) -> None:
         while self.state is not State.CLOSED:
             request = self._requests.get()
-            try:
-                self._take(request)
-            except BaseException as error:
-                request.error = error
-                if self.state in (State.RUNNING, State.FROZEN) and not isinstance(error, UserError):
-                    self._tell(_Request(Step.END, _failure(error, request.step.value)))
-            finally:
-                request.done.set()
+            after = TRANSITIONS.get((self.state, request.step))
+            if request.asker is not None and request.asker not in self._processors:
+                pass  # it was asked before a reset that came in between
+            elif after is None:
+                request.error = UserError(f"cannot {request.step.value} a VM that is {self.state.value}", self.name)
+            else:
+                self._take(request, after)
+            request.done.set()
 
-    def _take(self, request: _Request) -> None:
-        if request.asker is not None and request.asker not in self._processors:
-            return  # before a reset that came in between
-        after = TRANSITIONS.get((self.state, request.step))
-        if after is None:
-            raise UserError(f"cannot {request.step.value} a VM that is {self.state.value}", self.name)
+    def _take(self, request: _Request, after: State) -> None:
+        before = self.state
+        try:
+            if after is not before or request.step is Step.RESET:
+                self._do(request, after)
+            self.state = after
+        except BaseException as error:
+            request.error = error
+            if request.step is Step.CLOSE:
+                self.state = State.CLOSED
+            elif before is not State.CREATED:  # half a step: there is no way back
+                self._tell(_Request(Step.END, _failure(error, request.step.value)))
+        if self._outcome is not None:
+            self._ended.set()
+
+    def _do(self, request: _Request, after: State) -> None:
+        board = self.board
         match request.step:
             case Step.START:
-                self._power_on(frozen=False)
+                self._power_on(board.reset(), paused=False)
             case Step.RESET:
+                frozen = after is State.FROZEN
                 self._processors_off()
-                if self.state is not State.FROZEN:
-                    self._the_board.pause()
-                self._power_on(frozen=after is State.FROZEN)
-                if after is not State.FROZEN:
-                    self._the_board.resume()
-            case Step.FREEZE if self.state is not after:
+                if not frozen:
+                    board.pause()
+                state = board.reset()
+                if not frozen:
+                    board.resume()
+                self._power_on(state, paused=frozen)
+            case Step.FREEZE:
                 self._park()
-                self._the_board.pause()
-            case Step.THAW if self.state is not after:
-                self._the_board.resume()
+                board.pause()
+            case Step.THAW:
+                board.resume()
                 for processor in self._processors:
                     processor.resume()
-            case Step.END if self.state is not after:
+            case Step.END:
                 self._end(request.outcome or Outcome(End.STOPPED))
             case Step.CLOSE:
-                self._end(Outcome(End.STOPPED))
-                self._free()
-        self.state = after
+                try:
+                    self._end(Outcome(End.STOPPED))
+                finally:
+                    self._free()
 
-    @property
-    def _the_board(self) -> Board:
-        if self._board is None:
-            raise InternalError("the VM has no board any more")
-        return self._board
-
-    def _power_on(self, *, frozen: bool) -> None:
-        """Devices as after power-on, files loaded, and the first processor running."""
+    def _power_on(self, state: Any, *, paused: bool) -> None:
+        """The first processor runs, unless ``paused``; the others wait to be started by it."""
         self._parting = False
-        board = self._the_board
-        state = board.reset()
-        settings = self.settings
+        board = self.board
         self._engine_vm = self._engine.create_vm(
-            board.memory, board.io, board.cpus, settings.cpu_model, board.clock.tsc_offset
+            board.memory, board.io, board.cpus, self.settings.cpu_model, board.clock.tsc_offset
         )
         board.clock.add_offset_listener(self._engine_vm.set_tsc_offset)
-        self._processors = [_Processor(self, i, board, self._engine_vm, paused=frozen) for i in range(board.cpus)]
+        self._processors = [_Processor(self, i, board, self._engine_vm, paused=paused) for i in range(board.cpus)]
         if not self._tuned:
             self._tuned = True
             _interpreter.enter()
@@ -357,7 +372,7 @@ class Vm:
             processor.end()
         self._processors = []
         if self._engine_vm is not None:
-            self._the_board.clock.remove_offset_listener(self._engine_vm.set_tsc_offset)
+            self.board.clock.remove_offset_listener(self._engine_vm.set_tsc_offset)
             self._engine_vm.close()
             self._engine_vm = None
 
@@ -373,16 +388,15 @@ class Vm:
         if self._tuned:
             self._tuned = False
             _interpreter.leave()
-        self._ended.set()
 
     def _free(self) -> None:
         """Everything that __init__ made, as far as it came."""
-        if self._board is not None:
-            self._board.close()
         if self._backend is not None:
             self._backend.close()
         if self._loop is not None:
             self._loop.close()
+        if self._board is not None:
+            self._board.close()
         if self._memory is not None:
             self._memory.close()
 
@@ -637,7 +651,6 @@ class _Interpreter:
             self._running += 1
             if self._running == 1:
                 self._before = (gc.isenabled(), sys.getswitchinterval())
-                gc.collect()
                 gc.freeze()
                 gc.disable()
                 sys.setswitchinterval(self.SWITCH_INTERVAL)

@@ -247,7 +247,7 @@ def test_a_halt_for_good_is_said(make: Make) -> None:
 
 def test_a_spinning_guest_can_be_frozen_and_goes_on(make: Make) -> None:
     vm = make("s")
-    memory = vm._the_board.memory
+    memory = vm.board.memory
     for _ in range(5):
         vm.freeze()
         count = memory.load_u64(0x70000)
@@ -282,10 +282,10 @@ def test_a_second_processor(make: Make, request: pytest.FixtureRequest) -> None:
     vm = make("a", cpus=2)
     vm.console.expect("A", timeout=20)
     vm.freeze()
-    count = vm._the_board.memory.load_u64(0x70000)
+    count = vm.board.memory.load_u64(0x70000)
     vm.thaw()
     deadline = time.monotonic() + 20
-    while vm._the_board.memory.load_u64(0x70000) == count:
+    while vm.board.memory.load_u64(0x70000) == count:
         assert time.monotonic() < deadline
     vm.stop()
     assert ended(vm) is End.STOPPED
@@ -293,6 +293,6 @@ def test_a_second_processor(make: Make, request: pytest.FixtureRequest) -> None:
 
 def test_memory_is_seen_from_outside(make: Make) -> None:
     vm = make("m")
-    memory = vm._the_board.memory
+    memory = vm.board.memory
     assert ended(vm) is End.POWERED_OFF
     assert memory.read(0x2000000, 8) == bytes.fromhex("8877665544332211")

@@ -173,14 +173,14 @@ def test_freeze_stops_processors_and_time(make: Make) -> None:
     vm.start()
     cpu = vcpu(vm)
     vm.freeze()
-    runs, now = cpu.runs, vm._the_board.clock.now_ns()
+    runs, now = cpu.runs, vm.board.clock.now_ns()
     time.sleep(0.03)
-    assert (cpu.runs, vm._the_board.clock.now_ns()) == (runs, now)
+    assert (cpu.runs, vm.board.clock.now_ns()) == (runs, now)
     assert cpu.vm.offsets == []
     vm.thaw()
-    assert cpu.vm.offsets == [vm._the_board.clock.tsc_offset]
+    assert cpu.vm.offsets == [vm.board.clock.tsc_offset]
     until(lambda: cpu.runs > runs)
-    assert now < vm._the_board.clock.now_ns() < now + 30_000_000 + 5_000_000_000
+    assert now < vm.board.clock.now_ns() < now + 30_000_000 + 5_000_000_000
 
 
 def test_freezing_a_spinning_guest_a_hundred_times(make: Make) -> None:
@@ -248,8 +248,8 @@ def test_a_guest_that_halts_with_interrupts_off_is_said_once_and_not_woken(make:
     vm.thaw()
     time.sleep(0.02)
     assert cpu.runs == 1
-    with vm._the_board.lock:
-        vm._the_board.lapics[0].accept(4, 0, False)  # type: ignore[attr-defined]  # an NMI wakes it
+    with vm.board.lock:
+        vm.board.lapics[0].accept(4, 0, False)  # type: ignore[attr-defined]  # an NMI wakes it
     until(lambda: cpu.runs == 2 and vm._processors[0].hopeless)
     assert len(said) == 1 and "interrupts off" in said[0]
 
@@ -285,6 +285,22 @@ def test_the_guests_reset_starts_again_with_the_files_as_they_were(make: Make, k
     assert memory.read(LOAD, len(CODE)) == CODE and memory.read(32 << 20, 9) == bytes(9)
     time.sleep(0.02)
     assert len(engine.vms) == 2, "one reset, however often it was asked for"
+
+
+@pytest.mark.parametrize("error", [UserError("no more of this"), ZeroDivisionError("oops")])
+def test_a_reset_that_fails_ends_the_vm(make: Make, error: Exception) -> None:
+    vm = make(spin)
+    vm.start()
+    cpu = vcpu(vm)
+
+    def refuse(*arguments: object) -> None:
+        raise error
+
+    cpu.vm.engine.create_vm = refuse  # type: ignore[method-assign, assignment]
+    vm.reset()
+    outcome = vm.wait(10)
+    assert outcome is not None and outcome.end is End.FAILED and str(error) in str(outcome)
+    assert cpu.closed
 
 
 @pytest.mark.parametrize("port", ["cf9", "i8042", "fast"])
@@ -345,8 +361,8 @@ def test_an_exception_in_a_timer_ends_the_vm(make: Make) -> None:
     def broken() -> None:
         raise ZeroDivisionError("late")
 
-    with vm._the_board.lock:
-        vm._the_board.clock.timer(broken).arm(0)
+    with vm.board.lock:
+        vm.board.clock.timer(broken).arm(0)
     outcome = vm.wait(10)
     assert outcome is not None and outcome.end is End.FAILED and "late" in str(outcome)
 
@@ -416,7 +432,7 @@ def test_init_takes_a_processor_back(make: Make) -> None:
     vm = make(spin, cpus=2)
     vm.start()
     vcpu(vm)
-    board: Any = vm._the_board
+    board: Any = vm.board
     with board.lock:
         board.lapics[1].accept(6, 8, False)
     until(lambda: len(vcpu(vm).vm.vcpus) == 2 and vcpu(vm).vm.vcpus[1].runs)
