@@ -77,7 +77,7 @@ Operand = Var | int | Load
 class Ins:
     """One instruction; ``op`` says which of the fields count.
 
-    mov dst a · lea dst addr · BINARY dst a b · not, neg dst a · set dst cond a b (``test`` instead of comparison)
+    mov dst a · lea dst addr · _BINARY dst a b · not, neg dst a · set dst cond a b (``test`` instead of comparison)
     store addr size a · modify name addr size a · cas dst addr a b · call dst name args · copy, fill size args · fence
     label target · jump target · branch target cond a b · return a
     """
@@ -107,7 +107,7 @@ class Ins:
                 yield x
 
 
-BINARY: dict[type[ast.operator], str] = {
+_BINARY: dict[type[ast.operator], str] = {
     ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.BitAnd: "and", ast.BitOr: "or", ast.BitXor: "xor",
     ast.LShift: "shl", ast.RShift: "shr",
 }  # fmt: skip
@@ -129,15 +129,15 @@ _HOLDS: dict[Cond, Callable[[int, int], bool]] = {
 COMMUTE = ("add", "mul", "and", "or", "xor")
 _SHIFTS = ("shl", "shr", "sar", "rol")
 _MODIFY = ("add", "sub", "and", "or", "xor")  # what the CPU does on memory directly
-LOADS: dict[Any, int] = {ld8: 8, ld16: 16, ld32: 32, ld64: 64}
-STORES: dict[Any, int] = {st8: 8, st16: 16, st32: 32, st64: 64}
+_LOADS: dict[Any, int] = {ld8: 8, ld16: 16, ld32: 32, ld64: 64}
+_STORES: dict[Any, int] = {st8: 8, st16: 16, st32: 32, st64: 64}
 _STRINGS: dict[Any, tuple[str, int]] = {
     copy8: ("copy", 8), copy16: ("copy", 16), copy32: ("copy", 32), copy64: ("copy", 64),
     set8: ("fill", 8), set16: ("fill", 16), set32: ("fill", 32), set64: ("fill", 64),
 }  # fmt: skip
-_PURE = (*LOADS, lts, sar, rol)
-_INTRINSICS = (*_PURE, *STORES, *_STRINGS, cas64, fence)
-MAX_PARAMS = 6  # those that System V passes in registers
+_PURE = (*_LOADS, lts, sar, rol)
+_INTRINSICS = (*_PURE, *_STORES, *_STRINGS, cas64, fence)
+_MAX_PARAMS = 6  # those that System V passes in registers
 _MAX_INLINE_DEPTH = 16
 
 
@@ -163,8 +163,8 @@ class Lowering:
         self._known = known
         self._weight = 1
         self.params = [self._var(name) for name in source.params]
-        if len(self.params) > MAX_PARAMS:
-            source.fail(source.node, f"more than {MAX_PARAMS} parameters")
+        if len(self.params) > _MAX_PARAMS:
+            source.fail(source.node, f"more than {_MAX_PARAMS} parameters")
         self.scope = _Scope(source, dict(zip(source.params, self.params, strict=True)))
         self._function_body(source)
         self._emit("return", a=0)
@@ -255,7 +255,7 @@ class Lowering:
 
     def _store(self, addr: Addr, size: int, value: ast.expr) -> None:
         """Also in the form ``[addr] = [addr] op value``, one instruction."""
-        name = BINARY.get(type(value.op), "") if isinstance(value, ast.BinOp) and not self._effects(value) else ""
+        name = _BINARY.get(type(value.op), "") if isinstance(value, ast.BinOp) and not self._effects(value) else ""
         if name in _MODIFY and isinstance(value, ast.BinOp) and self._as_load(value.left) == Load(addr, size):
             self._emit("modify", name=name, addr=addr, size=size, a=self._value(self._expr(value.right)))
             return
@@ -268,7 +268,7 @@ class Lowering:
         if offset is not None:
             return Load(Addr(disp=offset, gs=True), 64)
         if isinstance(node, ast.Call) and len(node.args) == 1:
-            size = LOADS.get(source.resolve(node.func))
+            size = _LOADS.get(source.resolve(node.func))
             if size is not None and isinstance(node.args[0], ast.Name):
                 base = self.scope.names.get(node.args[0].id)
                 return Load(Addr(base), size) if isinstance(base, Var) else None
@@ -463,7 +463,7 @@ class Lowering:
         return dst
 
     def _binary(self, node: ast.BinOp, dst: Var | None) -> Operand:
-        name = BINARY.get(type(node.op))
+        name = _BINARY.get(type(node.op))
         if isinstance(node.op, ast.FloorDiv):
             divisor = self.scope.source.constant(node.right) or 0
             if divisor & (divisor - 1) or divisor < 1:
@@ -591,9 +591,9 @@ class Lowering:
 
     def _call(self, node: ast.Call, dst: Var | None, wanted: bool = True) -> Operand:
         function = self.scope.source.resolve(node.func)
-        if function in LOADS:
+        if function in _LOADS:
             self._count(node, 1)
-            return Load(self._address(node.args[0]), LOADS[function])
+            return Load(self._address(node.args[0]), _LOADS[function])
         if function in (sar, rol):
             self._count(node, 2)
             a, b = self._operands(*node.args)
@@ -605,7 +605,7 @@ class Lowering:
             addr = self._address(node.args[0])
             old, new = (self._value(x) for x in self._operands(*node.args[1:]))
             return self._set(dst, "cas", addr=addr, a=old, b=new)
-        if function in STORES or function in _STRINGS or function is fence:
+        if function in _STORES or function in _STRINGS or function is fence:
             if wanted:
                 self._fail(node, f"{ast.unparse(node.func)} has no value")
             if function is fence:
@@ -617,7 +617,7 @@ class Lowering:
                 self._emit(op, size=size, args=tuple(self._value(x) for x in self._operands(*node.args)))
             else:
                 self._count(node, 2)
-                self._store(self._address(node.args[0]), STORES[function], node.args[1])
+                self._store(self._address(node.args[0]), _STORES[function], node.args[1])
             return 0
         if not isinstance(function, FunctionType):
             self._fail(node, f"{ast.unparse(node.func)} is not a function of the language")
