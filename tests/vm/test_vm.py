@@ -48,6 +48,7 @@ def make(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
         vm.close()
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == len(fds)
+    assert "skep-guest" not in Path("/proc/self/maps").read_text(), "guest memory is still mapped"
     assert gc.isenabled() and sys.getswitchinterval() == pytest.approx(0.005)
 
 
@@ -310,6 +311,24 @@ def test_every_way_to_reset(make: Make, port: str) -> None:
     vm.start()
     outcome = vm.wait(10)
     assert outcome is not None and outcome.end is End.REBOOTED and outcome.exit_status == 0
+
+
+def test_a_vm_with_a_disk_freezes_resets_and_lets_go_of_it(make: Make, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    vm = make(spin, disks=[disk])
+    with pytest.raises(UserError, match="disk"):
+        make(spin, disks=[disk])
+    vm.start()
+    vcpu(vm)
+    for _ in range(3):
+        vm.freeze()
+        vm.reset()
+        vm.thaw()
+        vm.reset()
+    assert vm.wait(0.05) is None
+    vm.close()
+    make(spin, disks=[disk]).start()
 
 
 def test_reset_by_the_program_and_while_frozen(make: Make) -> None:
