@@ -18,7 +18,7 @@ from skep.block.options import BlockOptions
 from skep.bus.pci import COMMAND, COMMAND_MEMORY
 from skep.contracts.conformance import DeviceConformance
 from skep.contracts.io import IoRegion
-from skep.devices.virtio.blk import T_IN, VirtioBlk
+from skep.devices.virtio.blk import T_FLUSH, T_IN, T_OUT, VirtioBlk
 from skep.devices.virtio.pci import REGISTERS_SIZE, VirtioPci
 from tests.devices.virtio.disk import ALL, SIZE, Disk, disk
 from tests.devices.virtio.driver import NEEDS_RESET, Board, Driver
@@ -293,6 +293,139 @@ class TestInFlight:
         made.function.pause()
         assert made.function.save()["device"]["status"] == 0
         made.function.resume()
+
+
+class SlowFlush:
+    """A backend whose flushes wait until they are let go."""
+
+    size, read_only, write_cache = SIZE, False, True
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.go = threading.Semaphore(0)
+        self.flushes = 0
+
+    def preadv(self, buffers: Buffers, offset: int) -> None:
+        pass
+
+    def pwritev(self, buffers: Buffers, offset: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        self.flushes += 1
+        self.entered.release()
+        assert self.go.acquire(timeout=20)
+
+    def close(self) -> None:
+        pass
+
+
+class TestFlushUnderWay:
+    @pytest.fixture
+    def slow(self) -> Iterator[tuple[Disk, SlowFlush]]:
+        backend = SlowFlush()
+        made = Disk(BlockOptions(path="none"), backend)
+        made.start()
+        self.statuses: list[int] = []
+        self.submit(made, T_FLUSH)
+        assert backend.entered.acquire(timeout=20)
+        yield made, backend
+        for _ in range(10):
+            backend.go.release()
+        made.close()
+
+    def submit(self, made: Disk, kind: int, data: int = 0) -> int:
+        driver = made.driver
+        header, status = driver.allocate(16), driver.allocate(1)
+        made.board.memory.write(header, kind.to_bytes(16, "little"))
+        made.board.memory.write(status, b"\xaa")
+        middle = [(driver.allocate(data), data, kind == T_IN)] if data else []
+        head = made.queue.add([(header, 16, False), *middle, (status, 1, True)])
+        made.queue.kick()
+        self.statuses.append(status)
+        return head
+
+    def test_reads_do_not_wait_for_it(self, slow: tuple[Disk, SlowFlush]) -> None:
+        made, backend = slow
+        read = self.submit(made, T_IN, 512)
+        assert made.queue.wait() == [(read, 513)]
+        assert made.board.memory.load_u8(self.statuses[0]) == 0xAA
+        backend.go.release()
+        assert [written for _, written in made.queue.wait()] == [1]
+        assert made.board.memory.load_u8(self.statuses[0]) == 0
+
+    def test_those_that_come_meanwhile_share_the_next(self, slow: tuple[Disk, SlowFlush]) -> None:
+        made, backend = slow
+        for _ in range(5):
+            self.submit(made, T_FLUSH)
+        read = self.submit(made, T_IN, 512)
+        assert made.queue.wait() == [(read, 513)]  # so all before it were taken
+        backend.go.release()
+        assert len(made.queue.wait(1)) == 1, "a flush does not cover what came after it began"
+        backend.go.release()
+        assert len(made.queue.wait(5)) == 5
+        assert backend.flushes == 2
+
+    def test_a_durable_write_completes_with_it(self, slow: tuple[Disk, SlowFlush]) -> None:
+        made, backend = slow
+        made.driver.set_config(32, 1, 0)
+        self.submit(made, T_OUT, 512)
+        read = self.submit(made, T_IN, 512)
+        assert made.queue.wait() == [(read, 513)]
+        backend.go.release()
+        made.queue.wait(1)
+        assert made.board.memory.load_u8(self.statuses[1]) == 0xAA, "it was written after that flush began"
+        backend.go.release()
+        made.queue.wait(1)
+        assert made.board.memory.load_u8(self.statuses[1]) == 0
+
+    def test_a_guests_reset_ends_after_it(self, slow: tuple[Disk, SlowFlush]) -> None:
+        made, backend = slow
+        made.driver.write(0x14, 1, 0)
+        time.sleep(0.02)
+        assert made.driver.status == 15
+        backend.go.release()
+        made.driver.wait(lambda: made.driver.status == 0)
+        made.start()
+        made.request(T_IN, room=[512])
+
+    def test_a_pause_waits_for_it_and_nothing_new_begins(self, slow: tuple[Disk, SlowFlush]) -> None:
+        made, backend = slow
+        paused = threading.Thread(target=made.function.pause)
+        paused.start()
+        made.driver.wait(lambda: made.blk.worker.held)
+        read = self.submit(made, T_IN, 512)
+        made.blk.worker.ring()
+        paused.join(0.05)
+        assert paused.is_alive()
+        backend.go.release()
+        paused.join(20)
+        assert not paused.is_alive()
+        assert len(made.queue.take()) == 1
+        made.function.resume()
+        assert made.queue.wait() == [(read, 513)]
+
+
+class Buggy(SlowFlush):
+    def preadv(self, buffers: Buffers, offset: int) -> None:
+        raise ZeroDivisionError
+
+
+def test_an_error_of_ours_is_told_and_hangs_nobody() -> None:
+    told: list[BaseException] = []
+    board = Board()
+    blk = VirtioBlk("disk", board.memory, board.lock, Buggy(), BlockOptions(path="none"), told.append)
+    function = VirtioPci(blk)
+    board.add(function)
+    driver = Driver(board, ALL)
+    queue = driver.start()
+    queue.add([(driver.allocate(16), 16, False), (driver.allocate(512), 512, True), (driver.allocate(1), 1, True)])
+    queue.kick()
+    driver.wait(lambda: bool(told))
+    assert isinstance(told[0], ZeroDivisionError)
+    function.pause()
+    function.close()
+    board.memory.close()
 
 
 def test_saved_under_load_it_goes_on_elsewhere(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 
 from skep.block.backend import BlockBackend
 from skep.block.options import SECTOR, BlockOptions
 from skep.devices.virtio.device import VirtioDevice
+from skep.devices.virtio.flusher import Flusher
 from skep.devices.virtio.queue import Chain, DriverError
 from skep.locks import Lock
 from skep.memory import GuestMemory
@@ -43,12 +45,20 @@ class VirtioBlk(VirtioDevice):
     class_code = 0x01_8000  # mass storage, other
 
     def __init__(
-        self, name: str, memory: GuestMemory, lock: Lock, backend: BlockBackend, options: BlockOptions
+        self,
+        name: str,
+        memory: GuestMemory,
+        lock: Lock,
+        backend: BlockBackend,
+        options: BlockOptions,
+        failed: Callable[[BaseException], None] | None = None,
     ) -> None:
-        """``backend`` is this device's own from now on, and closed with it. ``lock`` is the board's."""
+        """``backend`` is this device's own from now on, and closed with it. ``lock`` is the board's, ``failed`` hears
+        of an error of ours."""
         features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_CONFIG_WCE
-        super().__init__(name, memory, lock, features | (F_RO if backend.read_only else 0), [QUEUE_SIZE])
+        super().__init__(name, memory, lock, features | (F_RO if backend.read_only else 0), [QUEUE_SIZE], failed)
         self._backend = backend
+        self._flusher = Flusher(f"{name} flush", backend.flush, self._flushed)
         self._options = options
         self._id = (options.serial or default_serial(options.path)).encode("ascii").ljust(ID_LENGTH, b"\0")
         self.power_on()
@@ -58,6 +68,7 @@ class VirtioBlk(VirtioDevice):
 
     def close(self) -> None:
         super().close()
+        self._flusher.close()
         self._backend.close()
 
     # Configuration space.
@@ -90,54 +101,54 @@ class VirtioBlk(VirtioDevice):
 
     # Requests.
 
-    def serve(self, chain: Chain) -> int:
+    def serve(self, chain: Chain) -> int | None:
         """5.2.6: a header of 16 bytes and the data to write; the data read and a status byte. In buffers cut anyhow."""
         if not chain.writable:
             raise DriverError("a block request without a status byte")
         header, payload = _take_header(chain.readable)
-        last = chain.writable[-1]
-        room = chain.writable[:-1] if len(last) == 1 else [*chain.writable[:-1], last[:-1]]
         kind, _, sector = _HEADER.unpack(header)
+        if kind == T_IN:
+            return self._read(chain, sector)
+        if kind == T_OUT:
+            return self._write(chain, sector, payload)
+        if kind == T_FLUSH:
+            self._flusher.submit(chain)
+            return None
+        if kind == T_GET_ID:
+            return _answer(chain, S_OK, _scatter(self._id, _room(chain)))
+        return _answer(chain, S_UNSUPP)
+
+    def _read(self, chain: Chain, sector: int) -> int:
+        room = _room(chain)
         length = sum(map(len, room))
-        written = 0
-        try:
-            if kind == T_IN:
-                status = self._read(room, sector, length)
-                written = length
-            elif kind == T_OUT:
-                status = self._write(payload, sector)
-            elif kind == T_FLUSH:
-                self._backend.flush()
-                status = S_OK
-            elif kind == T_GET_ID:
-                status = S_OK
-                written = _scatter(self._id, room)
-            else:
-                status = S_UNSUPP
-        except OSError:
-            status = S_IOERR
-        last[-1:] = _STATUS[status]
-        if status != S_OK:
-            written = 0
-        # The status byte counts only where all before it was written: the length is counted from the start (2.7.8).
-        return written + 1 if written == length else written
-
-    def _read(self, room: list[memoryview], sector: int, length: int) -> int:
         if not self._inside(sector, length):
-            return S_IOERR
+            return _answer(chain, S_IOERR)
         if length:
-            self._backend.preadv(room, sector * SECTOR)
-        return S_OK
+            try:
+                self._backend.preadv(room, sector * SECTOR)
+            except OSError:
+                return _answer(chain, S_IOERR)
+        return _answer(chain, S_OK, length)
 
-    def _write(self, payload: list[memoryview], sector: int) -> int:
+    def _write(self, chain: Chain, sector: int, payload: list[memoryview]) -> int | None:
         length = sum(map(len, payload))
         if self._backend.read_only or not self._inside(sector, length):
-            return S_IOERR
+            return _answer(chain, S_IOERR)
         if length:
-            self._backend.pwritev(payload, sector * SECTOR)
-            if self.write_through and self._backend.write_cache:
-                self._backend.flush()
-        return S_OK
+            # Looked at before the write: it is to be durable if the cache was off all the time (5.2.6.2).
+            durable = self.write_through and self._backend.write_cache
+            try:
+                self._backend.pwritev(payload, sector * SECTOR)
+            except OSError:
+                return _answer(chain, S_IOERR)
+            if durable:
+                self._flusher.submit(chain)
+                return None
+        return _answer(chain, S_OK)
+
+    def _flushed(self, chain: Chain, success: bool) -> None:
+        """On the flusher's thread."""
+        self.finish(chain, _answer(chain, S_OK if success else S_IOERR))
 
     def _inside(self, sector: int, length: int) -> bool:
         return not length % SECTOR and sector * SECTOR + length <= self._backend.size
@@ -162,6 +173,23 @@ def _take_header(readable: list[memoryview]) -> tuple[bytes | memoryview, list[m
     if len(header) < _HEADER.size:
         raise DriverError("a block request without a header")
     return bytes(header), rest
+
+
+def _room(chain: Chain) -> list[memoryview]:
+    """Where the data goes: all that is writable, but for the status byte at its end."""
+    *room, last = chain.writable
+    if len(last) > 1:
+        room.append(last[:-1])
+    return room
+
+
+def _answer(chain: Chain, status: int, written: int = 0) -> int:
+    """Set the status byte; returns the length to report, ``written`` bytes of the data having been written.
+
+    What is reported is counted from the start (2.7.8): the status byte counts only if all before it was written.
+    """
+    chain.writable[-1][-1:] = _STATUS[status]
+    return written + (written == sum(map(len, chain.writable)) - 1)
 
 
 def _scatter(data: bytes, room: list[memoryview]) -> int:

@@ -11,6 +11,8 @@ are done, as 4.1.4.3.1 allows, and drivers wait for the 0. A reset by the board 
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 from skep.devices.virtio.queue import Chain, DriverError, Queue
@@ -54,14 +56,23 @@ class VirtioDevice(Fields):
     class_code: ClassVar[int]
     """PCI's class, subclass and programming interface."""
 
-    def __init__(self, name: str, memory: GuestMemory, lock: Lock, features: int, queue_sizes: list[int]) -> None:
-        """``lock`` is the board's; ``features`` are the device's own, to which the queue's are added."""
+    def __init__(
+        self,
+        name: str,
+        memory: GuestMemory,
+        lock: Lock,
+        features: int,
+        queue_sizes: list[int],
+        failed: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        """``lock`` is the board's; ``features`` are the device's own, to which the queue's are added. ``failed`` hears
+        of an error of ours on the worker's thread."""
         self.name = name
         self.memory = memory
         self.lock = lock
         self.features = features | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
         self.queues = [Queue(memory, size) for size in queue_sizes]
-        self.worker = Worker(name, self._turn, self._report)
+        self.worker = Worker(name, self._turn, self._report, self._count_unfinished, failed)
         self.status = 0
         self.driver_features = 0
         self.generation = 0
@@ -70,6 +81,8 @@ class VirtioDevice(Fields):
         self._paused = False
         self._resetting = False
         self._config_changed = False
+        self._unfinished = 0
+        self._finished: deque[tuple[Chain, int]] = deque()
         # Written in a turn, taken in the report that follows it.
         self._to_interrupt: set[int] = set()
         self._broken: str | None = None
@@ -78,12 +91,18 @@ class VirtioDevice(Fields):
 
     # For subclasses.
 
-    def serve(self, chain: Chain) -> int:
-        """Do what a request asks; returns how many bytes of its writable part were written, counted from the start.
+    def serve(self, chain: Chain) -> int | None:
+        """Do what a request asks; returns how many bytes of its writable part were written, counted from the start; or
+        None, and :meth:`finish` is called later.
 
         On the worker's thread, without locks. Raises DriverError where the request has no place for an answer.
         """
         raise NotImplementedError
+
+    def finish(self, chain: Chain, written: int) -> None:
+        """From any thread: a request for which ``serve`` gave None is done."""
+        self._finished.append((chain, written))
+        self.worker.ring()
 
     def config_read(self, offset: int, size: int) -> int:
         """Device-specific configuration (2.5); what lies outside reads as 0."""
@@ -230,7 +249,7 @@ class VirtioDevice(Fields):
                 self._transport.config_interrupt()
 
     def _finish_reset(self) -> None:
-        """No turn is under way."""
+        """The worker is held and idle."""
         self._resetting = False
         self._to_interrupt.clear()
         self._broken = None
@@ -252,7 +271,7 @@ class VirtioDevice(Fields):
                 self._take_report()
 
     def _take_report(self) -> None:
-        if self._resetting:
+        if self._resetting and self.worker.idle:
             self._finish_reset()
         for index in self._to_interrupt:
             if self._transport is not None:
@@ -268,6 +287,10 @@ class VirtioDevice(Fields):
         until = time.monotonic_ns() + _TURN_NS
         more = False
         try:
+            while self._finished:
+                chain, written = self._finished.popleft()
+                chain.queue.push(chain, written)
+                self._unfinished -= 1
             for index, queue in enumerate(self.queues):
                 if queue.started:
                     more |= self._serve_queue(queue, until)
@@ -281,12 +304,21 @@ class VirtioDevice(Fields):
     def _serve_queue(self, queue: Queue, until: int) -> bool:
         """Requests until there are none, the turn's time is over or the worker is held. True: there are more."""
         queue.silence()
-        while not self.worker.held and time.monotonic_ns() < until:
+        while not self.worker.held:
             chain = queue.pop()
             if chain is not None:
-                queue.push(chain, self.serve(chain))
-            elif not queue.listen():
-                return False
-            else:
+                written = self.serve(chain)
+                if written is None:
+                    self._unfinished += 1
+                else:
+                    queue.push(chain, written)
+                if time.monotonic_ns() > until:
+                    return True
+            elif queue.listen():
                 queue.silence()
-        return True
+            else:
+                break
+        return False
+
+    def _count_unfinished(self) -> int:
+        return self._unfinished

@@ -30,9 +30,10 @@ class DriverError(Exception):
 class Chain:
     """A buffer that the driver made available: views of guest memory, valid until the chain is pushed back."""
 
-    __slots__ = ("head", "readable", "writable", "written_to")
+    __slots__ = ("head", "queue", "readable", "writable", "written_to")
 
-    def __init__(self, head: int) -> None:
+    def __init__(self, queue: Queue, head: int) -> None:
+        self.queue = queue
         self.head = head
         self.readable: list[memoryview] = []
         self.writable: list[memoryview] = []
@@ -115,7 +116,7 @@ class Queue(Fields):
                 raise DriverError(f"available index {idx} is more than a queue ahead of {at}")
             self._seen_avail = idx
         # x86 makes loads in order: the ring's element is not older than the index. The descriptors follow by data.
-        chain = Chain(self._avail[2 + (at & self._mask)])
+        chain = Chain(self, self._avail[2 + (at & self._mask)])
         self._walk(chain)
         self.next_avail = (at + 1) & 0xFFFF
         return chain

@@ -6,8 +6,11 @@ while it moves data.
 
 It runs in *turns*. During a turn it may touch guest memory and its backend, and holds no lock; after every turn it
 *reports*, which is where it takes the board lock to interrupt the guest. Whoever wants it to stop *holds* it: no turn
-begins any more, and the one under way is to end soon. Holding does not wait, so a vCPU thread may do it under the
-board lock.
+begins any more, and the one under way is to end soon. Holding does not wait, so a vCPU thread may do it under the board
+lock.
+
+A turn may leave something *unfinished* that another thread does meanwhile. The worker is idle when no turn is under way
+and nothing is unfinished; also while it is held, turns go on until then, and are to begin nothing new.
 """
 
 from __future__ import annotations
@@ -21,16 +24,28 @@ from skep.locks import Lock, Order
 
 class Worker:
     """``turn`` works for a while and returns whether there is more to do; ``report`` follows each turn, without locks.
+    ``unfinished`` counts what turns have left to other threads; its growing is a turn's doing, and a fall is followed
+    by a ring.
 
-    The thread starts with the first :meth:`release`; until then, and after :meth:`hold`, no turn begins.
+    The thread starts with the first :meth:`release`. An exception in it is ours: it goes to ``failed``, if there is
+    one, and no turn follows.
     """
 
-    def __init__(self, name: str, turn: Callable[[], bool], report: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        turn: Callable[[], bool],
+        report: Callable[[], None],
+        unfinished: Callable[[], int],
+        failed: Callable[[BaseException], None] | None = None,
+    ) -> None:
         self.name = name
         self.held = True
         """A turn looks at it between requests, and ends where it is set. Only hold and release change it."""
         self._turn = turn
         self._report = report
+        self._unfinished = unfinished
+        self._failed = failed
         self._lock = Lock(f"{name} worker", Order.BLOCK)
         self._idle = threading.Event()
         self._idle.set()
@@ -47,7 +62,7 @@ class Worker:
         os.eventfd_write(self._bell, 1)
 
     def hold(self) -> bool:
-        """Let no turn begin. True where none is under way; otherwise one ends soon, and a report follows it."""
+        """Begin nothing new. True where it is idle; otherwise it soon will be, and a report follows."""
         with self._lock:
             self.held = True
             return self._idle.is_set()
@@ -60,8 +75,12 @@ class Worker:
         self.held = False
         self.ring()
 
+    @property
+    def idle(self) -> bool:
+        return self._idle.is_set()
+
     def wait_idle(self) -> None:
-        """After :meth:`hold`: return when no turn is under way. A turn needs no lock to end, but waits for its I/O."""
+        """After :meth:`hold`: return when it is idle. A turn needs no lock to end, but waits for its I/O."""
         self._idle.wait()
 
     def close(self) -> None:
@@ -69,6 +88,7 @@ class Worker:
         if self._closing:
             return
         self.hold()
+        self.wait_idle()
         self._closing = True
         self.ring()
         if self._thread is not None:
@@ -76,19 +96,29 @@ class Worker:
         os.close(self._bell)
 
     def _run(self) -> None:
-        while not self._closing:
-            os.eventfd_read(self._bell)
-            more = True
-            while more and self._begin():
-                try:
+        try:
+            while not self._closing:
+                os.eventfd_read(self._bell)
+                more = True
+                while more and self._begin():
                     more = self._turn()
-                finally:
-                    self._idle.set()
-                self._report()
+                    self._end()
+                    self._report()
+        except BaseException as error:
+            self.held = True
+            self._idle.set()
+            if self._failed is None:
+                raise
+            self._failed(error)
 
     def _begin(self) -> bool:
         with self._lock:
-            if self.held:
+            if self.held and self._idle.is_set():
                 return False
             self._idle.clear()
             return True
+
+    def _end(self) -> None:
+        with self._lock:
+            if not self._unfinished():
+                self._idle.set()
