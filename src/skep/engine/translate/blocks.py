@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from iced_x86 import Decoder, Instruction
 
-from skep.engine.translate.asm import Assembler, Cond, Mem, R10, R11, gs
+from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
 from skep.engine.translate.compiler import compile_functions
 from skep.engine.translate.layout import HASH_BITS, HASH_ENTRY, JC, JC_ARRAY, OFFSETS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
 from skep.engine.translate.lower import ALL_FLAGS, TAG32, TLB_MASK, Ends, Form, Lowering, Template
@@ -284,10 +284,6 @@ class Cache:
                         form = get(key)
                     if form is None:
                         form = forms[key] = lowering.form(ins, relative)
-                        if 0 < form.ends < Ends.LOOP:
-                            extra = ins.near_branch_target
-                            if extra >= half:
-                                extra -= half << 1
                     if relative:
                         if extra >= half:
                             extra -= half << 1
@@ -350,8 +346,8 @@ class Cache:
         out = bytearray(prologue)
         stubs = self.stubs
         array_ = mode & 3
-        _i32(out, fix_second, stubs[f"second{array_}_fl" if live else f"second{array_}"] - (rx + fix_second + 4))
-        _i32(out, fix_brk, stubs["brk_fl" if live else "brk_exit"] - (rx + fix_brk + 4))
+        _i32(out, fix_second, stubs[f"second{array_}"] - (rx + fix_second + 4))
+        _i32(out, fix_brk, stubs["brk_exit"] - (rx + fix_brk + 4))
         _i32(out, fix_page, -offset)
         entry = len(out)
         slow: list[tuple[int, int, int, bool]] = []
@@ -491,18 +487,33 @@ class Cache:
         if known is not None:
             return known
         a = Assembler()
-        if live:
-            save_flags(a)
-        a.cmp(R10, Mem(R11, disp=JC + (mode & 3) * JC_ARRAY, gs=True))
-        a.raw(b"\x0f\x85")
+        # r11 = target - tag, without a flag changed: the flags may be wanted where this entry was not meant.
+        a.mov(R11, Mem(R11, disp=JC + (mode & 3) * JC_ARRAY, gs=True))
+        a.lea(R11, Mem(R11, R10))
+        a.xchg(RCX, R11)
+        meant = a.label()
+        a.jrcxz(meant)
+        a.xchg(RCX, R11)
+        a.raw(b"\xe9")
         second = len(a)
         a.raw(bytes(4))
-        a.cmp(gs(OFFSETS["brk"]), 0, size=16)
-        a.raw(b"\x0f\x85")
-        brk = len(a)
-        a.raw(bytes(4))
+        a.bind(meant)
         if live:
-            restore_flags(a)
+            a.movzx(RCX, gs(OFFSETS["brk"]), 16)
+            go = a.label()
+            a.jrcxz(go)
+            a.mov(RCX, R11)
+            a.raw(b"\xe9")
+            brk = len(a)
+            a.raw(bytes(4))
+            a.bind(go)
+            a.mov(RCX, R11)
+        else:
+            a.mov(RCX, R11)
+            a.cmp(gs(OFFSETS["brk"]), 0, size=16)
+            a.raw(b"\x0f\x85")
+            brk = len(a)
+            a.raw(bytes(4))
         if mode & (Mode.CODE32 | Mode.CODE16):
             a.mov(R10, R10, size=32)
         a.raw(b"\x4d\x8d\x92")  # lea r10, [r10 + disp32]
@@ -534,8 +545,7 @@ class Cache:
         restore_flags(a)
         a.mov(R10, state("page"))
         a.lea(R10, Mem(R10, disp=offset))
-        a.mov(state("site"), 0)
-        a.jmp(state("done_exit"))
+        a.jmp(state("span_exit"))
         a.bind(good)
         restore_flags(a)
         out.extend(a.code(0))

@@ -65,7 +65,7 @@ _FIELDS = (
     "target",  # host address to enter at
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
-    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs",
+    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "span_exit", "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs",
     "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link",  # counters
 )
 
@@ -91,7 +91,7 @@ LARGE_PAGES_SIZE = 0x1000
 PAIR_SLOTS = 4096
 HASH_ENTRY = 32  # key, checked entry, plain entry, unused
 HASH_BITS = 18
-JC = 0x80000  # three arrays of sets: {tag0, entry0, tag1, entry1}
+JC = 0x80000  # three arrays of sets: {-tag0, entry0, -tag1, entry1}
 JC_SETS = 8192
 JC_SET = 32
 JC_ARRAY = JC_SETS * JC_SET
@@ -99,7 +99,7 @@ SIZE = 0x200000
 
 BRK, BRK_STI = OFFSETS["brk"], OFFSETS["brk"] + 1
 
-EMPTY_JC = 1 << 63 | 1  # no guest address looks like this
+EMPTY_JC = 1 << 63 | 1  # the negative of no guest address
 
 
 class Mode:
@@ -121,6 +121,7 @@ class Kind:
     BREAK = 3  # brk was set
     FAULT = 4  # the host CPU faulted in guest code
     EXCEPTION = 5  # deliver #PF with error code w_error, address va, at rip, in Python
+    SPAN = 7  # a block on two pages whose second is not in the TLB, or is another now
     PAIR = 6  # map the frames of tag `info` side by side, then run the instruction at rip again
 
 

@@ -56,7 +56,7 @@ from skep.engine.translate.layout import (
     Mode,
 )
 from skep.engine.translate.stubs import field as state
-from skep.engine.translate.stubs import restore_flags, save_flags
+from skep.engine.translate.stubs import jump_set, restore_flags, save_flags
 
 ALL_FLAGS = RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF | RflagsBits.PF
 READ, WRITE, READ_WRITE = 0, 1, 2
@@ -424,9 +424,7 @@ class Lowering:
         if not self.wide:
             a.mov(R11, TAG32)
             a.lea(R10, Mem(R10, R11))
-        a.rorx(R11, R10, 14, size=32)
-        a.lea(R11, Mem(R11, R10), size=32)
-        a.pdep(R11, R11, state("pdep_mask"), size=32)
+        jump_set(a)
         a.jmp(Mem(R11, disp=JC + self.array * JC_ARRAY + 8, gs=True))
 
     def check(self, size: int, access: int) -> None:

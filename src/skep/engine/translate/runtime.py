@@ -25,6 +25,7 @@ from skep.engine.translate.compiler import (
     set64,
     st,
     st8,
+    st16,
     st32,
     st64,
 )
@@ -617,10 +618,10 @@ def lookup(va: int) -> int:
     offset = jump_set(va) * JC_SET
     jc = me + array + offset
     st.tag = tag
-    if ld64(jc) == tag:
+    if ld64(jc) == 0 - tag:
         st.set = offset
         return ld64(jc + 8)
-    if ld64(jc + 16) == tag:
+    if ld64(jc + 16) == 0 - tag:
         st.set = offset + 16
         return ld64(jc + 24)
     st.n_miss = st.n_miss + 1
@@ -638,7 +639,7 @@ def lookup(va: int) -> int:
             st64(jc + 16, ld64(jc))
             st64(jc + 24, ld64(jc + 8))
             target = ld64(entry + 8)
-            st64(jc, tag)
+            st64(jc, 0 - tag)
             st64(jc + 8, target)
             st8(me + JC_PAGES + ((va >> 12) & (JC_PAGES_SIZE - 1)), 1)
             st.set = offset
@@ -888,8 +889,74 @@ def rep_move(desc: int, array: int) -> int:
     return 2
 
 
+def rep_down(desc: int, array: int) -> int:
+    """REP MOVS (bit 14 of ``desc``) and REP STOS with DF set, element by element within their pages."""
+    shift = (desc >> 12) & 3
+    moving = (desc >> 14) & 1
+    size = 1 << shift
+    while st.rcx != 0:
+        if ld16(st.self_ + BRK):
+            st.rip = st.page + (desc & 4095)
+            st.kind = Kind.BREAK
+            return 0
+        host = 0
+        source = 0
+        n = st.rcx
+        if moving:
+            va = st.rsi + st.t7
+            source = operand(va, size, 0, array, desc & 4095)
+            if source < 2:
+                return source
+            n = down_elements(va, shift, n)
+        va = st.rdi
+        host = operand(va, size, 1, array, desc & 4095)
+        if host < 2:
+            return host
+        n = down_elements(va, shift, n)
+        if mask_at_host(host - st.ram):
+            n = 1
+        step = n << shift
+        st.rdi = va - step
+        if moving:
+            st.rsi = st.rsi - step
+        st.rcx = st.rcx - n
+        value = st.rax
+        while n != 0:
+            if shift == 3:
+                if moving:
+                    value = ld64(source)
+                st64(host, value)
+            elif shift == 2:
+                if moving:
+                    value = ld32(source)
+                st32(host, value)
+            elif shift == 1:
+                if moving:
+                    value = ld16(source)
+                st16(host, value)
+            else:
+                if moving:
+                    value = ld8(source)
+                st8(host, value)
+            host = host - size
+            source = source - size
+            n = n - 1
+    return 2
+
+
+@inline
+def down_elements(va: int, shift: int, most: int) -> int:
+    """Whole elements from ``va`` down to the page's start, at least one and ``most`` at most."""
+    n = ((va & 4095) >> shift) + 1
+    if (va & 4095) + (1 << shift) > 4096:
+        n = 1
+    if n > most:
+        n = most
+    return n
+
+
 ROUTINES = [
     walk, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault, fill, to_python, fill_crossing,
     supervisor_pointer, deliver, set_mode, find, insert, fetch_page, lookup, link, load_cr3, descriptor_at, interrupt_return,
-    system_call, system_return, operand, rep_store, mask_at_host, rep_move, empty_entry, lines, mask_at, jump_set, elements,
+    system_call, system_return, operand, rep_store, mask_at_host, rep_move, rep_down, down_elements, empty_entry, lines, mask_at, jump_set, elements,
 ]  # fmt: skip

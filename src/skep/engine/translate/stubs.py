@@ -70,6 +70,13 @@ def restore_flags(a: Assembler) -> None:
     a.mov(RAX, field(SAVED_RAX))
 
 
+def jump_set(a: Assembler) -> None:
+    """r11 = the offset of the jump cache's set for the tag in r10 (runtime.jump_set is the same function). No flag changes."""
+    a.rorx(R11, R10, 14, size=32)
+    a.lea(R11, Mem(R11, R10), size=32)
+    a.pdep(R11, R11, field("pdep_mask"), size=32)
+
+
 class Stubs:
     """The stubs' code, and where each begins (offset from the code's start)."""
 
@@ -116,7 +123,7 @@ class Stubs:
         a.jmp(field("target"))
 
     def _exits(self, a: Assembler) -> None:
-        for name, kind in (("brk_exit", Kind.BREAK), ("emu_exit", Kind.EMULATE)):
+        for name, kind in (("brk_exit", Kind.BREAK), ("emu_exit", Kind.EMULATE), ("span_exit", Kind.SPAN)):
             self._begin(name)
             a.mov(field("rip"), R10)
             a.mov(field("kind"), kind)
@@ -251,25 +258,23 @@ class Stubs:
         self._call(a, "lookup")
         self._finish(a)
 
-        # A checked entry that was not meant: try the set's second way, then look up.
+        # A checked entry that was not meant, or none: try the set's second way, then look up.
         for array in range(3):
-            way1 = Mem(R11, disp=JC + array * JC_ARRAY + 8, gs=True)
             self._begin(f"second{array}")
-            a.test(R11, 16, size=32)
-            a.jcc(Cond.NE, miss)
-            a.or_(R11, 16, size=32)
-            a.jmp(way1)
-            full = a.label()
-            self._begin(f"second{array}_fl")
-            a.test(R11, 16, size=32)
-            a.jcc(Cond.NE, full)
-            a.or_(R11, 16, size=32)
+            other = a.label()
+            save_flags(a)
+            jump_set(a)
+            a.push(RAX)
+            a.mov(RAX, R10)
+            a.add(RAX, Mem(R11, disp=JC + array * JC_ARRAY + 16, gs=True))
+            a.pop(RAX)
+            a.jcc(Cond.NE, other)
+            a.lea(R11, Mem(R11, disp=16))
             restore_flags(a)
-            a.jmp(way1)
-            a.bind(full)
+            a.jmp(Mem(R11, disp=JC + array * JC_ARRAY + 8, gs=True))
+            a.bind(other)
             restore_flags(a)
             a.jmp(miss)
-
             # The checked entry of a block that is no more: forget the way that led there.
             self._begin(f"dead{array}")
             a.push(RAX)
@@ -277,11 +282,6 @@ class Stubs:
             a.mov(Mem(R11, disp=JC + array * JC_ARRAY, gs=True), RAX)
             a.pop(RAX)
             a.jmp(miss)
-
-        # brk was set at a checked entry whose target is r10 (perhaps with the 32-bit tag, which Python strips).
-        self._begin("brk_fl")
-        restore_flags(a)
-        a.jmp(self._labels["brk_exit"])
 
     def _calls(self, a: Assembler) -> None:
         for name, routine in (("iret", "interrupt_return"), ("syscall", "system_call"), ("sysret", "system_return")):
@@ -308,7 +308,7 @@ class Stubs:
             a.jmp(self._exit_saved())
         for name, routine in (("rep_stos", "rep_store"), ("rep_movs", "rep_move")):
             self._begin(name)
-            down, leave, fault = a.label(), a.label(), a.label()
+            down, done, leave, fault = a.label(), a.label(), a.label(), a.label()
             self._save(a)
             a.mov(RDI, Mem(RSP, disp=8), size=32)
             a.test(field("flags"), 0x400, size=32)
@@ -317,6 +317,7 @@ class Stubs:
             a.shr(RSI, 24, size=32)
             a.and_(RSI, 3, size=32)
             self._call(a, routine)
+            a.bind(done)
             a.cmp(RAX, 1)
             a.jcc(Cond.BE, leave)
             self._restore(a)
@@ -327,10 +328,11 @@ class Stubs:
             a.jmp(self._exit_saved())
             a.bind(fault)
             self._jump_out(a)
-            a.bind(down)  # DF set: Python's
-            a.and_(RDI, 0xFFF, size=32)
-            a.add(RDI, field("page"))
-            a.mov(field("rip"), RDI)
-            a.mov(field("kind"), Kind.EMULATE)
-            a.lea(RSP, Mem(RSP, disp=16))
-            a.jmp(self._exit_saved())
+            a.bind(down)
+            a.mov(RSI, RDI, size=32)
+            a.shr(RSI, 24, size=32)
+            a.and_(RSI, 3, size=32)
+            if routine == "rep_move":
+                a.or_(RDI, 1 << 14)
+            self._call(a, "rep_down")
+            a.jmp(done)

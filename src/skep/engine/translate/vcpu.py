@@ -30,6 +30,10 @@ from skep.engine.translate.layout import (
     BOUNCE,
     BOUNCE_SIZE,
     BRK,
+    EMPTY_JC,
+    JC,
+    JC_ARRAY,
+    JC_SETS,
     OFFSETS,
     PAIR_SLOTS,
     XSAVE_AREA,
@@ -198,6 +202,7 @@ class TranslateVcpu:
         self._fresh = True
         self._exits: deque[tuple[int, int]] = deque(maxlen=_LAST_EXITS)
         self.counts = [0] * 8
+        self._empty_jumps()
         st.q[XSAVE_AREA >> 3] = 0x37F
         st.bytes[XSAVE_AREA + 24 : XSAVE_AREA + 28] = (0x1F80).to_bytes(4, "little")
         self._closed = False
@@ -267,6 +272,8 @@ class TranslateVcpu:
                     raise GuestFault(Vector.PF, st.w_error, st.va)
                 elif kind == Kind.PAIR:
                     self.vm.pairs.map(st.info)
+                elif kind == Kind.SPAN:
+                    self._respan()
                 elif kind == Kind.FAULT:
                     raise self._host_fault()
             except GuestFault as fault:
@@ -328,7 +335,7 @@ class TranslateVcpu:
         with self._gate:
             if self._generation != self.cache.generation:
                 self._generation = self.cache.generation
-                self._flush_jumps()
+                self._empty_jumps()
                 st.site = 0
             site = st.site if st.kind == Kind.JUMP else 0
             st.site = 0
@@ -365,7 +372,7 @@ class TranslateVcpu:
             block = cache.translate(pa, mode, lambda: self._second_page(va))
             if cache.generation != generation:
                 self._generation = cache.generation
-                self._flush_jumps()
+                self._empty_jumps()
                 site = 0
         elif block.pa2 is not None:
             self._second_page(va)
@@ -375,6 +382,15 @@ class TranslateVcpu:
             cache.code[at : at + 4] = (entry - (site + 4)).to_bytes(4, "little", signed=True)
         st.page = va & ~4095
         return entry
+
+    def _respan(self) -> None:
+        """The block at rip lies on two pages: bring the second into the TLB, and drop the block if it is another one now."""
+        st = self.st
+        with self._gate:
+            pa = self._code_address(st.rip)
+            block = None if pa is None else self.cache.blocks.get(pa << 12 | st.mode)
+            if block is not None and block.pa2 != self._second_page(st.rip):
+                self.cache.kill(block)
 
     def _code_address(self, va: int) -> int | None:
         """Physical address of code at ``va``; None where it is no RAM."""
@@ -405,6 +421,14 @@ class TranslateVcpu:
         st = self.st
         if st.cr0 & Cr0.PG and not st.efer & Efer.LMA:
             raise _Unsupported("the guest turned on paging outside long mode, which this engine does not have yet")
+
+    def _empty_jumps(self) -> None:
+        """A jump cache without targets: every way leads to the stub that tries the next one."""
+        st = self.st
+        for array in range(3):
+            way = EMPTY_JC.to_bytes(8, "little") + self.cache.stubs[f"second{array}"].to_bytes(8, "little")
+            at = JC + array * JC_ARRAY
+            st.bytes[at : at + JC_ARRAY] = way * (2 * JC_SETS)
 
     # Rare instructions
 
