@@ -89,13 +89,14 @@ class Apic:
 
 
 class PlainCpu:
-    """Flat memory, or four-level paging where CR0.PG is set. ``holes`` are linear pages that fault always."""
+    """Linear addresses are physical ones, unless ``paged``. ``holes`` are linear pages that fault always."""
 
     def __init__(self, model: str = "host", vendor: bytes | None = None) -> None:
         self.st = StateBlock()
         self.io = Ports()
         self.interrupts = Apic()
         self.memory = bytearray(SIZE)
+        self.paged = False
         self.holes: set[int] = set()
         self.read_only: set[int] = set()
         self.flushes: list[bool | int] = []
@@ -153,7 +154,7 @@ class PlainCpu:
             raise GuestFault(Vector.PF, access | user, va)
         if page in self.read_only and access & PfError.W:
             raise GuestFault(Vector.PF, access | user | PfError.P, va)
-        if not st.cr0 & Cr0.PG:
+        if not self.paged:
             assert va < SIZE, f"outside memory: {va:#x}"
             return va
         table, rights = st.cr3 & Pte.ADDRESS, Pte.RW | Pte.US
@@ -189,7 +190,7 @@ class PlainCpu:
         """Tables, segments and a stack for code of 64, 32 (flat protected mode) or, as -32, compatibility mode."""
         st = self.st
         long = bits != 32
-        st.cr0 = Cr0.PE | Cr0.ET | Cr0.NE | Cr0.WP
+        st.cr0 = Cr0.PE | Cr0.ET | Cr0.NE | Cr0.WP | (Cr0.PG if long else 0)
         st.cr4 = Cr4.PAE | Cr4.OSFXSR
         st.efer = (Efer.LME | Efer.LMA | Efer.SCE) if long else 0
         data, code = 0x13, 0x1B

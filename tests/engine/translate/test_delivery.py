@@ -177,7 +177,7 @@ def test_kernel_stack_is_written_as_supervisor(cpu: PlainCpu) -> None:
     cpu.set_up(cpl=3)
     for page in range(0, SIZE, 4096):
         cpu.map(page, page, Pte.P | Pte.RW)  # nothing is the user's
-    cpu.st.cr3, cpu.st.cr0 = PML4, cpu.st.cr0 | Cr0.PG
+    cpu.st.cr3, cpu.paged = PML4, True
     cpu.gate(14)
     delivery.deliver_exception(cpu, GuestFault(Vector.PF, 5, CODE))
     assert cpu.st.rip == HANDLER

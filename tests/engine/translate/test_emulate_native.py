@@ -249,7 +249,8 @@ def test_privileged_instructions_fault_alike(host: Oracle, emulated: Emulated) -
     """What ring 3 may not do, and the order of #UD, #GP and #PF."""
     texts = """hlt; cli; sti; clts; wrmsr; rdmsr; mov rax, cr0; mov cr3, rax; mov rax, cr4; mov cr8, rax; mov rax, dr7;
         mov dr0, rax; invlpg [rbx]; lgdt [rbx]; lidt [rbx]; lldt ax; ltr [rbx]; lmsw ax; wbinvd; invd;
-        swapgs; in al, 0x60; out dx, eax; insb; outsd; rep insb; xsetbv; clac; stac; sysretq; rdpmc; invpcid rax, [rbx]; int 0x33;
+        swapgs; in al, 0x60; out dx, eax; insb; outsd; rep insb; xsetbv; clac; stac; sysretq; rdpmc;
+        invpcid rax, [rbx]; int 0x33;
         mov cs, ax"""
     check(host, emulated, "privileged", texts)
 

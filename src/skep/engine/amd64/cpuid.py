@@ -32,7 +32,7 @@ from skep.errors import UserError
 MODELS = ("baseline", "host")
 
 APIC_TIMER_HZ = 1_000_000_000
-"""The clock of the local APIC's timer (skep.irqchip.lapic.TIMER_HZ), told as the core crystal's."""
+"""The clock of the local APIC's timer (skep.irqchip.lapictimer.TIMER_HZ), told as the core crystal's."""
 
 PHYSICAL_BITS = 40
 """As QEMU's TCG has it: guests size tables by it, and 1 TiB is enough."""
@@ -278,7 +278,7 @@ def _fixed(
         (1, 0): (signature, clflush_quadwords << 8 | min(cpus, 255) << 16 | (apic_id & 0xFF) << 24, 0, 0),
         (0xB, 0): (0, 1, 1 << 8, apic_id),  # threads: one a core
         (0xB, 1): (core_bits, cpus, 2 << 8, apic_id),
-        (0x15, 0): (*_tsc_ratio(tsc_hz), APIC_TIMER_HZ, 0),
+        (0x15, 0): _tsc_and_crystal(tsc_hz),
         (0x16, 0): (tsc_hz // 10**6, tsc_hz // 10**6, 100, 0),
         (0x4000_0000, 0): (MAX_HYPERVISOR, own_b, own_c, own_d),
         (0x4000_0010, 0): (tsc_hz // 1000, APIC_TIMER_HZ // 1000, 0, 0),
@@ -305,15 +305,16 @@ def _fixed(
     return table
 
 
-def _tsc_ratio(tsc_hz: int) -> tuple[int, int]:
-    """Denominator and numerator of TSC over crystal, within 1 in 10 million.
+def _tsc_and_crystal(tsc_hz: int) -> Registers:
+    """Leaf 0x15: denominator and numerator of TSC over crystal, and the crystal's frequency, which is the APIC timer's.
 
-    Linux multiplies the crystal's kHz by the numerator in 32 bits, so that is kept small.
+    Linux multiplies the crystal's kHz by the numerator in 32 bits, so that is kept small; what the ratio then lacks
+    goes into the crystal, which so differs from the timer's clock by at most 0.02 %, and the TSC comes out right.
     """
-    limit = 0xFFFF_FFFF // (APIC_TIMER_HZ // 1000)
-    exact = Fraction(tsc_hz, APIC_TIMER_HZ)
-    inverse = (1 / exact).limit_denominator(limit)
-    return inverse.numerator, inverse.denominator
+    limit = 0xFFFF_FFFF // (APIC_TIMER_HZ // 1000) - 1
+    ratio = Fraction(APIC_TIMER_HZ, tsc_hz).limit_denominator(limit)
+    denominator, numerator = ratio.numerator, ratio.denominator
+    return denominator, numerator, round(tsc_hz * ratio), 0
 
 
 def _caches(cpus: int) -> list[Registers]:
