@@ -1,0 +1,195 @@
+"""A Linux guest and its disk: what it wrote is there, whatever ends it.
+
+These boot Debian's cloud kernel by whatever engine this host has, and take minutes.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import skep
+from skep.block.record import Entry, Kind, mark, read_log, replay
+from skep.guest import debian
+
+pytestmark = pytest.mark.slow
+
+MIB = 1 << 20
+CUTS = 100
+KILLS = 10
+BOOT = 300.0
+"""Seconds until a guest's script has begun; some hosts are slow and shared."""
+
+COPY = """
+mke2fs /dev/vda > /dev/null && mkdir -p /mnt && mount -t ext2 /dev/vda /mnt || exit 1
+head -c 3000001 /dev/urandom > /mnt/file && sync && sha256sum /mnt/file && umount /mnt
+"""
+
+# On the first disk a file system, on the second the records alone, a sector each.
+RECORDS = """
+mkdir -p /mnt && mount -t ext4 /dev/vda /mnt || exit 1
+i=$FIRST
+while [ $i -lt $LAST ]; do
+    i=$((i + 1))
+    echo "record $i" > /mnt/r.$i
+    echo "junk $i" >> /mnt/junk
+    dd if=/mnt/r.$i of=/dev/vdb bs=512 seek=$i conv=notrunc,sync,fsync 2> /dev/null || exit 2
+    sync
+    echo "SYNCED $i"
+done
+"""
+
+
+@pytest.fixture(scope="module")
+def guest() -> debian.Guest:
+    return debian.obtain()
+
+
+def command_line(script: str) -> str:
+    return f"console=ttyS0 quiet panic=-1 skep.exec={base64.b64encode(script.strip().encode()).decode()}"
+
+
+def records(first: int, last: int) -> str:
+    return f"FIRST={first} LAST={last}\n{RECORDS}"
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> tuple[Path, Path]:
+    """An ext4 file system with a journal, and nothing."""
+    files, raw = tmp_path / "files.img", tmp_path / "raw.img"
+    for path in (files, raw):
+        with path.open("wb") as file:
+            file.truncate(16 * MIB)
+    run("mke2fs", "-q", "-t", "ext4", "-b", "1024", "-O", "has_journal", str(files))
+    return files, raw
+
+
+def run(*command: str, statuses: tuple[int, ...] = (0,)) -> str:
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode in statuses, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def check_records(files: Path, raw: Path, synced: int) -> None:
+    """Everything that the guest said was synced is there; the file system needs its journal, and no more."""
+    run("e2fsck", "-f", "-y", "-E", "journal_only", str(files), statuses=(0, 1))
+    run("e2fsck", "-f", "-n", str(files))
+    out = files.with_name("out")
+    run("rm", "-rf", str(out))
+    out.mkdir()
+    run("debugfs", "-R", f"rdump / {out}", str(files))
+    sectors = raw.read_bytes()
+    for number in range(1, synced + 1):
+        text = f"record {number}\n"
+        assert (out / f"r.{number}").read_text() == text
+        assert sectors[512 * number : 512 * number + 512] == text.encode().ljust(512, b"\0")
+
+
+def test_what_a_guest_copied_is_on_the_disk(guest: debian.Guest, tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(16 * MIB)
+    with skep.Vm(
+        kernel=guest.kernel, initrd=guest.initrd, memory="512M", cmdline=command_line(COPY), disks=[image]
+    ) as vm:
+        vm.start()
+        digest = vm.console.expect(r"([0-9a-f]{64})  /mnt/file", timeout=BOOT)[1]
+        assert vm.console.expect(r"EXIT (\d+)")[1] == "0"
+        vm.wait(timeout=60)
+    run("e2fsck", "-f", "-n", str(image))
+    run("debugfs", "-R", f"dump /file {tmp_path / 'file'}", str(image))
+    assert run("sha256sum", str(tmp_path / "file")).split()[0] == digest
+
+
+def test_everything_synced_survives_100_power_cuts(
+    guest: debian.Guest, disks: tuple[Path, Path], tmp_path: Path
+) -> None:
+    paths = [tmp_path / "files.log", tmp_path / "raw.log"]
+    bases = [disk.read_bytes() for disk in disks]
+    with skep.Vm(
+        kernel=guest.kernel,
+        initrd=guest.initrd,
+        memory="512M",
+        cmdline=command_line(records(0, 60)),
+        disks=[f"{disk},record={log}" for disk, log in zip(disks, paths, strict=True)],
+    ) as vm:
+        logs = [os.open(path, os.O_WRONLY | os.O_APPEND) for path in paths]
+        vm.start()
+        while (said := vm.console.expect(r"(SYNCED|EXIT) (\d+)", timeout=BOOT))[1] == "SYNCED":
+            for log in logs:
+                mark(log, said[2].encode())
+        assert said[2] == "0"
+        vm.wait(timeout=60)
+        for log in logs:
+            os.close(log)
+    entries = [read_log(str(path)) for path in paths]
+    assert sum(entry.kind is Kind.FLUSH for entry in entries[0]) >= 60
+    rng = random.Random(42)
+    for cut in range(CUTS):
+        # The power goes for both disks at once: behind the same mark of both, and anywhere before the next.
+        synced = rng.randint(0, 60)
+        survivors = rng if cut % 2 else None
+        for disk, base, logged in zip(disks, bases, entries, strict=True):
+            disk.write_bytes(base)
+            with disk.open("r+b") as file:
+                replay(logged[: rng.randint(*between_marks(logged, synced))], file.fileno(), survivors)
+        check_records(*disks, synced)
+
+
+def between_marks(log: list[Entry], synced: int) -> tuple[int, int]:
+    """How many entries, at least and at most, are there when ``synced`` records were synced, and not the next."""
+    at = [0, *(i + 1 for i, entry in enumerate(log) if entry.kind is Kind.MARK)]
+    return at[synced], at[synced + 1] - 1 if synced + 1 < len(at) else len(log)
+
+
+def test_everything_synced_survives_kill_9(guest: debian.Guest, disks: tuple[Path, Path]) -> None:
+    rng = random.Random(9)
+    synced = 0
+    for _ in range(KILLS):
+        enough = synced + rng.randint(1, 30)
+        with session(guest, disks, records(synced, 20_000)) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                said = re.search(r"SYNCED (\d+)", line)
+                if said and int(said[1]) >= enough:
+                    break
+                assert "EXIT" not in line, line
+            time.sleep(rng.random() / 4)
+            process.kill()
+            for line in process.stdout:  # what was said before the end counts
+                said = re.search(r"SYNCED (\d+)\s*\n", line) or said
+            assert said, "the guest never came so far"
+            synced = int(said[1])
+        check_records(*disks, synced)
+
+
+@contextmanager
+def session(guest: debian.Guest, disks: tuple[Path, Path], script: str) -> Iterator[subprocess.Popen[str]]:
+    source = str(Path(skep.__file__ or "").parent.parent)
+    command = [sys.executable, "-m", "skep.cli", "run", "--memory", "512M", "--cmdline", command_line(script)]
+    command += ["--kernel", str(guest.kernel), "--initrd", str(guest.initrd)]
+    for disk in disks:
+        command += ["--disk", str(disk)]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONPATH": source},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
