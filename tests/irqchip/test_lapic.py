@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
+from time import monotonic_ns
 
 import pytest
 
+from skep.clock import GuestClock
 from skep.contracts.conformance import DeviceConformance
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoRegion, IoSpace
@@ -14,6 +17,7 @@ from skep.irqchip import lapic as regs
 from skep.irqchip.apicbus import ApicBus, Delivery, Message
 from skep.irqchip.lapic import ApicView, LocalApic
 from skep.irqchip.lapictimer import MIN_PERIOD_NS
+from skep.locks import Lock, Order
 from tests.boardtest import Time
 
 X2APIC = 0xFEE0_0C00
@@ -81,8 +85,13 @@ class TestLocalApic(DeviceConformance[LocalApic]):
     def regions(self, device: LocalApic) -> list[tuple[IoRegion, int]]:
         return [(device, 0x1000), (_Msrs(device), 0x420)]
 
+    def let_go(self, device: LocalApic) -> None:
+        device.set_lint(0, False)
+        device.set_lint(1, False)
+
     def time_passes(self, device: LocalApic, rng: random.Random) -> None:
         self.time.pass_ns(rng.choice((0, 1000, 100_000)))
+        device.set_lint(rng.randrange(2), rng.random() < 0.5)
         device.acknowledge()
         device.take_nmi()
         with self.time.lock:
@@ -478,6 +487,20 @@ def test_a_masked_timer_expires_silently_and_leaving_deadline_mode_disarms(time:
     apic.write(regs.LVT_TIMER, 4, 0xEF)
     time.pass_ns(2000)
     assert not apic.pending()
+
+
+def test_a_deadline_in_real_time_kicks_on_the_clocks_thread() -> None:
+    lock = Lock("board", Order.BOARD)
+    clock = GuestClock(monotonic_ns, 1_000_000_000, lock)
+    apic = LocalApic(0, ApicBus(lock), clock, lambda: 0x30, bsp=True)
+    kicked = threading.Event()
+    apic.kick = kicked.set
+    with lock:
+        apic.write(regs.LVT_TIMER, 4, 0x4_00EF)
+    deadline = clock.tsc() + 3_000_000
+    assert apic.write_msr(regs.MSR_TSC_DEADLINE, deadline)
+    assert kicked.wait(10) and clock.tsc() >= deadline and apic.acknowledge() == 0xEF
+    clock.close()
 
 
 def test_timers_go_on_after_load(time: Time) -> None:
