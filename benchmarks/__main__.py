@@ -42,7 +42,8 @@ def skep_program() -> list[str]:
 def skep_command(payload: Payload) -> list[str]:
     return [
         *skep_program(), "run", "--kernel", str(payload.kernel), "--initrd", str(payload.initrd),
-        "--cmdline", payload.cmdline, "--memory", f"{MEMORY_MIB}M", "--cpus", "1", "--engine", "translate", "--no-reboot",
+        "--cmdline", payload.cmdline, "--memory", f"{MEMORY_MIB}M", "--cpus", "1", "--engine", "translate",
+        "--no-reboot",
     ]  # fmt: skip
 
 

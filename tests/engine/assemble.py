@@ -72,6 +72,7 @@ CODES: dict[str, int] = {k: v for k, v in vars(Code).items() if k.isupper() and 
 CODE_NAMES = {v: k for k, v in CODES.items()}
 KIND_NAMES = {v: k for k, v in vars(OpCodeOperandKind).items() if k.isupper() and isinstance(v, int)}
 REGISTERS: dict[str, int] = {k.lower(): v for k, v in vars(Register).items() if k.isupper() and isinstance(v, int)}
+REGISTERS |= {f"r{i}b": REGISTERS[f"r{i}l"] for i in range(8, 16)}
 SIZES = {"byte": 1, "word": 2, "dword": 4, "qword": 8, "tbyte": 10, "xmmword": 16, "ymmword": 32}
 PREFIXES = ("lock", "rep", "repe", "repz", "repne", "repnz")
 

@@ -148,6 +148,7 @@ class TestInterrupts:
 
     def write_tpr(self, value: int) -> None:
         self.tpr = value & 0xF
+        self.kick()  # what was masked may be pending now
 
     def read_msr(self, index: int) -> int | None:
         return self.msrs.get(index)
@@ -293,6 +294,7 @@ class Tiny:
             tr={"selector": TSS_SELECTOR, "base": self.base + TSS, "limit": 0x67, "attributes": 0x8B},
             gdtr={"base": self.base + GDT, "limit": 0x4F}, idtr={"base": self.base + IDT, "limit": 0xFFF},
             cr0=Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.PG, cr2=0, cr3=self.cr3,
+            dr6=0xFFFF0FF0, dr7=0x400,
             cr4=Cr4.PAE | Cr4.PGE | Cr4.OSFXSR | Cr4.OSXMMEXCPT | Cr4.FSGSBASE | (Cr4.OSXSAVE if xsave else 0),
             efer=Efer.SCE | Efer.LME | Efer.LMA | Efer.NXE, xcr0=7 if xsave else 1, xsave=bytes(image),
         )  # fmt: skip
