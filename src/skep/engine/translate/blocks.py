@@ -433,7 +433,7 @@ class Cache:
                 leave(extra, extra <= at or shadow, mode)
             elif e == Ends.MODE:
                 leave(at + n, False, mode ^ Mode.AC)
-        if ends == Ends.NO:
+        if ends in (Ends.NO, Ends.JCC):
             leave(follow, shadow, mode)
         # What is rarely run
         for jump, back, desc, saved in slow:
