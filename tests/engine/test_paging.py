@@ -295,7 +295,7 @@ def test_pcid(boot: Boot) -> None:
         mov rbx, OTHER | 2 | 1 << 63
         mov cr3, rbx
         mov rcx, [V]            ; PCID 2
-        mov rbx, CR3 | 1 | 1 << 63
+        mov rbx, PML4 | 1 | 1 << 63
         mov cr3, rbx
         mov rdx, [V]
         mov rbx, cr3

@@ -205,7 +205,7 @@ class Tiny:
             self.map(base + page, page, Pte.RW | (user_bit if page >= USER_STACK - PAGE else 0))
         self.map(MMIO, MMIO, Pte.RW | user_bit)
         names = {"MMIO": MMIO, "STACK": STACK, "USER_STACK": USER_STACK, "GDT": GDT, "IDT": IDT, "TSS": TSS}
-        names |= {"CR3": self.cr3, **(symbols or {})}
+        names |= {"PML4": self.cr3, **(symbols or {})}
         self.program: Program = assemble(text, base + PROGRAM, names, bits)
         if len(self.program.code) > IDENTITY - PROGRAM:
             raise TinyError("the program is too long")
