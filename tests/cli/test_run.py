@@ -357,3 +357,12 @@ def test_other_mistakes(files: Path, kernel: Path, arguments: str, message: str)
 
 def test_nothing_to_boot(tmp_path: Path) -> None:
     assert refused(where=tmp_path).startswith("boot.kernel: there is nothing to boot")
+
+
+def test_no_kvm(kernel: Path, tmp_path: Path) -> None:
+    """In a mount namespace whose /dev has no kvm."""
+    hide = ("unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs none /dev && exec "$@"', "hide")
+    if subprocess.run([*hide, "true"], capture_output=True, check=False, timeout=WAIT).returncode:
+        pytest.skip("no mount namespaces here")
+    line = refused("--kernel", str(kernel), "--engine", "kvm", where=tmp_path, under=hide)
+    assert line.startswith("/dev/kvm: KVM cannot be used: No such file or directory; use --engine translate")
