@@ -512,6 +512,43 @@ def test_2_1_2_garbage_in_the_queue_ends_in_requests_or_a_reset(
     assert len(hostile.read(0, 512)) == 512
 
 
+def test_2_1_2_a_driver_that_scribbles_while_the_device_reads(tmp_path: Path) -> None:
+    """Descriptors, rings and headers change under the device, thousands of times; the worker survives all of it."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SIZE))
+    told: list[BaseException] = []
+    board = Board()
+    options = BlockOptions(path=str(path))
+    function = VirtioPci(VirtioBlk("disk", board.memory, board.lock, open_image(options), options, told.append))
+    board.add(function)
+    rng = random.Random(1)
+    end = time.monotonic() + 0.5
+    resets = served = 0
+    while time.monotonic() < end:
+        driver = Driver(board, ALL)
+        queue = driver.start(size=16)
+        header, data, status = driver.allocate(16), driver.allocate(512), driver.allocate(1)
+        board.memory.write(header, bytes(16))
+        while time.monotonic() < end and not driver.status & NEEDS_RESET:
+            for _ in range(10):
+                if len(queue.free) < 3:
+                    queue.free = list(range(16))  # whatever the device still does with them
+                queue.add([(header, 16, False), (data, 512, True), (status, 1, True)])
+                queue.kick()
+                if rng.random() < 0.1:
+                    board.memory.store_u8(queue.desc + rng.randrange(256), rng.choice((0, 1, 2, 4, 0xFF)))
+                if rng.random() < 0.02:
+                    board.memory.store_u8(queue.avail + rng.randrange(38), rng.getrandbits(8))
+                board.memory.store_u8(header, rng.choice((0, 1, 4, 8)))
+            time.sleep(0.0005)
+            served += board.memory.load_u16(queue.used + 2)
+        resets += 1
+    function.close()
+    board.memory.close()
+    assert not told, told
+    assert resets > 3 and served > 0
+
+
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
     with disk(tmp_path_factory.mktemp("hostile") / "disk.img") as one:
