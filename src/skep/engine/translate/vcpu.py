@@ -277,6 +277,7 @@ class TranslateVcpu:
                 elif kind == Kind.FAULT:
                     raise self._host_fault()
             except GuestFault as fault:
+                st.site = 0
                 try:
                     delivery.deliver_exception(self, fault)
                 except TripleFault:
@@ -310,6 +311,7 @@ class TranslateVcpu:
             return True
         if not st.irq:
             return False
+        st.site = 0  # the jump that led here goes elsewhere than to a handler
         interrupts = self.interrupts
         if self._nmi or interrupts.take_nmi():
             self._nmi = True
