@@ -1,7 +1,8 @@
 """ACPI fixed hardware: PM1a, the PM timer, and the reset register (ACPI 6.4, 4.8; ICH9 data sheet 13.8, 13.7.5).
 
-The only event is the power button. There are no general-purpose events, no sleeping states but S5 (soft off), and no
-system management mode: SCI_EN is always set, as after a firmware that hands over in ACPI mode.
+The only events are the power button and the timer; the others of the fixed events have their bits and never happen.
+There are no general-purpose events, no sleeping states but S5 (soft off), and no system management mode: SCI_EN is
+always set, as after a firmware that hands over in ACPI mode.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ RESET_VALUE = 0x06
 
 _NS = 1_000_000_000
 
-TMR_STS, PWRBTN_STS = 1 << 0, 1 << 8
-_STATUS_BITS = TMR_STS | PWRBTN_STS | 1 << 15  # and WAK_STS
-_ENABLE_BITS = TMR_STS | PWRBTN_STS
+# Status register; the enable register has the same bits, but for the wake status.
+TMR_STS, GBL_STS, PWRBTN_STS, SLPBTN_STS, RTC_STS, WAK_STS = (1 << bit for bit in (0, 5, 8, 9, 10, 15))
+_ENABLE_BITS = TMR_STS | GBL_STS | PWRBTN_STS | SLPBTN_STS | RTC_STS
+_STATUS_BITS = _ENABLE_BITS | WAK_STS
 SCI_EN, SLP_EN = 1 << 0, 1 << 13
 _CONTROL_BITS = 0x1C02  # SLP_TYP, BM_RLD
 
