@@ -24,7 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from skep.config import Tree, check_settings, parse_options
+from skep.config import Tree, check_settings
+from skep.config.sugar import add_disk
 from skep.engine.contract import Engine, EngineVm, Exit, ExitReason, Vcpu
 from skep.errors import InternalError, SkepError, UserError
 from skep.machine import Board, Events, build, choose_engine
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "program"
 """The ``lpc.com1.path`` of a serial port whose other end is :attr:`Vm.console`."""
-_FIRST_DISK_SLOT, _LAST_SLOT = 2, 30
 _PATIENCE = 30.0
 """Seconds after which a processor that does not answer is ours to explain."""
 
@@ -168,7 +168,7 @@ class Vm:
         for key, value in (config or {}).items():
             self.tree[key] = value
         for disk in disks:
-            _write_disk(self.tree, str(disk))
+            add_disk(self.tree, str(disk), "disks")
         self.tree.freeze()
         self.settings = check_settings(self.tree)
         self.name = self.settings.name
@@ -674,13 +674,3 @@ def _write(tree: Tree, leaves: Mapping[str, object]) -> None:
     for key, value in leaves.items():
         if value is not None:
             tree[key] = str(value).replace("%", "%%")
-
-
-def _write_disk(tree: Tree, disk: str) -> None:
-    """The next free slot of bus 0 takes a disk, given as ``PATH[,ro][,format=raw]...``."""
-    options = parse_options(disk, "disks", first="path")
-    taken = tree.node("pci.0").children()
-    slot = next((slot for slot in range(_FIRST_DISK_SLOT, _LAST_SLOT + 1) if str(slot) not in taken), None)
-    if slot is None:
-        raise UserError("no free PCI slot for another disk", "disks")
-    _write(tree, {f"pci.0.{slot}.0.{key}": value for key, value in {"device": "virtio-blk", **options}.items()})

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from skep import __version__
-from skep.config import Tree, parse_options
+from skep.config import Tree
+from skep.config.sugar import add_disk, file_name
 from skep.errors import UserError
 
 DEFAULT_CMDLINE = "console=ttyS0"
 """For a Linux that was given no command line: where it is to talk."""
-FIRST_DISK_SLOT = 2
-LAST_SLOT = 31
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,30 +48,10 @@ def _leaf(key: str) -> Write:
 
 
 def _file(key: str) -> Write:
-    """A leaf that names a file. The tree may be used from another directory, so the name becomes absolute."""
-
     def write(tree: Tree, value: str) -> None:
-        tree[key] = _absolute(value)
+        tree[key] = file_name(value)
 
     return write
-
-
-def _absolute(path: str) -> str:
-    # Nothing to make absolute in what is no path; the tree's reader complains of it. A % is a % here.
-    return os.path.abspath(path).replace("%", "%%") if path else ""
-
-
-def _disk(tree: Tree, value: str) -> None:
-    """The next free slot of bus 0 takes the disk."""
-    options = parse_options(value, "--disk", first="path")
-    taken = {int(name) for name in tree.node("pci.0").children() if name.isdecimal()}
-    slot = next((slot for slot in range(FIRST_DISK_SLOT, LAST_SLOT) if slot not in taken), None)
-    if slot is None:
-        raise UserError("no free PCI slot for another disk", "--disk")
-    place = f"pci.0.{slot}.0"
-    tree[f"{place}.device"] = "virtio-blk"
-    for key, text in {**options, "path": _absolute(options["path"])}.items():
-        tree[f"{place}.{key}"] = text
 
 
 def _add_run(commands: Any) -> None:
@@ -95,7 +73,12 @@ def _add_run(commands: Any) -> None:
     add("--cmdline", metavar="TEXT", write=_leaf("boot.cmdline"), help=f"its command line ({DEFAULT_CMDLINE})")
     add("-c", "--cpus", metavar="N", write=_leaf("cpus"), help="virtual CPUs (1)")
     add("-m", "--memory", metavar="SIZE", write=_leaf("memory.size"), help="512M, 4G; a bare number is MiB (256M)")
-    add("--disk", metavar="PATH[,ro][,format=raw]...", write=_disk, help="a virtio disk; may be repeated")
+    add(
+        "--disk",
+        metavar="PATH[,ro][,format=raw]...",
+        write=lambda tree, text: add_disk(tree, text, "--disk"),
+        help="a virtio disk; may be repeated",
+    )
     add("--engine", metavar="ENGINE", write=_leaf("engine"), help="auto, kvm or translate (auto)")
     add("--console", metavar="WHERE", write=_leaf("lpc.com1.path"), help="stdio or none (stdio)")
     add("--no-reboot", nargs=0, write=_leaf("no_reboot"), help="a reboot of the guest ends it, with status 0")

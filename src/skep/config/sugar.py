@@ -1,0 +1,35 @@
+"""Shorter ways to say what takes several keys; whoever offers them to a user writes the same keys."""
+
+from __future__ import annotations
+
+import os
+
+from skep.config.grammar import parse_options
+from skep.config.tree import Tree
+from skep.errors import UserError
+
+FIRST_SLOT, LAST_SLOT = 2, 30
+"""Of PCI bus 0: slot 0 is the host bridge's, and bhyve's users keep 1 or 31 for LPC."""
+
+
+def literally(text: str) -> str:
+    """A value that stands for ``text`` itself: nothing in it is expanded."""
+    return text.replace("%", "%%")
+
+
+def file_name(path: str) -> str:
+    """A value that names a file, also for who reads the tree in another directory. None is no file."""
+    return literally(os.path.abspath(path)) if path else ""
+
+
+def add_disk(tree: Tree, text: str, where: str) -> None:
+    """The next free slot of bus 0 takes a virtio disk, given as ``PATH[,option[=value]]...``."""
+    options = parse_options(text, where, first="path")
+    taken = tree.node("pci.0").children()
+    slot = next((slot for slot in range(FIRST_SLOT, LAST_SLOT + 1) if str(slot) not in taken), None)
+    if slot is None:
+        raise UserError("no free PCI slot for another disk", where)
+    place = f"pci.0.{slot}.0"
+    tree[f"{place}.device"] = "virtio-blk"
+    for key, value in options.items():
+        tree[f"{place}.{key}"] = file_name(value) if key == "path" else literally(value)
