@@ -8,9 +8,9 @@ every encoding of its mnemonic; the shortest that fits is taken. Intel's operand
             jne short start
     table:  dq start, 0x1234
 
-Directives: ``db dw dd dq``, ``align N``, ``space N`` (zeros). An expression is Python's, over labels and the names given in
-``symbols``. A jump to a label is a near jump unless ``short`` is said. A memory operand needs its size (``byte word dword
-qword tbyte xmmword ymmword``) where no register tells it. An encoding can be asked for by the name of its
+Directives: ``db dw dd dq``, ``align N``, ``space N`` (zeros). An expression is Python's, over labels and the names
+given in ``symbols``. A jump to a label is a near jump unless ``short`` is said. A memory operand needs its size (``byte
+word dword qword tbyte xmmword ymmword``) where no register tells it. An encoding can be asked for by the name of its
 :class:`iced_x86.Code` (``RETFQ``, ``ADD_RM64_R64 rax, rbx``).
 """
 
@@ -20,9 +20,11 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from iced_x86 import (
     Code,
+    Code_,
     Encoder,
     EncodingKind,
     Instruction,
@@ -32,6 +34,7 @@ from iced_x86 import (
     OpCodeOperandKind,
     OpKind,
     Register,
+    Register_,
     RegisterExt,
 )
 
@@ -68,7 +71,7 @@ class Far:
 
 Operand = Mem | Reg | Imm | Far
 
-CODES: dict[str, int] = {k: v for k, v in vars(Code).items() if k.isupper() and isinstance(v, int)}
+CODES: dict[str, Code_] = {k: cast(Code_, v) for k, v in vars(Code).items() if k.isupper() and isinstance(v, int)}
 CODE_NAMES = {v: k for k, v in CODES.items()}
 KIND_NAMES = {v: k for k, v in vars(OpCodeOperandKind).items() if k.isupper() and isinstance(v, int)}
 REGISTERS: dict[str, int] = {k.lower(): v for k, v in vars(Register).items() if k.isupper() and isinstance(v, int)}
@@ -76,21 +79,31 @@ REGISTERS |= {f"r{i}b": REGISTERS[f"r{i}l"] for i in range(8, 16)}
 SIZES = {"byte": 1, "word": 2, "dword": 4, "qword": 8, "tbyte": 10, "xmmword": 16, "ymmword": 32}
 PREFIXES = ("lock", "rep", "repe", "repz", "repne", "repnz")
 
-_FIXED = {name: getattr(Register, name) for name in ("AL", "CL", "AX", "DX", "EAX", "RAX", "ES", "CS", "SS", "DS", "FS", "GS", "ST0")}
+_FIXED = {
+    name: getattr(Register, name)
+    for name in ("AL", "CL", "AX", "DX", "EAX", "RAX", "ES", "CS", "SS", "DS", "FS", "GS", "ST0")
+}
 _CLASSES = {
     "R8": RegisterExt.is_gpr8, "R16": RegisterExt.is_gpr16, "R32": RegisterExt.is_gpr32, "R64": RegisterExt.is_gpr64,
-    "XMM": RegisterExt.is_xmm, "YMM": RegisterExt.is_ymm, "ZMM": RegisterExt.is_zmm, "MM": RegisterExt.is_mm, "STI": RegisterExt.is_st,
-    "SEG": RegisterExt.is_segment_register, "CR": RegisterExt.is_cr, "DR": RegisterExt.is_dr, "K": RegisterExt.is_k,
+    "XMM": RegisterExt.is_xmm, "YMM": RegisterExt.is_ymm, "MM": RegisterExt.is_mm, "STI": RegisterExt.is_st,
+    "SEG": RegisterExt.is_segment_register, "CR": RegisterExt.is_cr, "DR": RegisterExt.is_dr,
 }  # fmt: skip
 _IMMEDIATES = {  # operand kind: (what the encoder calls it, bits encoded, bits after sign extension)
-    "IMM8": (OpKind.IMMEDIATE8, 8, 8), "IMM16": (OpKind.IMMEDIATE16, 16, 16), "IMM32": (OpKind.IMMEDIATE32, 32, 32),
-    "IMM64": (OpKind.IMMEDIATE64, 64, 64), "IMM8SEX16": (OpKind.IMMEDIATE8TO16, 8, 16), "IMM8SEX32": (OpKind.IMMEDIATE8TO32, 8, 32),
-    "IMM8SEX64": (OpKind.IMMEDIATE8TO64, 8, 64), "IMM32SEX64": (OpKind.IMMEDIATE32TO64, 32, 64), "IMM8_CONST_1": (OpKind.IMMEDIATE8, 1, 1),
-}  # fmt: skip
+    "IMM8": (OpKind.IMMEDIATE8, 8, 8),
+    "IMM16": (OpKind.IMMEDIATE16, 16, 16),
+    "IMM32": (OpKind.IMMEDIATE32, 32, 32),
+    "IMM64": (OpKind.IMMEDIATE64, 64, 64),
+    "IMM8SEX16": (OpKind.IMMEDIATE8TO16, 8, 16),
+    "IMM8SEX32": (OpKind.IMMEDIATE8TO32, 8, 32),
+    "IMM8SEX64": (OpKind.IMMEDIATE8TO64, 8, 64),
+    "IMM32SEX64": (OpKind.IMMEDIATE32TO64, 32, 64),
+    "IMM8_CONST_1": (OpKind.IMMEDIATE8, 1, 1),
+}
 _STRING = {  # implicit memory operands, by address size in bits
-    "SEG_RSI": {64: OpKind.MEMORY_SEG_RSI, 32: OpKind.MEMORY_SEG_ESI}, "ES_RDI": {64: OpKind.MEMORY_ESRDI, 32: OpKind.MEMORY_ESEDI},
+    "SEG_RSI": {64: OpKind.MEMORY_SEG_RSI, 32: OpKind.MEMORY_SEG_ESI},
+    "ES_RDI": {64: OpKind.MEMORY_ESRDI, 32: OpKind.MEMORY_ESEDI},
     "SEG_RDI": {64: OpKind.MEMORY_SEG_RDI, 32: OpKind.MEMORY_SEG_EDI},
-}  # fmt: skip
+}
 IMPLICIT = (*_STRING, "SEG_RBX_AL")
 _BRANCHES = {"BR32": OpKind.NEAR_BRANCH32, "BR64": OpKind.NEAR_BRANCH64}
 _ODD_SIZE = re.compile(
@@ -104,18 +117,27 @@ _CONDITIONS = {
 }  # fmt: skip
 
 
+def named(register: int) -> Register_:
+    """A register's number with the type that iced-x86's annotations want; in truth both are ints."""
+    return cast(Register_, register)
+
+
+def is_vector(register: int) -> bool:
+    return register != Register.NONE and RegisterExt.is_vector_register(named(register))
+
+
 class AssemblyError(Exception):
     """A line that means nothing, or that no encoding fits."""
 
 
 @functools.cache
-def op_kinds(code: int) -> tuple[str, ...]:
+def op_kinds(code: Code_) -> tuple[str, ...]:
     """Names of the :class:`iced_x86.OpCodeOperandKind` of each operand of ``code``."""
     return tuple(KIND_NAMES[k] for k in OpCodeInfo(code).op_kinds())
 
 
 @functools.cache
-def memory_size(code: int) -> int:
+def memory_size(code: Code_) -> int:
     """Bytes that the memory operand of ``code`` has, 0 where iced knows no one number."""
     instruction = Instruction()
     instruction.code = code
@@ -126,7 +148,7 @@ def memory_size(code: int) -> int:
 
 
 @functools.cache
-def _candidates(mnemonic: str, bits: int) -> tuple[int, ...]:
+def _candidates(mnemonic: str, bits: int) -> tuple[Code_, ...]:
     """Legacy and VEX encodings of a mnemonic (or of one Code's name) that exist in this mode."""
     if mnemonic in CODES:
         return (CODES[mnemonic],)
@@ -166,15 +188,15 @@ def _set_immediate(ins: Instruction, i: int, kind: str, value: int) -> bool:
 
 def _set_memory(ins: Instruction, i: int, op: Mem, bits: int) -> None:
     ins.set_op_kind(i, OpKind.MEMORY)
-    ins.memory_base, ins.memory_index, ins.memory_index_scale = op.base, op.index, op.scale
-    ins.segment_prefix = op.segment
+    ins.memory_base, ins.memory_index, ins.memory_index_scale = named(op.base), named(op.index), op.scale
+    ins.segment_prefix = named(op.segment)
     if op.base == Register.RIP:
         ins.memory_displacement, ins.memory_displ_size = op.disp, 8
         return
     registers = [r for r in (op.base, op.index) if r != Register.NONE]
-    width = 8 * RegisterExt.size(registers[0]) if registers else bits
-    if registers and RegisterExt.is_vector_register(op.index):
-        width = 8 * RegisterExt.size(op.base) if op.base != Register.NONE else bits
+    if is_vector(op.index):
+        registers.remove(op.index)
+    width = 8 * RegisterExt.size(named(registers[0])) if registers else bits
     ins.memory_displacement = op.disp & ((1 << width) - 1)
     if op.base == Register.NONE:
         ins.memory_displ_size = width // 8
@@ -182,8 +204,8 @@ def _set_memory(ins: Instruction, i: int, op: Mem, bits: int) -> None:
         ins.memory_displ_size = 1 if op.disp else 0
 
 
-def build(code: int, operands: tuple[Operand, ...], bits: int = 64) -> Instruction | None:
-    """The instruction ``code`` with these operands; implicit string operands are not among them. None if they do not fit."""
+def build(code: Code_, operands: tuple[Operand, ...], bits: int = 64) -> Instruction | None:
+    """The instruction ``code`` with these operands, which string operands are not among. None if they do not fit."""
     ins = Instruction()
     ins.code = code
     given = iter(operands)
@@ -228,17 +250,17 @@ def _set_operand(ins: Instruction, i: int, kind: str, op: Operand, bits: int) ->
         return kind in _IMMEDIATES and _set_immediate(ins, i, kind, op.value)
     if isinstance(op, Reg):
         if kind in _FIXED:
-            fits = _FIXED[kind] == op.number
+            fits: bool = _FIXED[kind] == op.number
         else:
             family = re.split(r"(?<=\d)P3_|_", kind)[0]
-            fits = family in _CLASSES and not kind.endswith("_MPX") and _CLASSES[family](op.number)
+            fits = family in _CLASSES and not kind.endswith("_MPX") and _CLASSES[family](named(op.number))
         if fits:
             ins.set_op_kind(i, OpKind.REGISTER)
-            ins.set_op_register(i, op.number)
+            ins.set_op_register(i, named(op.number))
         return fits
     if "MEM" not in kind or kind.endswith(("_MPX", "_REG_MEM")):
         return False
-    if ("VSIB" in kind) != (op.index != Register.NONE and RegisterExt.is_vector_register(op.index)):
+    if ("VSIB" in kind) != is_vector(op.index):
         return False
     if kind == "MEM_OFFS" and (op.base, op.index) != (Register.NONE, Register.NONE):
         return False
@@ -247,7 +269,7 @@ def _set_operand(ins: Instruction, i: int, kind: str, op: Operand, bits: int) ->
 
 
 @functools.cache
-def _has_near_form(code: int) -> bool:
+def _has_near_form(code: Code_) -> bool:
     """Whether a rel8 branch has a rel32 twin, so that ``short`` has a meaning (LOOP and JRCXZ have none)."""
     return OpCodeInfo(code).mnemonic not in (
         Mnemonic.LOOP, Mnemonic.LOOPE, Mnemonic.LOOPNE, Mnemonic.JRCXZ, Mnemonic.JECXZ, Mnemonic.JCXZ,
@@ -285,7 +307,8 @@ def _evaluate(text: str, symbols: _Symbols) -> int:
 
 
 def _parse_memory(text: str, segment: int, size: int, symbols: _Symbols) -> Mem:
-    base = index = Register.NONE
+    base: int = Register.NONE
+    index: int = Register.NONE
     scale = 1
     rest = ""
     for term in re.findall(r"[+-]?[^+-]+", text.replace(" ", "")):
@@ -296,7 +319,7 @@ def _parse_memory(text: str, segment: int, size: int, symbols: _Symbols) -> Mem:
             index, scale = REGISTERS[name.lower()], int(factor or 1)
         else:
             base = REGISTERS[name.lower()]
-    if base != Register.NONE and RegisterExt.is_vector_register(base):
+    if is_vector(base):
         base, index = index, base
     return Mem(base, index, scale, _evaluate(rest.lstrip("+"), symbols) if rest else 0, segment, size)
 
@@ -311,7 +334,10 @@ def _parse_operand(text: str, symbols: _Symbols) -> Operand:
         if word and word.lower() not in SIZES:
             raise AssemblyError(f"unknown size {word!r}")
         return _parse_memory(
-            inside, REGISTERS[segment.lower()] if segment else Register.NONE, SIZES[word.lower()] if word else 0, symbols
+            inside,
+            REGISTERS[segment.lower()] if segment else Register.NONE,
+            SIZES[word.lower()] if word else 0,
+            symbols,
         )
     if lowered.startswith("far "):
         selector, offset = text[4:].split(":")
@@ -325,7 +351,7 @@ def _split(text: str) -> list[str]:
     return [p for p in re.split(r",(?![^\[(]*[\])])", text) if p.strip()] if text.strip() else []
 
 
-def _instruction(text: str, symbols: _Symbols, ip: int, bits: int, code: int | None) -> tuple[bytes, int]:
+def _instruction(text: str, symbols: _Symbols, ip: int, bits: int, code: Code_ | None) -> tuple[bytes, Code_]:
     """Bytes and Code of one line. ``code`` pins the encoding chosen in the first pass."""
     words = text.split(None, 1)
     prefixes = []
@@ -334,7 +360,7 @@ def _instruction(text: str, symbols: _Symbols, ip: int, bits: int, code: int | N
         words = words[1].split(None, 1)
     mnemonic = _CONDITION.sub(lambda m: m[1] + _CONDITIONS[m[2]], words[0].upper())
     operands = tuple(_parse_operand(t, symbols) for t in _split(words[1] if len(words) > 1 else ""))
-    best: tuple[bytes, int] | None = None
+    best: tuple[bytes, Code_] | None = None
     sizes = set()
     unsized = any(isinstance(o, Mem) and not o.size for o in operands) and not any(isinstance(o, Reg) for o in operands)
     for candidate in _candidates(mnemonic, bits) if code is None else (code,):
@@ -379,7 +405,7 @@ class Program:
 def assemble(text: str, address: int, symbols: Mapping[str, int] | None = None, bits: int = 64) -> Program:
     """Assemble ``text`` to run at ``address`` in a code segment of ``bits`` bits."""
     labels: dict[str, int] = {}
-    chosen: list[int | None] = []
+    chosen: list[Code_ | None] = []
     out = bytearray()
     for final in (False, True):
         known = _Symbols({**(symbols or {}), **labels}, None if final else address)

@@ -11,19 +11,20 @@ import functools
 import re
 from dataclasses import dataclass
 
-from iced_x86 import CpuidFeature, EncodingKind, Instruction, OpCodeInfo
+from iced_x86 import Code_, CpuidFeature, EncodingKind, Instruction, OpCodeInfo
 
 from tests.engine.assemble import CODE_NAMES, op_kinds
 
 _FEATURE_NAMES = {v: k for k, v in vars(CpuidFeature).items() if k.isupper() and isinstance(v, int)}
+
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
 INTEGER = _names(
-    "INTEL8086 INTEL186 INTEL286 INTEL386 INTEL486 X64 CMOV CX8 CMPXCHG16B MOVBE POPCNT LZCNT BMI1 BMI2 ADX MULTIBYTENOP "
-    "PAUSE PREFETCHW CLFSH"
+    "INTEL8086 INTEL186 INTEL286 INTEL386 INTEL486 X64 CMOV CX8 CMPXCHG16B MOVBE POPCNT LZCNT BMI1 BMI2 ADX "
+    "MULTIBYTENOP PAUSE PREFETCHW CLFSH"
 )
 X87 = _names("FPU FPU387")
 SSE = _names("MMX SSE SSE2 SSE3 SSSE3 SSE4_1 SSE4_2 AES PCLMULQDQ SHA")
@@ -44,14 +45,14 @@ _LEFT_OUT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    code: int
+    code: Code_
     name: str
     kinds: tuple[str, ...]
     lockable: bool
     group: str
 
 
-def features(code: int) -> frozenset[str]:
+def features(code: Code_) -> frozenset[str]:
     """CPUID features that ``code`` needs, by iced's names."""
     instruction = Instruction()
     instruction.code = code

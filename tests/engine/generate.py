@@ -16,9 +16,19 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from iced_x86 import Code, Instruction, InstructionInfoFactory, OpAccess, Register, RegisterExt
+from iced_x86 import (
+    Code,
+    Code_,
+    Instruction,
+    InstructionInfoFactory,
+    OpAccess,
+    OpCodeInfo,
+    OpKind,
+    Register,
+    RegisterExt,
+)
 
-from tests.engine.assemble import IMPLICIT, Imm, Mem, Operand, Reg, build, encode, memory_size
+from tests.engine.assemble import CODES, IMPLICIT, REGISTERS, Imm, Mem, Operand, Reg, build, encode, memory_size, named
 from tests.engine.forms import HOST, Form, forms, gathers
 from tests.engine.place import (
     ARITHMETIC,
@@ -26,6 +36,7 @@ from tests.engine.place import (
     DATA,
     DATA_SIZE,
     FIRST_DATA,
+    GPRS,
     LAST_DATA,
     LOW_DATA,
     PAGE,
@@ -41,7 +52,7 @@ INDEX_TABLE = FIRST_DATA
 POINTER_TABLE = FIRST_DATA + 0x200
 """Pointers into the data area, for XLAT tables and loaded pointers."""
 
-_GPR64 = tuple(getattr(Register, n) for n in "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15".split())
+_GPR64: tuple[int, ...] = tuple(REGISTERS[name] for name in GPRS)
 _RAX, _RCX, _RDX, _RBX, _RSP, _RBP, _RSI, _RDI = _GPR64[:8]
 _EAX, _ECX, _EDX = Register.EAX, Register.ECX, Register.EDX
 _GPR = {
@@ -60,27 +71,24 @@ _DOUBLES = (
     0.0, -0.0, 1.0, -1.0, 0.5, 3.0, 1e300, -1e300, 1e-300, 5e-324, -2.2250738585072014e-308, 1.7976931348623157e308,
     float("inf"), float("-inf"), float("nan"), 2147483647.0, -2147483648.0, 9.3e18, 65504.0, 0.1, 1e38, 1e-45,
 )  # fmt: skip
-_ALIGNED_16 = ("ADDPS", "MOVAP", "MOVDQA", "MOVNT", "CMPXCHG16B")
-
-_JCC = tuple(
-    getattr(Code, f"J{c}_REL32_64") for c in "O NO B AE E NE BE A S NS P NP L GE LE G".split()
-)
-_JCC_SHORT = tuple(getattr(Code, f"J{c}_REL8_64") for c in "O NO B AE E NE BE A S NS P NP L GE LE G".split())
+_CONDITIONS = ("O", "NO", "B", "AE", "E", "NE", "BE", "A", "S", "NS", "P", "NP", "L", "GE", "LE", "G")
+_JCC = tuple(CODES[f"J{condition}_REL32_64"] for condition in _CONDITIONS)
+_JCC_SHORT = tuple(CODES[f"J{condition}_REL8_64"] for condition in _CONDITIONS)
 _LOOPS = (Code.LOOP_REL8_64_RCX, Code.LOOPNE_REL8_64_RCX, Code.LOOPE_REL8_64_RCX, Code.LOOP_REL8_64_ECX)
 _STRINGS = tuple(
-    getattr(Code, n)
-    for n in (
-        "MOVSB_M8_M8", "MOVSW_M16_M16", "MOVSD_M32_M32", "MOVSQ_M64_M64", "CMPSB_M8_M8", "CMPSW_M16_M16", "CMPSD_M32_M32",
-        "CMPSQ_M64_M64", "STOSB_M8_AL", "STOSW_M16_AX", "STOSD_M32_EAX", "STOSQ_M64_RAX", "LODSB_AL_M8", "LODSW_AX_M16",
-        "LODSD_EAX_M32", "LODSQ_RAX_M64", "SCASB_AL_M8", "SCASW_AX_M16", "SCASD_EAX_M32", "SCASQ_RAX_M64",
+    CODES[name]
+    for name in (
+        "MOVSB_M8_M8", "MOVSW_M16_M16", "MOVSD_M32_M32", "MOVSQ_M64_M64",
+        "CMPSB_M8_M8", "CMPSW_M16_M16", "CMPSD_M32_M32", "CMPSQ_M64_M64",
+        "STOSB_M8_AL", "STOSW_M16_AX", "STOSD_M32_EAX", "STOSQ_M64_RAX",
+        "LODSB_AL_M8", "LODSW_AX_M16", "LODSD_EAX_M32", "LODSQ_RAX_M64",
+        "SCASB_AL_M8", "SCASW_AX_M16", "SCASD_EAX_M32", "SCASQ_RAX_M64",
     )
 )  # fmt: skip
 _PREFIXES = (b"\x2e", b"\x3e", b"\x26", b"\x36")
 """CS, DS, ES and SS overrides: without meaning in 64-bit mode."""
 
-_WRITES = frozenset(
-    (OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
-)
+_WRITES = frozenset((OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE))
 _info = InstructionInfoFactory()
 
 
@@ -126,7 +134,7 @@ class Generator:
         self.offered = offered
         self.supervisor = supervisor
         """The sequence will run at CPL 0, where POPF reaches more and selectors differ from the host process's."""
-        self.groups = {name: members for name, members in forms(offered).items()}
+        self.groups = forms(offered)
         self.rng = random.Random(seed)
         self._count = 0
 
@@ -160,9 +168,7 @@ class Generator:
         registers = tuple(self.known[r] for r in _GPR64)
         flags = 0x202 | rng.getrandbits(12) & ARITHMETIC | (0x400 if rng.random() < 0.05 else 0)
         xsave = self._xsave()
-        self.theme = rng.choices(
-            ("mixed", "integer", "sse", "avx", "x87"), (30, 40, 10, 10, 10)
-        )[0]
+        self.theme = rng.choices(("mixed", "integer", "sse", "avx", "x87"), (30, 40, 10, 10, 10))[0]
         while self.budget > 0:
             self._step()
         return RandomSequence(seed, self.items, registers, flags, self.fs_base, self.gs_base, xsave)
@@ -255,7 +261,7 @@ class Generator:
             if used.access in _WRITES:
                 self.known.pop(RegisterExt.full_register(used.register), None)
 
-    def _make(self, code: int, *operands: Operand, target: Label | None = None) -> None:
+    def _make(self, code: Code_, *operands: Operand, target: Label | None = None) -> None:
         ins = build(code, operands)
         assert ins is not None, (code, operands)
         self._emit(ins, target)
@@ -289,8 +295,9 @@ class Generator:
     def _step(self) -> None:
         if self.rng.random() < 0.27 and self.theme in ("mixed", "integer"):
             snippets: tuple[tuple[Callable[[], None], int], ...] = (
-                (self._branch, 20), (self._jump, 6), (self._call, 8), (self._table, 5), (self._loop, 10), (self._string, 16),
-                (self._flags_on_stack, 8), (self._divide, 6), (self._exchange, 5), (self._shift, 8), (self._bit_string, 8),
+                (self._branch, 20), (self._jump, 6), (self._call, 8), (self._table, 5), (self._loop, 10),
+                (self._string, 16), (self._flags_on_stack, 8), (self._divide, 6), (self._exchange, 5), (self._shift, 8),
+                (self._bit_string, 8),
                 (self._frame, 4), (self._trap, 2), (self._vector_store, 4),
             )  # fmt: skip
             self.rng.choices([s for s, _ in snippets], [w for _, w in snippets])[0]()
@@ -349,13 +356,15 @@ class Generator:
         for used in _info.info(ins).used_registers():
             if used.access in _WRITES:
                 register = RegisterExt.full_register(used.register)
-                if register in self.reserved or register == _RSP and not ins.is_stack_instruction and rng.random() > 0.01:
+                if register in self.reserved or (
+                    register == _RSP and not ins.is_stack_instruction and rng.random() > 0.01
+                ):
                     return None
         return ins
 
     def _operand(self, kind: str, form: Form) -> Operand | None:
         rng = self.rng
-        family, _, rest = kind.partition("_")
+        family = kind.split("_")[0]
         fixed = getattr(Register, kind, None)
         if fixed is not None:
             return Reg(fixed)
@@ -406,7 +415,8 @@ class Generator:
         index = rng.choice(registers)
         none = Register.NONE
         index = none if index in (Register.RSP, Register.ESP) or rng.random() < 0.3 else index
-        return Mem(rng.choice(registers), index, rng.choice((1, 2, 4, 8)), rng.choice((0, rng.randrange(-128, 128), rng.getrandbits(31))))
+        disp = rng.choice((0, rng.randrange(-128, 128), rng.getrandbits(31)))
+        return Mem(rng.choice(registers), index, rng.choice((1, 2, 4, 8)), disp)
 
     def _aimed(self, offset: int) -> Mem | None:
         """An operand that addresses ``offset`` of the data area, through the registers that are known."""
@@ -437,9 +447,7 @@ class Generator:
         if not self.known:
             return None
         mask = (1 << width) - 1
-        if width == 32:
-            address = address - DATA + LOW_DATA
-        elif segment == Register.NONE and rng.random() < 0.3:
+        if width == 32 or (segment == Register.NONE and rng.random() < 0.3):
             address = address - DATA + LOW_DATA
         base = rng.choice(list(self.known)) if rng.random() < 0.9 else Register.NONE
         index = rng.choice(list(self.known)) if rng.random() < 0.45 or base == Register.NONE else Register.NONE
@@ -473,7 +481,7 @@ class Generator:
         self.items.append(end)
 
     @staticmethod
-    def _branch_to(code: int) -> Instruction:
+    def _branch_to(code: Code_) -> Instruction:
         return Instruction.create_branch(code, CODE)
 
     def _forget(self, before: dict[int, int]) -> None:
@@ -621,7 +629,7 @@ class Generator:
         if ins is None:
             return
         size = memory_size(form.code)
-        if size <= 8 and ins.op0_kind == 24 and self.rng.random() < 0.6 and ins.memory_base == Register.RIP:
+        if size <= 8 and ins.op0_kind == OpKind.MEMORY and self.rng.random() < 0.6 and ins.memory_base == Register.RIP:
             offset = ins.memory_displacement
             code, register = {
                 1: (Code.MOV_R8_RM8, Register.AL), 2: (Code.MOV_R16_RM16, Register.AX),
@@ -634,7 +642,8 @@ class Generator:
         """A shift by CL, zero among the counts."""
         if _RCX in self.reserved:
             return
-        self._make(Code.MOV_R8_IMM8, Reg(Register.CL), Imm(self.rng.choice((0, 1, 8, 31, 32, 63, 64, 0x80, self.rng.randrange(256)))))
+        count = self.rng.choice((0, 1, 8, 31, 32, 63, 64, 0x80, self.rng.randrange(256)))
+        self._make(Code.MOV_R8_IMM8, Reg(Register.CL), Imm(count))
         ins = self._instance(self.rng.choice([f for f in self.groups["integer"] if f.name.endswith("_CL")]))
         if ins is not None:
             self._emit(ins)
@@ -642,14 +651,17 @@ class Generator:
     def _bit_string(self) -> None:
         """BT and its family on memory with a register offset, which reaches far outside the operand."""
         register = self._free()
-        self._load(register, self.rng.choice((self.rng.randrange(-4096, 8192), self.rng.randrange(-80000, 160000), self.rng.getrandbits(64))))
+        rng = self.rng
+        self._load(
+            register, rng.choice((rng.randrange(-4096, 8192), rng.randrange(-80000, 160000), rng.getrandbits(64)))
+        )
         bits = self.rng.choice((16, 32, 64))
         code = getattr(Code, f"{self.rng.choice(('BT', 'BTS', 'BTR', 'BTC'))}_RM{bits}_R{bits}")
         memory = self._aimed(self._place(8, 0.5))
         if memory is not None:
             ins = build(code, (memory, Reg(_GPR[bits][_GPR64.index(register)])))
             if ins is not None:
-                ins.has_lock_prefix = code not in (Code.BT_RM16_R16, Code.BT_RM32_R32, Code.BT_RM64_R64) and self.rng.random() < 0.3
+                ins.has_lock_prefix = OpCodeInfo(code).can_use_lock_prefix and rng.random() < 0.3
                 self._emit(ins)
 
     def _frame(self) -> None:
@@ -690,7 +702,8 @@ class Generator:
 
     def _x87_environment(self) -> None:
         where = Mem(Register.RIP, disp=DATA + SAVE)
-        save, restore = self.rng.choice(((Code.FNSAVE_M108BYTE, Code.FRSTOR_M108BYTE), (Code.FNSTENV_M28BYTE, Code.FLDENV_M28BYTE)))
+        pairs = ((Code.FNSAVE_M108BYTE, Code.FRSTOR_M108BYTE), (Code.FNSTENV_M28BYTE, Code.FLDENV_M28BYTE))
+        save, restore = self.rng.choice(pairs)
         self._make(save, where)
         self._body(2)
         if self.rng.random() < 0.7:
@@ -718,10 +731,7 @@ class Generator:
             return
         self._load(_RDI, DATA + self._place(16, 0.3))
         if self.rng.random() < 0.5:
-            pair = Register.XMM0 + self.rng.randrange(16), Register.XMM0 + self.rng.randrange(16)
-            code = Code.MASKMOVDQU_RDI_XMM_XMM
+            base, width, make = Register.XMM0, 16, Instruction.create_maskmovdqu
         else:
-            pair = Register.MM0 + self.rng.randrange(8), Register.MM0 + self.rng.randrange(8)
-            code = Code.MASKMOVQ_RDI_MM_MM
-        ins = Instruction.create_maskmovdqu(64, *pair) if code == Code.MASKMOVDQU_RDI_XMM_XMM else Instruction.create_maskmovq(64, *pair)
-        self._emit(ins)
+            base, width, make = Register.MM0, 8, Instruction.create_maskmovq
+        self._emit(make(64, *(named(base + self.rng.randrange(width)) for _ in range(2))))

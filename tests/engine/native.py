@@ -1,8 +1,9 @@
 """The worker that runs cases on the host CPU: ``python -m tests.engine.native``, pickles in and out.
 
 It is a process of its own because a case may do anything to it. A case starts by a trampoline that loads all
-registers and ends by a fault; the kernel's signal frame then holds everything there is to know (all registers, XSAVE image,
-trap number, error code, CR2), and the handler, which is machine code too, copies the frame and leaves by a long jump.
+registers and ends by a fault; the kernel's signal frame then holds everything there is to know (all registers, XSAVE
+image, trap number, error code, CR2), and the handler, which is machine code too, copies the frame and leaves by a long
+jump.
 
 The code area is a memfd mapped twice, writable here and executable there.
 """
@@ -51,8 +52,9 @@ IMAGE_IN = 0x1000
 IMAGE_OUT = 0x2000
 
 FRAME_ORDER = (
-    "r8 r9 r10 r11 r12 r13 r14 r15 rdi rsi rbp rbx rdx rax rcx rsp rip rflags selectors error vector mask cr2".split()
-)
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rdi", "rsi", "rbp", "rbx", "rdx", "rax", "rcx", "rsp", "rip",
+    "rflags", "selectors", "error", "vector", "mask", "cr2",
+)  # fmt: skip
 """Linux's order of registers in struct sigcontext (arch/x86/include/uapi/asm/sigcontext.h)."""
 
 _ENTER = """

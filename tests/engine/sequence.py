@@ -82,7 +82,9 @@ def flag_use(instruction: Instruction) -> FlagUse:
         undefined |= 0x1 if instruction.rflags_modified else 0
     elif operation in ("SHLD", "SHRD") and "RM16" in name:
         undefined |= ARITHMETIC if instruction.rflags_modified else 0
-    if name.endswith("_CL") or instruction.mnemonic in _COMPARES and (instruction.has_rep_prefix or instruction.has_repne_prefix):
+    if name.endswith("_CL") or (
+        instruction.mnemonic in _COMPARES and (instruction.has_rep_prefix or instruction.has_repne_prefix)
+    ):
         written = 0
     return FlagUse(read, written & ~undefined, undefined)
 
@@ -153,9 +155,9 @@ class RandomSequence:
         """The index of an item that reads a flag which is undefined there."""
         tainted = _Flow(self.items).tainted()
         for i, item in enumerate(self.items):
-            if isinstance(item, Item) and item.instruction is not None:
-                if flag_use(item.instruction).read & tainted[i]:
-                    return i
+            instruction = item.instruction if isinstance(item, Item) else None
+            if instruction is not None and flag_use(instruction).read & tainted[i]:
+                return i
         return None
 
     def without(self, index: int) -> RandomSequence | None:
@@ -171,7 +173,9 @@ class RandomSequence:
         formatter = FastFormatter()
         lines = [f"seed {self.seed}"]
         for i in range(0, 16, 4):
-            lines.append("  " + "  ".join(f"{n:>3}={self.registers[j]:016x}" for j, n in enumerate(GPRS) if i <= j < i + 4))
+            lines.append(
+                "  " + "  ".join(f"{n:>3}={self.registers[j]:016x}" for j, n in enumerate(GPRS) if i <= j < i + 4)
+            )
         lines.append(f"  rflags={self.rflags:x} fs={self.fs_base:x} gs={self.gs_base:x}")
         for ip, machine, item in self.layout(address):
             text = f"dq {self.labels.get(item.target, 0):#x}" if item.target else "dq 0"
@@ -245,4 +249,3 @@ def _is_call(item: Item | Label) -> bool:
         and item.instruction is not None
         and item.instruction.flow_control in (FlowControl.CALL, FlowControl.INDIRECT_CALL)
     )
-

@@ -89,7 +89,9 @@ class TestAssembler:
         program = assemble("start: jmp far 0x33:start\npush eax\npushad", 0x1000, bits=32)
         assert program.code == bytes.fromhex("ea 00100000 3300 50 60")
 
-    @pytest.mark.parametrize("text", ["bogus rax", "mov rax, nowhere", "inc [rax]", "mov rax, word [rcx]", "shl rax, dl"])
+    @pytest.mark.parametrize(
+        "text", ["bogus rax", "mov rax, nowhere", "inc [rax]", "mov rax, word [rcx]", "shl rax, dl"]
+    )
     def test_nonsense_is_refused(self, text: str) -> None:
         with pytest.raises(AssemblyError, match="line 1"):
             assemble(text, 0x1000)
@@ -99,7 +101,8 @@ class TestOracle:
     """What the host CPU is seen to do agrees with the manual, fault for fault."""
 
     def test_registers_memory_flags(self, host: Oracle) -> None:
-        text = "mov rax, -1\nadd rax, 2\nmov [rbx + 8], rax\nmov rcx, fs:[0]\nmov gs:[0], r9\npush r10\nmov [esi + 16], r11d"
+        text = "mov rax, -1\nadd rax, 2\nmov [rbx + 8], rax\nmov rcx, fs:[0]\nmov gs:[0], r9\npush r10\n"
+        text += "mov [esi + 16], r11d"
         data = bytearray(DATA_SIZE)
         struct.pack_into("<Q", data, FIRST_DATA + 0x100, 0x1234567890)
         seen = outcome(host, text, bytes(data))
@@ -170,7 +173,7 @@ class TestGenerator:
         assert Generator("x").sequence().case(CODE) != Generator("y").sequence().case(CODE)
 
     def test_the_host_agrees_with_itself(self, host: Oracle) -> None:
-        """Without which every later difference might be the judge's: nothing in a sequence depends on time or chance."""
+        """Nothing in a sequence depends on time or chance; without that, a difference might be the judge's."""
         assert not list(run_sequences(Generator("itself"), 1000, host, host))
 
     def test_most_sequences_come_to_their_end(self, host: Oracle) -> None:
@@ -270,7 +273,15 @@ class TestJudge:
             fpu=seen.fpu[:100] + b"\xee" + seen.fpu[101:], pages={1: b"\x01" + seen.pages[1][1:], 2: bytes(PAGE)},
         )  # fmt: skip
         told = "\n".join(differences(seen, other, 0x8D5))
-        for word in ("rax is 0x63", "rflags", "rip is 0x1", "vector is 0xe", "cr2", "xmm0 differs", "memory at 0x200001001000"):
+        for word in (
+            "rax is 0x63",
+            "rflags",
+            "rip is 0x1",
+            "vector is 0xe",
+            "cr2",
+            "xmm0 differs",
+            "memory at 0x200001001000",
+        ):
             assert word in told
         assert "page 0x200001002000 changed in the guest only" in told
         assert not differences(seen, dataclasses.replace(seen, rflags=seen.rflags ^ 0x801), 0x8D5 & ~0x801)

@@ -1,7 +1,8 @@
 """The translator against the host CPU: random instruction sequences must agree in everything that is defined.
 
-``SKEP_SEED`` replays a run or goes elsewhere; the seed of a failing sequence is in its listing. The default is one fixed
-seed, and one drawn at random and printed.
+``SKEP_SEED`` replays a run or goes elsewhere: it is what stands before ``-user`` and its like in a failing sequence's
+listing. The default is one fixed seed, and one drawn at random. ``SKEP_TOLD`` says how many failures are made small and
+shown.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from tests.engine.guestcpu import GuestCpu
 from tests.engine.oracle import Oracle
 
 SEEDS = [os.environ["SKEP_SEED"]] if "SKEP_SEED" in os.environ else ["skep", secrets.token_hex(4)]
-_TOLD = 5
-"""So many failing sequences are made small and shown."""
+_TOLD = int(os.environ.get("SKEP_TOLD", "5"))
 
 
 def check(host: Oracle, seed: str, count: int, *, supervisor: bool = False, cpu_model: str = "host") -> None:

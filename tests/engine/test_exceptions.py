@@ -10,12 +10,12 @@ import pytest
 from skep.engine.amd64.registers import Cr0, Cr4, Efer, Pte
 from skep.engine.contract import ExitReason
 from tests.engine.assemble import assemble
+from tests.engine.place import PAGE
 from tests.engine.tiny import (
     CODE64,
     GDT,
     IDT,
     IST,
-    PAGE,
     PROGRAM,
     RSP0,
     STACK,
@@ -91,7 +91,12 @@ class TestDelivery:
     def test_frame_from_ring_3(self, boot: Boot) -> None:
         guest = boot("mov rsp, USER_STACK - 24\nwhere: ud2", user=True)
         frame = fault(guest)
-        assert (frame.rip, frame.cs, frame.rsp, frame.ss) == (guest.program["where"], USER64, USER_STACK - 24, USER_DATA)
+        assert (frame.rip, frame.cs, frame.rsp, frame.ss) == (
+            guest.program["where"],
+            USER64,
+            USER_STACK - 24,
+            USER_DATA,
+        )
         state = guest.state
         assert state["rsp"] == RSP0 - 7 * 8
         assert state["cs"]["selector"] == CODE64

@@ -149,7 +149,7 @@ class TestExits:
         assert guest.reg("rbx") == 1 and guest.reg("rip") == guest.program["after"] + 1
 
     def test_no_wake_up_is_lost(self, boot: Boot) -> None:
-        """CLI, look, STI, HLT: an interrupt that comes anywhere between wakes the HLT. 500 times, from another thread."""
+        """CLI, look, STI, HLT: an interrupt that comes anywhere between wakes the HLT. 500 times, by another thread."""
         text = """
             start: cli
             mov rax, [rip + count]
@@ -236,7 +236,9 @@ class TestShadows:
         assert rip == guest.program["here"]
 
     def test_iretq_has_none(self, boot: Boot) -> None:
-        text = "lea rcx, [rip + here]\npush 0x18\npush STACK\npush 0x202\npush 0x10\npush rcx\niretq\nnop\nhere: nop\nnop"
+        text = (
+            "lea rcx, [rip + here]\npush 0x18\npush STACK\npush 0x202\npush 0x10\npush rcx\niretq\nnop\nhere: nop\nnop"
+        )
         guest, rip = self.came_at(boot, text)
         assert rip == guest.program["here"]
 
@@ -329,7 +331,7 @@ class TestPriorities:
         """acknowledge() may find nothing any more; the guest notices nothing."""
         guest = boot("start: cli\nout 0xf4, al\nsti\nnop\nmov ebx, 5\ncli\nhlt\nhandler: ud2", handlers={V: "handler"})
         guest.io.on_write = lambda port, size, value: guest.interrupts.raise_vector(V)
-        guest.interrupts.acknowledge = lambda: guest.interrupts._vectors.clear()  # type: ignore[method-assign]
+        guest.interrupts.acknowledge = guest.interrupts.clear  # type: ignore[method-assign]
         at_end(guest)
         assert guest.reg("rbx") == 5
 
@@ -374,7 +376,8 @@ class TestNmi:
         assert (guest.reg("rbx"), guest.reg("rcx")) == (1, 1)
 
     def test_before_an_interrupt(self, boot: Boot) -> None:
-        text = "start: cli\nout 0xf4, al\nsti\nnop\nnop\ncli\nhlt\nnmi: mov ecx, ebx\nor ebx, 1\niretq\nirq: shl ebx, 4\niretq"
+        text = "start: cli\nout 0xf4, al\nsti\nnop\nnop\ncli\nhlt\n"
+        text += "nmi: mov ecx, ebx\nor ebx, 1\niretq\nirq: shl ebx, 4\niretq"
         guest = boot(text, handlers={2: "nmi", V: "irq"})
 
         def both(port: int, size: int, value: int) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.engine.tiny import MMIO, PAGE, Tiny
+from tests.engine.place import PAGE
+from tests.engine.tiny import MMIO, Tiny
 
 Boot = Callable[..., Tiny]
 RAM_PAGE = 0x180000
@@ -22,42 +23,129 @@ def at_end(guest: Tiny) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "mov al, [rbx]", "mov ax, [rbx]", "mov eax, [rbx]", "mov rax, [rbx]", "mov [rbx], al", "mov [rbx], cx", "mov [rbx], ecx",
-        "mov [rbx], rcx", "mov byte [rbx], 5", "mov word [rbx], 0x1234", "mov dword [rbx], 0x12345678", "mov qword [rbx], -5",
-        "mov ah, [rbx]", "mov [rbx], ch", "mov r9, [rbx + 8]", "mov [rbx + rsi*4], r10", "mov r11d, [rbx]",
-        "movzx eax, byte [rbx]", "movsx rax, word [rbx]", "movsxd rax, dword [rbx]", "movbe eax, [rbx]", "movbe [rbx], rcx",
-        "movnti [rbx], ecx", "add [rbx], ecx", "add ecx, [rbx]", "adc byte [rbx], 3", "sub qword [rbx], 77", "cmp [rbx], ecx",
-        "cmp byte [rbx], 0x0b", "test [rbx], ecx", "test byte [rbx], 8", "and dword [rbx], 0xff", "or byte [rbx], 0x80",
-        "xor [rbx], rcx", "not dword [rbx]", "neg qword [rbx]", "inc word [rbx]", "dec byte [rbx]", "shl dword [rbx], 3",
-        "sar qword [rbx], cl", "rcr byte [rbx], 1", "shld [rbx], rcx, 5", "bt dword [rbx], 3", "bts dword [rbx], 3",
-        "btr qword [rbx], rsi", "lock btc dword [rbx], 1", "lock add [rbx], ecx", "lock inc byte [rbx]", "xchg [rbx], eax",
-        "xchg [rbx], cl", "lock xadd [rbx], rcx", "lock cmpxchg [rbx], ecx", "mov eax, [rbx]\nlock cmpxchg [rbx], ecx",
-        "cmpxchg8b [rbx]", "lock cmpxchg16b [rbx]", "imul eax, [rbx], 7", "mul dword [rbx]", "xor edx, edx\ndiv dword [rbx]",
-        "cmovz eax, [rbx]", "cmovnz eax, [rbx]", "setz byte [rbx]", "bsf eax, [rbx]", "popcnt rax, [rbx]", "lzcnt eax, [rbx]",
-        "andn eax, ecx, [rbx]", "pdep rax, rcx, [rbx]", "mulx rax, rdx, [rbx]", "shlx eax, [rbx], ecx", "crc32 eax, dword [rbx]",
-        "push qword [rbx]\npop rax", "push rcx\npop qword [rbx]", "call f\njmp over\nf: pop qword [rbx]\npush qword [rbx]\nret\n"
-        "over: mov qword [rbx], 0", "mov rdi, rbx\nstosd", "mov rdi, rbx\nmov ecx, 5\nrep stosw", "mov rsi, rbx\nlodsq",
-        "mov rsi, rbx\nlea rdi, [rip + buffer]\nmov ecx, 9\nrep movsd", "lea rsi, [rip + buffer]\nmov rdi, rbx\nmov ecx, 20\nrep movsb",
-        "mov rsi, rbx\nlea rdi, [rbx + 64]\nmovsq", "lea rsi, [rbx]\nlea rdi, [rbx + 8]\ncmpsd",
-        "mov rsi, rbx\nlea rdi, [rbx + 16]\nmov ecx, 6\nrep movsb", "mov rdi, rbx\nmov al, 0x7a\nmov ecx, 30\nrepne scasb",
-        "std\nlea rdi, [rbx + 32]\nmov ecx, 4\nrep stosd\ncld", "movups xmm0, [rbx]", "movups [rbx], xmm1", "movaps xmm0, [rbx + 16]",
-        "movd xmm0, dword [rbx]", "movq [rbx], xmm1", "movhps xmm1, [rbx]", "movss xmm0, [rbx]", "movsd [rbx], xmm1",
-        "paddd xmm1, [rbx]", "vpaddd ymm1, ymm2, [rbx]", "vmovdqu ymm0, [rbx]", "vmovdqu [rbx], ymm1", "pextrw word [rbx], xmm1, 2",
-        "pinsrd xmm1, [rbx], 1", "cvtsi2sd xmm0, dword [rbx]", "movq mm0, [rbx]\nmovd ecx, mm0\nemms", "fld dword [rbx]\nfstp tbyte [rbx + 32]",
-        "fild qword [rbx]\nfistp qword [rbx + 16]", "fnstcw [rbx]", "fldcw [rip + word_]\nfnstsw [rbx]", "stmxcsr [rbx]",
-        "vbroadcastss ymm0, [rbx]", "vpmovzxbd ymm0, qword [rbx]", "xlatb" if False else "mov al, 5\nxlatb",
-        "mov rax, [rbx + 1]", "mov [rbx + 3], ecx", "lock add [rbx + 5], ecx", "jmp go\ngo: mov eax, [ebx]",
+        "mov al, [rbx]",
+        "mov ax, [rbx]",
+        "mov eax, [rbx]",
+        "mov rax, [rbx]",
+        "mov [rbx], al",
+        "mov [rbx], cx",
+        "mov [rbx], ecx",
+        "mov [rbx], rcx",
+        "mov byte [rbx], 5",
+        "mov word [rbx], 0x1234",
+        "mov dword [rbx], 0x12345678",
+        "mov qword [rbx], -5",
+        "mov ah, [rbx]",
+        "mov [rbx], ch",
+        "mov r9, [rbx + 8]",
+        "mov [rbx + rsi*4], r10",
+        "mov r11d, [rbx]",
+        "movzx eax, byte [rbx]",
+        "movsx rax, word [rbx]",
+        "movsxd rax, dword [rbx]",
+        "movbe eax, [rbx]",
+        "movbe [rbx], rcx",
+        "movnti [rbx], ecx",
+        "add [rbx], ecx",
+        "add ecx, [rbx]",
+        "adc byte [rbx], 3",
+        "sub qword [rbx], 77",
+        "cmp [rbx], ecx",
+        "cmp byte [rbx], 0x0b",
+        "test [rbx], ecx",
+        "test byte [rbx], 8",
+        "and dword [rbx], 0xff",
+        "or byte [rbx], 0x80",
+        "xor [rbx], rcx",
+        "not dword [rbx]",
+        "neg qword [rbx]",
+        "inc word [rbx]",
+        "dec byte [rbx]",
+        "shl dword [rbx], 3",
+        "sar qword [rbx], cl",
+        "rcr byte [rbx], 1",
+        "shld [rbx], rcx, 5",
+        "bt dword [rbx], 3",
+        "bts dword [rbx], 3",
+        "btr qword [rbx], rsi",
+        "lock btc dword [rbx], 1",
+        "lock add [rbx], ecx",
+        "lock inc byte [rbx]",
+        "xchg [rbx], eax",
+        "xchg [rbx], cl",
+        "lock xadd [rbx], rcx",
+        "lock cmpxchg [rbx], ecx",
+        "mov eax, [rbx]\nlock cmpxchg [rbx], ecx",
+        "cmpxchg8b [rbx]",
+        "lock cmpxchg16b [rbx]",
+        "imul eax, [rbx], 7",
+        "mul dword [rbx]",
+        "xor edx, edx\ndiv dword [rbx]",
+        "cmovz eax, [rbx]",
+        "cmovnz eax, [rbx]",
+        "setz byte [rbx]",
+        "bsf eax, [rbx]",
+        "popcnt rax, [rbx]",
+        "lzcnt eax, [rbx]",
+        "andn eax, ecx, [rbx]",
+        "pdep rax, rcx, [rbx]",
+        "mulx rax, rdx, [rbx]",
+        "shlx eax, [rbx], ecx",
+        "crc32 eax, dword [rbx]",
+        "push qword [rbx]\npop rax",
+        "push rcx\npop qword [rbx]",
+        "call f\njmp over\nf: pop qword [rbx]\npush qword [rbx]\nret\nover: mov qword [rbx], 0",
+        "mov rdi, rbx\nstosd",
+        "mov rdi, rbx\nmov ecx, 5\nrep stosw",
+        "mov rsi, rbx\nlodsq",
+        "mov rsi, rbx\nlea rdi, [rip + buffer]\nmov ecx, 9\nrep movsd",
+        "lea rsi, [rip + buffer]\nmov rdi, rbx\nmov ecx, 20\nrep movsb",
+        "mov rsi, rbx\nlea rdi, [rbx + 64]\nmovsq",
+        "lea rsi, [rbx]\nlea rdi, [rbx + 8]\ncmpsd",
+        "mov rsi, rbx\nlea rdi, [rbx + 16]\nmov ecx, 6\nrep movsb",
+        "mov rdi, rbx\nmov al, 0x7a\nmov ecx, 30\nrepne scasb",
+        "std\nlea rdi, [rbx + 32]\nmov ecx, 4\nrep stosd\ncld",
+        "movups xmm0, [rbx]",
+        "movups [rbx], xmm1",
+        "movaps xmm0, [rbx + 16]",
+        "movd xmm0, dword [rbx]",
+        "movq [rbx], xmm1",
+        "movhps xmm1, [rbx]",
+        "movss xmm0, [rbx]",
+        "movsd [rbx], xmm1",
+        "paddd xmm1, [rbx]",
+        "vpaddd ymm1, ymm2, [rbx]",
+        "vmovdqu ymm0, [rbx]",
+        "vmovdqu [rbx], ymm1",
+        "pextrw word [rbx], xmm1, 2",
+        "pinsrd xmm1, [rbx], 1",
+        "cvtsi2sd xmm0, dword [rbx]",
+        "movq mm0, [rbx]\nmovd ecx, mm0\nemms",
+        "fld dword [rbx]\nfstp tbyte [rbx + 32]",
+        "fild qword [rbx]\nfistp qword [rbx + 16]",
+        "fnstcw [rbx]",
+        "fldcw [rip + word_]\nfnstsw [rbx]",
+        "stmxcsr [rbx]",
+        "vbroadcastss ymm0, [rbx]",
+        "vpmovzxbd ymm0, qword [rbx]",
+        "mov al, 5\nxlatb",
+        "mov rax, [rbx + 1]",
+        "mov [rbx + 3], ecx",
+        "lock add [rbx + 5], ecx",
+        "jmp go\ngo: mov eax, [ebx]",
         "lea rax, [rip + f]\nmov [rbx], rax\ncall qword [rbx]\njmp over\nf: inc esi\nret\nover: mov qword [rbx], 0",
         "vpcmpeqd ymm2, ymm2, ymm2\nvpxor ymm1, ymm1, ymm1\nvpgatherdd ymm3, [rbx + ymm1*4], ymm2",
         "vpcmpeqd xmm2, xmm2, xmm2\nvmaskmovps [rbx], xmm2, xmm1",
         "mov rdi, rbx\npcmpeqd xmm2, xmm2\nmaskmovdqu xmm1, xmm2",
-        "bound_: nop\nenter 0, 0\nleave", "xor eax, eax\nclflush [rbx]\nprefetcht0 [rbx]",
+        "xor eax, eax\nclflush [rbx]\nprefetcht0 [rbx]",
     ],
-)  # fmt: skip
+)
 def test_as_with_ram(boot: Boot, text: str) -> None:
     """Registers, flags, FPU and the memory come out as they do when RBX points to RAM."""
     program = f"start: movups xmm1, [rip + buffer]\nmovups xmm2, [rip + buffer + 16]\n{text}\nhlt\nalign 16\n"
-    program += "buffer: dq 0x1111111122222222, 0x3333333344444444, 0x1234567855aa55aa, 0x0f0e0d0c0b0a0908, 1, 2, 3, 4, 5\n"
+    program += (
+        "buffer: dq 0x1111111122222222, 0x3333333344444444, 0x1234567855aa55aa, 0x0f0e0d0c0b0a0908, 1, 2, 3, 4, 5\n"
+    )
     program += "word_: dw 0x37f\n"
     results = []
     for place in (RAM_PAGE, MMIO):
@@ -72,7 +160,9 @@ def test_as_with_ram(boot: Boot, text: str) -> None:
         for name in ("rax", "rcx", "rdx", "rsi", "rdi", "r9", "r10", "r11", "rsp", "rbx", "rbp"):
             value = state[name]
             registers[name] = value - place if place <= value < place + PAGE else value
-        results.append((registers, state["rflags"], state["xsave"][:8], state["xsave"][32:416], state["xsave"][576:832], memory))
+        results.append(
+            (registers, state["rflags"], state["xsave"][:8], state["xsave"][32:416], state["xsave"][576:832], memory)
+        )
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert ours == theirs
 
@@ -164,15 +254,23 @@ class TestPorts:
         guest.set(rax=-1 & (1 << 64) - 1)
         at_end(guest)
         assert [entry[:3] for entry in guest.io.log] == [
-            ("out", 0x80, 1), ("out", 0x80, 2), ("out", 0x80, 4), ("out", 0x3F8, 1), ("in", 0x3F8, 1), ("in", 0x3F8, 2),
-            ("in", 0x3F8, 4), ("in", 0x60, 1),
-        ]  # fmt: skip
+            ("out", 0x80, 1),
+            ("out", 0x80, 2),
+            ("out", 0x80, 4),
+            ("out", 0x3F8, 1),
+            ("in", 0x3F8, 1),
+            ("in", 0x3F8, 2),
+            ("in", 0x3F8, 4),
+            ("in", 0x60, 1),
+        ]
         assert guest.io.outs(0x80) == [0x44, 0x3344, 0x11223344]
         assert guest.reg("rcx") == 0xAABBCCDD  # a 32-bit result clears the upper half
         assert guest.reg("rax") == 0xAABBCC5A
 
     def test_strings(self, boot: Boot) -> None:
-        text = "mov edx, 0x1f0\nlea rsi, [rip + b]\nmov ecx, 3\nrep outsw\nlea rdi, [rip + c]\nmov ecx, 2\nrep insd\nhlt\n"
+        text = (
+            "mov edx, 0x1f0\nlea rsi, [rip + b]\nmov ecx, 3\nrep outsw\nlea rdi, [rip + c]\nmov ecx, 2\nrep insd\nhlt\n"
+        )
         guest = boot(text + "b: dw 1, 2, 3\nc: dd 0, 0, 7")
         guest.io.inputs[0x1F0] = 0x12345678
         at_end(guest)

@@ -28,9 +28,19 @@ def flat(boot: Boot, text: str, **registers: Any) -> Tiny:
     guest = boot(text, bits=32)
     data = SEGMENTS[DATA0]
     guest.set(
-        cr0=Cr0.PE | Cr0.ET | Cr0.NE, cr4=Cr4.OSFXSR | Cr4.OSXMMEXCPT, cr3=0, efer=0, xcr0=1, cs=SEGMENTS[CODE32], ss=data, ds=data,
-        es=data, fs=data, gs=data, **registers,
-    )  # fmt: skip
+        cr0=Cr0.PE | Cr0.ET | Cr0.NE,
+        cr4=Cr4.OSFXSR | Cr4.OSXMMEXCPT,
+        cr3=0,
+        efer=0,
+        xcr0=1,
+        cs=SEGMENTS[CODE32],
+        ss=data,
+        ds=data,
+        es=data,
+        fs=data,
+        gs=data,
+        **registers,
+    )
     return guest
 
 
@@ -50,16 +60,31 @@ def compatibility(boot: Boot, text: str, *, user: bool = False) -> Tiny:
 
 
 BODIES = {
-    "short forms": ("mov ecx, 5\ninc ecx\ndec edx\npush ecx\npop eax\nadd eax, ecx", {"rax": 12, "rcx": 6, "rdx": 0xFFFFFFFF}),
-    "pusha": ("mov eax, 1\nmov ecx, 2\nmov edx, 3\npushad\nxor eax, eax\nxor edx, edx\npopad", {"rax": 1, "rcx": 2, "rdx": 3}),
+    "short forms": (
+        "mov ecx, 5\ninc ecx\ndec edx\npush ecx\npop eax\nadd eax, ecx",
+        {"rax": 12, "rcx": 6, "rdx": 0xFFFFFFFF},
+    ),
+    "pusha": (
+        "mov eax, 1\nmov ecx, 2\nmov edx, 3\npushad\nxor eax, eax\nxor edx, edx\npopad",
+        {"rax": 1, "rcx": 2, "rdx": 3},
+    ),
     "addresses wrap": ("mov ebx, 0xfffffff0\nlea eax, [ebx + 0x20]\nmov ecx, [ebx + 0x1000f4]", {"rax": 0x10}),
-    "16-bit operands": ("mov eax, 0x12345678\nmov ax, 0x1111\npush ax\npop cx\nadd cx, 1", {"rax": 0x12341111, "rcx": 0x1112}),
+    "16-bit operands": (
+        "mov eax, 0x12345678\nmov ax, 0x1111\npush ax\npop cx\nadd cx, 1",
+        {"rax": 0x12341111, "rcx": 0x1112},
+    ),
     "16-bit addresses": ("mov ebx, 0x10008\nmov esi, 0x20010\ndb 0x67, 0x8d, 0x00", {"rax": 0x18}),
     "calls": ("call f\nmov ecx, 7\njmp g\nf: mov edx, [esp]\nret\ng: nop", {"rcx": 7, "rdx": CODE_AT + 5}),
     "loop": ("mov ecx, 5\nxor eax, eax\nagain: add eax, ecx\nloop again\njecxz g\nint3\ng: nop", {"rax": 15, "rcx": 0}),
-    "bcd": ("mov eax, 0x79\nadd al, 0x35\ndaa\nmov cl, al\nmov eax, 0x0205\naad 10\nmov dl, al", {"rcx": 0x14, "rdx": 25}),
+    "bcd": (
+        "mov eax, 0x79\nadd al, 0x35\ndaa\nmov cl, al\nmov eax, 0x0205\naad 10\nmov dl, al",
+        {"rcx": 0x14, "rdx": 25},
+    ),
     "aam aaa": ("mov eax, 77\naam 10\nmov ecx, eax\nmov eax, 0x0f\naaa", {"rcx": 0x0707, "rax": 0x0105}),
-    "xlat and strings": ("mov esi, STRING\nmov edi, STRING + 8\nmov ecx, 4\nrep movsb\nmov eax, [STRING + 8]", {"rax": 0x04030201}),
+    "xlat and strings": (
+        "mov esi, STRING\nmov edi, STRING + 8\nmov ecx, 4\nrep movsb\nmov eax, [STRING + 8]",
+        {"rax": 0x04030201},
+    ),
     "sse": ("mov eax, 0x40400000\nmovd xmm0, eax\naddss xmm0, xmm0\nmovd ecx, xmm0", {"rcx": 0x40C00000}),
     "x87": ("fld1\nfadd st0, st0\npush 0\nfistp dword [esp]\npop eax", {"rax": 2}),
     "segments": ("mov ax, ds\nmov dx, cs\nmov cx, 0x18\nmov fs, cx\nmov ecx, fs:[STRING]", {"rcx": 0x04030201}),
@@ -68,17 +93,23 @@ BODIES = {
     "arpl": ("mov eax, 0x10\nmov ecx, 3\narpl ax, cx\nsetz dl", {"rax": 0x13}),
     "high registers": ("mov eax, 0x1234\nmov cl, ah\nmov ch, 5\nxchg ch, al", {"rcx": 0x3412, "rax": 0x1205}),
     "lea and imul": ("mov ecx, 7\nlea eax, [ecx + ecx*8 + 5]\nimul edx, eax, -3", {"rax": 68, "rdx": (1 << 32) - 204}),
-    "bound and into": ("mov eax, 5\nmov dword [STRING + 16], 1\nmov dword [STRING + 20], 9\nbound eax, [STRING + 16]\nxor ecx, ecx\n"
-                       "into", {"rax": 5}),
-    "enter": ("mov ebp, 0x777\nenter 16, 0\nmov dword [ebp - 4], 9\nmov eax, [ebp - 4]\nleave\nmov ecx, ebp", {"rax": 9, "rcx": 0x777}),
+    "bound and into": (
+        "mov eax, 5\nmov dword [STRING + 16], 1\nmov dword [STRING + 20], 9\nbound eax, [STRING + 16]\nxor ecx, ecx\n"
+        "into",
+        {"rax": 5},
+    ),
+    "enter": (
+        "mov ebp, 0x777\nenter 16, 0\nmov dword [ebp - 4], 9\nmov eax, [ebp - 4]\nleave\nmov ecx, ebp",
+        {"rax": 9, "rcx": 0x777},
+    ),
     "cmpxchg8b": ("mov eax, 0x04030201\nmov edx, 0\nmov ebx, 5\nmov ecx, 6\nlock cmpxchg8b [STRING]\nsetz al", {}),
     "push sreg": ("push ds\npop es\npush cs\npop eax\nand eax, 0xfffc\nmov cx, es", {}),
-}  # fmt: skip
+}
 
 
 def _body(name: str, end: str) -> tuple[str, dict[str, int]]:
     text, expected = BODIES[name]
-    text = text.replace("STRING", "string").replace("TABLE", "table").replace("jmp dword [table", "jmp dword [table")
+    text = text.replace("STRING", "string").replace("TABLE", "table")
     data = "\nalign 8\nstring: dd 0x04030201, 0, 0, 0, 0, 0\n"
     data += f"table: dd 0, {'z' if 'z:' in text else '0'}"
     return f"{text}\n{end}{data}", expected
@@ -134,7 +165,8 @@ def test_faults_in_compatibility_mode_push_64_bit_frames(boot: Boot) -> None:
 
 def test_int_80_from_32_bit_user_code(boot: Boot) -> None:
     """As 32-bit Linux programs make system calls of a 64-bit kernel."""
-    go = f"push 0x2b\npush USER_STACK\npush 0x202\npush {USER32}\npush {CODE_AT}\niretq\nhandler: add eax, 1\nmov r14, [rsp + 8]\niretq"
+    go = f"push 0x2b\npush USER_STACK\npush 0x202\npush {USER32}\npush {CODE_AT}\niretq\n"
+    go += "handler: add eax, 1\nmov r14, [rsp + 8]\niretq"
     guest = boot(go, handlers={0x80: "handler"})
     for page in (CODE_AT, USER_STACK - 4096):
         guest.map(page, page, Pte.US | Pte.RW)
@@ -148,8 +180,11 @@ def test_int_80_from_32_bit_user_code(boot: Boot) -> None:
 def test_one_byte_string_is_two_instructions_in_two_modes(boot: Boot) -> None:
     """48 is REX.W in 64-bit code and DEC EAX in 32-bit code: one page, both modes, and translations of both."""
     body = "again: db 0x48, 0x01, 0xc8\n"  # add rax, rcx | dec eax; add eax, ecx
-    guest = boot(f"mov rax, 1 << 40\nmov ecx, 3\ncall f\nmov rbx, rax\nmov eax, 10\npush {CODE32}\nlea rdx, [rip + f32]\npush rdx\nretfq\n"
-                 f"back: mov r15d, 1\nhlt\nf: {body}ret\nf32: {body.replace('again: ', '')}db 0xea\ndd back\ndw 0x10")  # fmt: skip
+    guest = boot(
+        f"mov rax, 1 << 40\nmov ecx, 3\ncall f\nmov rbx, rax\nmov eax, 10\n"
+        f"push {CODE32}\nlea rdx, [rip + f32]\npush rdx\nretfq\n"
+        f"back: mov r15d, 1\nhlt\nf: {body}ret\nf32: {body.replace('again: ', '')}db 0xea\ndd back\ndw 0x10"
+    )
     at_end(guest)
     assert guest.reg("rbx") == (1 << 40) + 3 and guest.reg("rax") == 12
 

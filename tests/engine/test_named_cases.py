@@ -1,7 +1,7 @@
 """Cases with a name: instructions that no rule covers, and those by which a prototype let the guest out.
 
-Each runs on the host CPU and in the guest, in ring 3 and in ring 0, and both must agree in everything: registers, flags,
-FPU, memory, the exception. So no expected value is written here; a text only has to lead to the place.
+Each runs on the host CPU and in the guest, in ring 3 and in ring 0, and both must agree in everything: registers,
+flags, FPU, memory, the exception. So no expected value is written here; a text only has to lead to the place.
 """
 
 from __future__ import annotations
@@ -38,9 +38,15 @@ D = DATA + FIRST_DATA
 E = D + PAGE
 """Where rdi points: a page further."""
 PLACES = {
-    "D": D, "E": E, "LOW": LOW_DATA + FIRST_DATA, "END": DATA + LAST_DATA, "RO": DATA + READ_ONLY, "SAVE": DATA + SAVE,
-    "STACK": DATA + STACK + PAGE, "HOLE": DATA + READ_ONLY + PAGE,
-}  # fmt: skip
+    "D": D,
+    "E": E,
+    "LOW": LOW_DATA + FIRST_DATA,
+    "END": DATA + LAST_DATA,
+    "RO": DATA + READ_ONLY,
+    "SAVE": DATA + SAVE,
+    "STACK": DATA + STACK + PAGE,
+    "HOLE": DATA + READ_ONLY + PAGE,
+}
 
 
 @pytest.fixture(scope="module", params=["user", "supervisor"])
@@ -84,7 +90,7 @@ def _case(text: str) -> Case:
 
 
 def agree(host: Oracle, guest: GuestCpu, text: str, flags: int = 0x8D5, wide: bool = False) -> None:
-    """``flags``: those that are defined at the end. Where the case does not come to its end, dead flags do not count."""
+    """``flags``: those that are defined at the end. In a case that does not come to its end none counts."""
     case = _case(text)
     batch = Batch(IMAGE, (case,))
     (theirs,), (ours,) = host.run(batch), guest.run(batch)
@@ -102,7 +108,10 @@ def cases(*texts: str) -> pytest.MarkDecorator:
         f"mov rcx, {offset}\n{operation}"
         for offset in ("1 << 20", "1 << 40", "1 << 46", "-1 << 40", "-8 * 4096", "-1", "0x3fff", "64 * 1024", "1 << 63")
         for operation in (
-            "bt qword [rbx], rcx", "bts qword [rbx], rcx", "lock btr qword [rbx], rcx", "btc dword [rbx], ecx",
+            "bt qword [rbx], rcx",
+            "bts qword [rbx], rcx",
+            "lock btr qword [rbx], rcx",
+            "btc dword [rbx], ecx",
             "lock bts word [rbx], cx",
         )
     ),
@@ -111,7 +120,7 @@ def cases(*texts: str) -> pytest.MarkDecorator:
     "mov ecx, -9\nbts dword [rsp], ecx",
     "bts qword [rbx + 8], 63\nbtr qword [rbx + 8], 64 + 5\nlock btc dword [rbx], 255",
     "mov r9, 4096 * 8\nbtc qword [rbx], r9\nmov r10, -3\nbts qword [rdi], r10\nmov r11, 77\nbtr qword [rdi], r11",
-)  # fmt: skip
+)
 def test_bit_tests_reach_outside_their_operand(host: Oracle, guest: GuestCpu, text: str) -> None:
     agree(host, guest, text, 0x41)  # CF; ZF is kept
 
@@ -119,17 +128,38 @@ def test_bit_tests_reach_outside_their_operand(host: Oracle, guest: GuestCpu, te
 @cases(
     *(
         f"mov rax, {address}\n{operation}"
-        for address in ("0", "-1", "-2", "-8", "1 << 63", "1 << 47", "(1 << 47) - 1", "(1 << 47) - 8", "-1 << 47", "0xfff",
-                        "0xffffffff", "(1 << 48) - 1", "(1 << 63) - 1", "-4096", "-1 << 63 | 0x123456789000")
-        for operation in ("mov cl, [rax]", "mov [rax], rcx", "add dword [rax], 1", "movups xmm0, [rax]", "push qword [rax]",
-                          "lock xadd [rax], rcx")
+        for address in (
+            "0",
+            "-1",
+            "-2",
+            "-8",
+            "1 << 63",
+            "1 << 47",
+            "(1 << 47) - 1",
+            "(1 << 47) - 8",
+            "-1 << 47",
+            "0xfff",
+            "0xffffffff",
+            "(1 << 48) - 1",
+            "(1 << 63) - 1",
+            "-4096",
+            "-1 << 63 | 0x123456789000",
+        )
+        for operation in (
+            "mov cl, [rax]",
+            "mov [rax], rcx",
+            "add dword [rax], 1",
+            "movups xmm0, [rax]",
+            "push qword [rax]",
+            "lock xadd [rax], rcx",
+        )
     ),
     "xor eax, eax\nmov cl, [eax - 1]",
     "xor eax, eax\nmov rcx, [eax - 4]",
     "mov rsp, 4\npush rax",
     "mov rsp, 8\npush rax",
     "mov rsp, -4\npop rax",
-)  # fmt: skip
+)
 def test_no_address_matches_an_empty_tlb_entry(host: Oracle, guest: GuestCpu, text: str) -> None:
     agree(host, guest, text, 0)
 
@@ -194,7 +224,7 @@ def test_high_byte_registers(host: Oracle, guest: GuestCpu, text: str) -> None:
     "vmovdqu xmm1, [rbx + 0x200]\nvpcmpeqd ymm2, ymm2, ymm2\nvpgatherdq ymm3, [rsp + xmm1*8], ymm2",
     "vmovdqu ymm1, [rbx + 0x200]\nvmovdqu ymm2, [rbx + 0x320]\nxor edi, edi\nvpgatherdd ymm3, [rdi + ymm1*4], ymm2",
     # an element in the middle faults: those before it are done, their mask bits clear
-    "vmovdqu ymm1, [rbx + 0x200]\nvpcmpeqd ymm2, ymm2, ymm2\nmov rdi, HOLE - 64*4\nvpgatherdd ymm3, [rdi + ymm1*4], ymm2",
+    "vmovdqu ymm1, [rbx + 512]\nvpcmpeqd ymm2, ymm2, ymm2\nmov rdi, HOLE - 256\nvpgatherdd ymm3, [rdi + ymm1*4], ymm2",
     "vmovdqu xmm1, [rbx + 0x200]\nvpcmpeqd ymm2, ymm2, ymm2\nmov rdi, HOLE - 8\nvpgatherdq ymm3, [rdi + xmm1*8], ymm2",
     "vpcmpeqd ymm2, ymm2, ymm2\nvpgatherdd ymm2, [rdi + ymm1*4], ymm2",  # not distinct: #UD
     "vpcmpeqd ymm2, ymm2, ymm2\nvpgatherdd ymm1, [rdi + ymm1*4], ymm2",
@@ -293,7 +323,8 @@ def test_x87_images_and_operands(host: Oracle, guest: GuestCpu, text: str) -> No
     "mov rsp, 1 << 63\npop qword [rbx]",
     "call f\njmp over\nf: ret 16\nover: nop",
     "lea rax, [rip + f]\npush rax\ncall qword [rsp]\njmp over\nf: ret 8\nover: nop",
-    "lea rax, [rip + f]\nmov rsp, E\nmov [E - D + rbx - 8], rax\nmov rcx, E - 8\ncall qword [rcx]\nf: nop",  # reads, then overwrites
+    # reads its target, then overwrites it
+    "lea rax, [rip + f]\nmov rsp, E\nmov [E - D + rbx - 8], rax\nmov rcx, E - 8\ncall qword [rcx]\nf: nop",
     "mov rsp, RO\nadd rsp, 4\ncall f\nf: nop",  # the push of a call faults
     "mov rsp, HOLE\nret",
     "enter 32, 0\nmov [rbp - 8], rax\nleave",
@@ -354,7 +385,9 @@ def test_string_instructions_with_prefixes(host: Oracle, guest: GuestCpu, prefix
     else:
         pointers = "mov rsi, D + 0x10\nmov rdi, E\nmov rcx, 7"
     if "64" in prefixes or "65" in prefixes:
-        pointers = pointers.replace("mov rsi, D + 0x10", "mov rsi, 0x10").replace("mov rsi, LOW + 0x10", "mov rsi, 0x10")
+        pointers = pointers.replace("mov rsi, D + 0x10", "mov rsi, 0x10").replace(
+            "mov rsi, LOW + 0x10", "mov rsi, 0x10"
+        )
     machine = ", ".join(str(b) for b in bytes.fromhex(prefixes + opcode))
     agree(host, guest, f"{pointers}\ndb {machine}")
 
@@ -374,7 +407,7 @@ def test_string_instructions_with_prefixes(host: Oracle, guest: GuestCpu, prefix
     "stc\nmov ecx, 0\nrepne scasq\nadc rax, 0",
     "mov ecx, 3\nmov rdi, rsi\ncmp ecx, 4\nrepe cmpsb\nsete al\nsetb dl",
     "add rax, rax\nmov rcx, [rbx]\nadc rdx, rcx\nmov [rbx], rdx\nsbb rax, [rbx + 8]\nlahf\nseto al",
-    "inc eax\nstc\nmov r9, [rbx]\ninc qword [rbx]\nadc r9, [rbx]\nadcx rax, [rbx]\nadox rcx, [rbx + 8]\nadcx r10, [rbx]",
+    "inc eax\nstc\nmov r9, [rbx]\ninc qword [rbx]\nadc r9, [rbx]\nadcx rax, [rbx]\nadox rcx, [rbx]\nadcx r10, [rbx]",
 )
 def test_flags_that_are_kept(host: Oracle, guest: GuestCpu, text: str) -> None:
     agree(host, guest, text, 0)
@@ -398,21 +431,54 @@ def test_two_accesses_that_share_a_tlb_entry(host: Oracle, guest: GuestCpu, text
         f"mov rcx, E - {offset}\n{operation}"
         for offset in (1, 3, 7)
         for operation in (
-            "mov [rcx], rax", "mov rax, [rcx]", "add [rcx], rax", "lock add [rcx], rax", "lock xadd [rcx], rdx", "xchg [rcx], rax",
-            "lock cmpxchg [rcx], rdx", "cmpxchg8b [rcx]", "lock cmpxchg8b [rcx]", "movups [rcx], xmm1", "vmovdqu [rcx], ymm2",
-            "vaddps ymm1, ymm2, [rcx]", "movbe [rcx], rax", "shld [rcx], rax, 7", "bts dword [rcx], 9", "not qword [rcx]",
-            "fstp tbyte [rcx]", "fild qword [rcx]", "mov word [rcx], 0x1234", "inc dword [rcx]", "movsd [rcx], xmm1",
-            "pextrq [rcx], xmm1, 1", "cvttsd2si rax, [rcx]", "adc [rcx], rax\nsbb rax, [rcx]", "push qword [rcx]",
-            "pop qword [rcx]", "vmovntps [rcx], ymm1", "movaps xmm1, [rcx]", "cmpxchg16b [rcx]", "lock cmpxchg16b [rcx]",
+            "mov [rcx], rax",
+            "mov rax, [rcx]",
+            "add [rcx], rax",
+            "lock add [rcx], rax",
+            "lock xadd [rcx], rdx",
+            "xchg [rcx], rax",
+            "lock cmpxchg [rcx], rdx",
+            "cmpxchg8b [rcx]",
+            "lock cmpxchg8b [rcx]",
+            "movups [rcx], xmm1",
+            "vmovdqu [rcx], ymm2",
+            "vaddps ymm1, ymm2, [rcx]",
+            "movbe [rcx], rax",
+            "shld [rcx], rax, 7",
+            "bts dword [rcx], 9",
+            "not qword [rcx]",
+            "fstp tbyte [rcx]",
+            "fild qword [rcx]",
+            "mov word [rcx], 0x1234",
+            "inc dword [rcx]",
+            "movsd [rcx], xmm1",
+            "pextrq [rcx], xmm1, 1",
+            "cvttsd2si rax, [rcx]",
+            "adc [rcx], rax\nsbb rax, [rcx]",
+            "push qword [rcx]",
+            "pop qword [rcx]",
+            "vmovntps [rcx], ymm1",
+            "movaps xmm1, [rcx]",
+            "cmpxchg16b [rcx]",
+            "lock cmpxchg16b [rcx]",
         )
     ),
     *(
         f"mov rcx, {place} - 3\n{operation}"
         for place in ("RO", "HOLE", "D")
-        for operation in ("mov [rcx], rax", "mov rax, [rcx]", "lock add [rcx], rax", "xchg [rcx], eax", "movups [rcx], xmm1",
-                          "vmovdqu ymm1, [rcx]", "fstp tbyte [rcx]", "lock cmpxchg [rcx], rdx", "inc dword [rcx]")
+        for operation in (
+            "mov [rcx], rax",
+            "mov rax, [rcx]",
+            "lock add [rcx], rax",
+            "xchg [rcx], eax",
+            "movups [rcx], xmm1",
+            "vmovdqu ymm1, [rcx]",
+            "fstp tbyte [rcx]",
+            "lock cmpxchg [rcx], rdx",
+            "inc dword [rcx]",
+        )
     ),
-)  # fmt: skip
+)
 def test_page_crossing(host: Oracle, guest: GuestCpu, text: str) -> None:
     agree(host, guest, text, 0)
 
@@ -442,7 +508,8 @@ def test_transfers(host: Oracle, guest: GuestCpu, text: str) -> None:
     "mov rax, [rip + D]\nadd qword [rip + E], 5",
     "MOV_AL_MOFFS8 al, [D + 3]\nMOV_MOFFS64_RAX [E], rax\nMOV_EAX_MOFFS32 eax, [LOW]\nMOV_RAX_MOFFS64 rax, [HOLE]",
     "mov eax, [LOW + 4]\nadd [LOW + 8], eax",
-    "mov eax, LOW\nmov rcx, [eax]\nmov rdx, LOW | 1 << 40\nmov rcx, [edx + 8]\nlea r8, [edx + eax*4 + 1]\nlea r9d, [rdx - 1]",
+    "mov eax, LOW\nmov rcx, [eax]\nmov rdx, LOW | 1 << 40\nmov rcx, [edx + 8]",
+    "mov eax, LOW\nmov rdx, LOW | 1 << 40\nlea r8, [edx + eax*4 + 1]\nlea r9d, [rdx - 1]",
     "lea ax, [rbx + 3]\nlea rcx, [rip + D]\nlea edx, [rip + E]",
     "mov al, 0x33\nxlatb\nmov rbx, HOLE\nxlatb",
     "mov eax, 0x80000000\ncdqe\ncqo\ncwde\ncbw\ncwd\ncdq",
@@ -491,10 +558,35 @@ def test_exceptions(host: Oracle, guest: GuestCpu, text: str) -> None:
 
 
 @cases(
-    "cli", "sti", "hlt", "in al, 0x60", "out 0x80, al", "in eax, dx", "insb", "rep outsb", "mov rax, cr0", "mov cr3, rax",
-    "mov rax, dr0", "clts", "lgdt [rbx]", "lidt [rbx]", "ltr ax", "lldt ax", "lmsw ax", "rdmsr", "wrmsr", "invlpg [rbx]",
-    "swapgs", "sysretq", "invd", "wbinvd", "xsetbv", "iretq", "mov cr8, rax", "invpcid rax, [rbx]",
-)  # fmt: skip
+    "cli",
+    "sti",
+    "hlt",
+    "in al, 0x60",
+    "out 0x80, al",
+    "in eax, dx",
+    "insb",
+    "rep outsb",
+    "mov rax, cr0",
+    "mov cr3, rax",
+    "mov rax, dr0",
+    "clts",
+    "lgdt [rbx]",
+    "lidt [rbx]",
+    "ltr ax",
+    "lldt ax",
+    "lmsw ax",
+    "rdmsr",
+    "wrmsr",
+    "invlpg [rbx]",
+    "swapgs",
+    "sysretq",
+    "invd",
+    "wbinvd",
+    "xsetbv",
+    "iretq",
+    "mov cr8, rax",
+    "invpcid rax, [rbx]",
+)
 def test_ring_3_may_not(host: Oracle, guest: GuestCpu, text: str) -> None:
     if guest.supervisor:
         pytest.skip("ring 0 may")

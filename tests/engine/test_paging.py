@@ -1,4 +1,4 @@
-"""Paging: who may do what, with which error code; accessed and dirty bits; what a change of the tables needs to be seen."""
+"""Paging: who may do what, with which error code; accessed and dirty bits; when a change of the tables is seen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from skep.engine.amd64.registers import Cr0, Cr4, Pte
-from tests.engine.tiny import IDENTITY, PAGE, Tiny
+from tests.engine.place import PAGE
+from tests.engine.tiny import IDENTITY, Tiny
 
 Boot = Callable[..., Tiny]
 
@@ -114,11 +115,17 @@ def test_smep(boot: Boot) -> None:
             assert frame is None and guest.reg("rip") == V + 1
 
 
-@pytest.mark.parametrize("text", [READ, WRITE, "push qword [V]", "add [V], rax", "mov rsi, V\nlodsq", "movups xmm0, [V]"])
-@pytest.mark.parametrize("allow", ["", "stac\n", "stac\nclac\n", "push 0x40002\npopfq\n", "push 0x40002\npopfq\nclac\n"])
+@pytest.mark.parametrize(
+    "text", [READ, WRITE, "push qword [V]", "add [V], rax", "mov rsi, V\nlodsq", "movups xmm0, [V]"]
+)
+@pytest.mark.parametrize(
+    "allow", ["", "stac\n", "stac\nclac\n", "push 0x40002\npopfq\n", "push 0x40002\npopfq\nclac\n"]
+)
 def test_smap(boot: Boot, text: str, allow: str) -> None:
     """User pages are the supervisor's only while RFLAGS.AC is set."""
-    guest = make(boot, f"mov rax, [PROGRAM_DATA]\n{allow}{text}\nhlt".replace("PROGRAM_DATA", "rip + data") + "\ndata: dq 1")
+    guest = make(
+        boot, f"mov rax, [PROGRAM_DATA]\n{allow}{text}\nhlt".replace("PROGRAM_DATA", "rip + data") + "\ndata: dq 1"
+    )
     guest.map(V, G, Pte.US | Pte.RW)
     guest.set(cr4=guest.state["cr4"] | Cr4.SMAP)
     guest.run()
@@ -272,7 +279,8 @@ def test_a_changed_large_page_is_seen_after(boot: Boot, invalidate: str) -> None
 
 def test_more_rights_need_no_invalidation(boot: Boot) -> None:
     """A page that becomes present, or writable, is so at once: only less needs telling (SDM 3, 4.10.4.3)."""
-    text = f"start: {READ}\nout 0xf4, al\n{WRITE}\nmov rbx, V + 4096\nmov rcx, [rbx]\nhlt\nfault: add rsp, 8\nout 0xf5, al\niretq"
+    text = f"start: {READ}\nout 0xf4, al\n{WRITE}\nmov rbx, V + 4096\nmov rcx, [rbx]\nhlt\n"
+    text += "fault: add rsp, 8\nout 0xf5, al\niretq"
     guest = make(boot, text, handlers={14: "fault"})
     where, other = guest.map(V, G, 0), guest.entry(V + PAGE)
 

@@ -8,7 +8,8 @@ import pytest
 
 from skep.engine.amd64.registers import Pte
 from tests.engine.assemble import assemble
-from tests.engine.tiny import PAGE, PROGRAM, Tiny
+from tests.engine.place import PAGE
+from tests.engine.tiny import PROGRAM, Tiny
 
 Boot = Callable[..., Tiny]
 V, W = 0x400000, 0x500000
@@ -165,7 +166,8 @@ def test_an_instruction_across_two_pages(boot: Boot) -> None:
     """Its second half lies on another page, and that is changed."""
     code = bytes.fromhex("b805000000 c3")  # mov eax, 5; ret, with the immediate's last bytes on the second page
     for at in (V + PAGE - 1, V + PAGE - 3, V + PAGE - 5):
-        text = "mov rbx, AT\ncall rbx\nadd rcx, rax\nmov byte [rbx + 1], 7\nmov byte [rbx + 4], 1\ncall rbx\nadd rcx, rax\nhlt"
+        text = "mov rbx, AT\ncall rbx\nadd rcx, rax\nmov byte [rbx + 1], 7\nmov byte [rbx + 4], 1\n"
+        text += "call rbx\nadd rcx, rax\nhlt"
         guest = boot(text, symbols={"AT": at})
         guest.map(V, G)
         guest.map(V + PAGE, H)
@@ -187,7 +189,7 @@ def test_through_another_mapping(boot: Boot) -> None:
 
 
 def test_the_same_code_at_two_addresses(boot: Boot) -> None:
-    """Translations hold no virtual address: RIP-relative operands and pushed return addresses are each mapping's own."""
+    """Translations hold no virtual address: RIP-relative operands and return addresses are each mapping's own."""
     body = assemble("call next\nnext: pop rax\nlea rcx, [rip + next]\nret", 0).code
     text = "mov rbx, V\ncall rbx\nmov r8, rax\nmov r9, rcx\nmov rbx, W\ncall rbx\nhlt"
     guest = boot(text, symbols={"V": V, "W": W})
@@ -254,7 +256,8 @@ def test_data_beside_code_keeps_its_values(boot: Boot) -> None:
 
 
 def test_a_page_crossing_store_into_code(boot: Boot) -> None:
-    text = "mov rbx, V + 4096\ncall rbx\nmov ecx, eax\nmov rdx, 0x00c3000000_09b8_90\nmov [rbx - 1], rdx\ncall rbx\nadd ecx, eax\nhlt"
+    text = "mov rbx, V + 4096\ncall rbx\nmov ecx, eax\nmov rdx, 0x00c3000000_09b8_90\nmov [rbx - 1], rdx\n"
+    text += "call rbx\nadd ecx, eax\nhlt"
     guest = boot(text, symbols={"V": V})
     guest.map(V, G)
     guest.map(V + PAGE, H)

@@ -15,6 +15,7 @@ low addresses for itself; the first page is never mapped. More is mapped by :met
 
 from __future__ import annotations
 
+import faulthandler
 import struct
 import threading
 from collections.abc import Callable, Mapping
@@ -46,6 +47,8 @@ CODE32, CODE64, DATA0, USER32, USER_DATA, USER64, TSS_SELECTOR = 0x08, 0x10, 0x1
 
 _ERROR_CODE = {8, 10, 11, 12, 13, 14, 17, 21}
 _STUB = 16
+_DEAF = 20.0
+"""Seconds after which a vCPU that does not leave when it is told to ends the whole test run."""
 
 SEGMENTS: dict[int, dict[str, int]] = {
     selector: {"selector": selector, "base": 0, "limit": 0xFFFFFFFF, "attributes": attributes}
@@ -136,6 +139,11 @@ class TestInterrupts:
                 if vector >> 4 > self.tpr:
                     return self._vectors.pop(i)
         return None
+
+    def clear(self) -> None:
+        """What was raised goes away again."""
+        with self._lock:
+            self._vectors.clear()
 
     def take_nmi(self) -> bool:
         with self._lock:
@@ -269,7 +277,9 @@ class Tiny:
             stub += b"\x68" + vector.to_bytes(4, "little") + b"\xf4\xeb\xfd"  # push vector; hlt; jmp back
             code += stub.ljust(_STUB, b"\xcc")
             stub_address = self.base + STUBS + _STUB * vector
-            self.gate(vector, self.program[handlers[vector]] if vector in handlers else stub_address, ist.get(vector, 0))
+            self.gate(
+                vector, self.program[handlers[vector]] if vector in handlers else stub_address, ist.get(vector, 0)
+            )
         self.memory.write(STUBS, bytes(code))
 
     def gate(self, vector: int, handler: int, ist: int = 0) -> None:
@@ -331,6 +341,8 @@ class Tiny:
 
         watchdog = threading.Timer(timeout, expire)
         watchdog.start()
+        # A vCPU that hears nothing cannot be stopped from here, and would hang the test run for good.
+        faulthandler.dump_traceback_later(timeout + _DEAF, exit=True)
         try:
             while True:
                 left = self.vcpu.run()
@@ -345,6 +357,7 @@ class Tiny:
                     if not waiting and not self.interrupts.nmi_pending():
                         return left
         finally:
+            faulthandler.cancel_dump_traceback_later()
             watchdog.cancel()
             watchdog.join()
 
