@@ -93,6 +93,10 @@ def test_vendor_brand_and_hypervisor(vendor: bytes) -> None:
     largest, b, c, d = model.read(0x4000_0000, 0, 0, 0)
     assert struct.pack("<III", b, c, d) == b"SkepSkepSkep"
     assert largest == 0x4000_0010
+    largest, b, c, d = model.read(0x4000_0100, 0, 0, 0)
+    assert struct.pack("<III", b, c, d) == b"KVMKVMKVM\0\0\0"
+    assert largest == 0x4000_0101
+    assert model.read(0x4000_0101, 0, 0, 0) == (0, 0, 0, 0)  # no paravirtual feature
     assert model.read(0x8000_0000, 0, 0, 0)[0] >= 0x8000_0008
     assert model.read(0x8000_0008, 0, 0, 0)[0] == 40 | 48 << 8
 

@@ -11,7 +11,11 @@ features, never the host's: a guest that knows the host's model would look for i
 Speculation: the guest's mitigations cannot reach the host's predictors from here, since all of it runs in one host
 process and its indirect branches go through the translator's own tables; what protects the *host* is its own kernel and
 the sandbox. So the model says what makes a guest spend nothing on them: IA32_ARCH_CAPABILITIES (read on both vendors by
-Linux) says that enhanced IBRS is there, which retires retpolines, and that the sampling bugs are not.
+Linux) says that enhanced IBRS is there, which retires retpolines, and that the sampling bugs are not; BHI_CTRL that a
+bit of IA32_SPEC_CTRL does what would take a loop at every system call.
+
+Hypervisor leaves: our own signature first; then, where guests look for it too, KVM's with no feature. Linux takes
+x2APIC without interrupt remapping only from a hypervisor that it knows, and an APIC by MSR costs less than by MMIO.
 
 Not offered, and #UD or #GP: MONITOR, VMX, SVM, PMU, MCE, TSX, protection keys, CET, AVX-512, LA57, user interrupts,
 MPX, XSAVES. FSRM is not offered though the host may have it: a short REP MOVSB costs a call here.
@@ -103,6 +107,7 @@ class Feature(Enum):
     SERIALIZE = (7, 0, EDX, 14)
     IBRS = (7, 0, EDX, 26)
     ARCH_CAPABILITIES = (7, 0, EDX, 29)
+    BHI_CTRL = (7, 2, EDX, 4)
     LAHF = (0x8000_0001, 0, ECX, 0)
     CMP_LEGACY = (0x8000_0001, 0, ECX, 1)
     LZCNT = (0x8000_0001, 0, ECX, 5)
@@ -125,7 +130,7 @@ F = Feature
 SYSTEM = frozenset((
     F.FPU, F.DE, F.PSE, F.TSC, F.MSR, F.PAE, F.CX8, F.APIC, F.SEP, F.MTRR, F.PGE, F.PAT, F.PSE36, F.X2APIC,
     F.TSC_DEADLINE, F.HYPERVISOR, F.PCID, F.FSGSBASE, F.TSC_ADJUST, F.SMEP, F.SMAP, F.UMIP, F.INVPCID, F.SERIALIZE,
-    F.IBRS, F.ARCH_CAPABILITIES, F.SYSCALL, F.NX, F.PAGE1GB, F.RDTSCP, F.LM, F.INVARIANT_TSC,
+    F.IBRS, F.BHI_CTRL, F.ARCH_CAPABILITIES, F.SYSCALL, F.NX, F.PAGE1GB, F.RDTSCP, F.LM, F.INVARIANT_TSC,
 ))  # fmt: skip
 """What the translator does itself."""
 
@@ -158,8 +163,10 @@ INTEL_VENDOR, AMD_VENDOR = b"GenuineIntel", b"AuthenticAMD"
 NEHALEM, HASWELL, ZEN3 = 0x0001_06A5, 0x0003_06C3, 0x00A0_0F11
 
 SIGNATURE = b"SkepSkepSkep"
+KVM_SIGNATURE = b"KVMKVMKVM\0\0\0"
 BRAND = b"Skep virtual CPU"
 
+KVM_LEAF = 0x4000_0100
 MAX_BASIC, MAX_HYPERVISOR, MAX_EXTENDED_INTEL, MAX_EXTENDED_AMD = 0x16, 0x4000_0010, 0x8000_0008, 0x8000_0021
 
 XSAVE_LEGACY_SIZE = 576  # x87 and SSE, with the header
@@ -270,7 +277,6 @@ def _fixed(
     amd = vendor == AMD_VENDOR
     signature = ZEN3 if amd else HASWELL if F.AVX2 in features else NEHALEM
     vendor_b, vendor_d, vendor_c = struct.unpack("<III", vendor)
-    own_b, own_c, own_d = struct.unpack("<III", SIGNATURE)
     core_bits = (cpus - 1).bit_length()
     clflush_quadwords = 8
     table: dict[tuple[int, int], Registers] = {
@@ -280,8 +286,10 @@ def _fixed(
         (0xB, 1): (core_bits, cpus, 2 << 8, apic_id),
         (0x15, 0): _tsc_and_crystal(tsc_hz),
         (0x16, 0): (tsc_hz // 10**6, tsc_hz // 10**6, 100, 0),
-        (0x4000_0000, 0): (MAX_HYPERVISOR, own_b, own_c, own_d),
+        (7, 0): (2, 0, 0, 0),  # the last subleaf
+        (0x4000_0000, 0): (MAX_HYPERVISOR, *struct.unpack("<III", SIGNATURE)),
         (0x4000_0010, 0): (tsc_hz // 1000, APIC_TIMER_HZ // 1000, 0, 0),
+        (KVM_LEAF, 0): (KVM_LEAF + 1, *struct.unpack("<III", KVM_SIGNATURE)),
         (0x8000_0000, 0): (MAX_EXTENDED_AMD, vendor_b, vendor_c, vendor_d) if amd else (MAX_EXTENDED_INTEL, 0, 0, 0),
         (0x8000_0001, 0): (signature if amd else 0, 0, 0, 0),
         (0x8000_0006, 0): (0, 0, 1024 << 16 | 8 << 12 | 64, 32 * 2 << 18 | 8 << 12 | 64 if amd else 0),

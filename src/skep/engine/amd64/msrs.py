@@ -59,7 +59,7 @@ ARCH_CAPABILITIES_VALUE = (
 )  # fmt: skip
 """See :mod:`skep.engine.amd64.cpuid` for why."""
 
-SPEC_CTRL_IBRS = 1 << 0
+SPEC_CTRL_IBRS, SPEC_CTRL_BHI_DIS_S = 1 << 0, 1 << 10
 PRED_CMD_IBPB = 1 << 0
 
 HWCR_TSC_FREQ_SEL = 1 << 24  # the TSC counts at the P0 frequency; Linux warns where it does not

@@ -191,7 +191,7 @@ class ModelSpecific:
         elif index == msrs.IA32_MTRR_DEF_TYPE:
             valid = msrs.valid_mtrr_def_type(value)
         elif index == msrs.IA32_SPEC_CTRL:
-            valid = not value & ~msrs.SPEC_CTRL_IBRS
+            valid = not value & ~(msrs.SPEC_CTRL_IBRS | msrs.SPEC_CTRL_BHI_DIS_S)
         else:  # IA32_MISC_ENABLE: what would hide CPUID leaves or NX does not go in
             valid = not value & (msrs.MISC_ENABLE_LIMIT_CPUID | msrs.MISC_ENABLE_XD_DISABLE)
         if valid:
