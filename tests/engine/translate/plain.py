@@ -97,6 +97,9 @@ class PlainCpu:
         self.interrupts = Apic()
         self.memory = bytearray(SIZE)
         self.paged = False
+        self.devices: range = range(0)
+        """Where no RAM is; accesses are remembered, and reach memory all the same."""
+        self.accesses: list[tuple[str, int, int]] = []
         self.holes: set[int] = set()
         self.read_only: set[int] = set()
         self.flushes: list[bool | int] = []
@@ -111,11 +114,15 @@ class PlainCpu:
     # CpuPort
 
     def read(self, va: int, size: int, supervisor: bool = False) -> bytes:
-        return b"".join(bytes(self.memory[pa : pa + n]) for pa, n in self._parts(va, size, 0, supervisor))
+        parts = self._parts(va, size, 0, supervisor)
+        self._remember("read", parts)
+        return b"".join(bytes(self.memory[pa : pa + n]) for pa, n in parts)
 
     def write(self, va: int, data: bytes, supervisor: bool = False) -> None:
         at = 0
-        for pa, n in self._parts(va, len(data), PfError.W, supervisor):
+        parts = self._parts(va, len(data), PfError.W, supervisor)
+        self._remember("write", parts)
+        for pa, n in parts:
             self.memory[pa : pa + n] = data[at : at + n]
             at += n
 
@@ -124,6 +131,10 @@ class PlainCpu:
 
     def physical(self, va: int, *, write: bool = False, execute: bool = False) -> int:
         return self._walk(va, (PfError.W if write else 0) | (PfError.FETCH if execute else 0), self.st.cpl < 3)
+
+    def ram(self, va: int, size: int, *, write: bool = False) -> int | None:
+        gpa = self.physical(va, write=write)
+        return None if gpa in self.devices else gpa
 
     def flush_tlb(self, global_too: bool) -> None:
         self.flushes.append(global_too)
@@ -135,6 +146,9 @@ class PlainCpu:
         self.changes += 1
 
     # Memory
+
+    def _remember(self, kind: str, parts: list[tuple[int, int]]) -> None:
+        self.accesses.extend((kind, pa, n) for pa, n in parts if pa in self.devices)
 
     def _parts(self, va: int, size: int, access: int, supervisor: bool) -> list[tuple[int, int]]:
         parts = []

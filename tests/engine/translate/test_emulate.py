@@ -177,13 +177,55 @@ def test_string_ports(cpu: PlainCpu) -> None:
 
 
 def test_long_repetition_comes_up_for_air(cpu: PlainCpu) -> None:
-    cpu.st.rdi, cpu.st.rax, cpu.st.rcx = DATA, 0xAA, emulate_string.MAX_ELEMENTS + 10
+    count = emulate_string.MAX_ROUNDS + 10
+    cpu.st.rflags = Rflags.DF
+    cpu.st.rdi, cpu.st.rax, cpu.st.rcx = DATA + count - 1, 0xAA, count
     run(cpu, "rep stosb")
     assert (cpu.st.rip, cpu.st.rcx) == (CODE, 10)
     cpu.emulator.step()
     assert (cpu.st.rip, cpu.st.rcx) == (CODE + 2, 0)
-    count = emulate_string.MAX_ELEMENTS + 10
     assert cpu.memory[DATA : DATA + count + 1] == b"\xaa" * count + b"\0"
+
+
+def test_repetition_by_the_page(cpu: PlainCpu) -> None:
+    cpu.st.rdi, cpu.st.rax, cpu.st.rcx = DATA + 5, 0x1122_3344_5566_7788, 2000
+    run(cpu, "rep stosq")
+    assert (cpu.st.rip, cpu.st.rcx, cpu.st.rdi) == (CODE + 3, 0, DATA + 5 + 16000)
+    assert cpu.memory[DATA + 5 : DATA + 16005] == (0x1122_3344_5566_7788).to_bytes(8, "little") * 2000
+    cpu.memory[DATA : DATA + 9000] = bytes(n * 7 & 0xFF for n in range(9000))
+    expected = bytes(cpu.memory[DATA : DATA + 9000])
+    cpu.st.rsi, cpu.st.rdi, cpu.st.rcx = DATA, DATA + 0x3003, 9000
+    run(cpu, "rep movsb")
+    assert cpu.memory[DATA + 0x3003 : DATA + 0x3003 + 9000] == expected
+
+
+def test_repetition_stops_where_it_faults(cpu: PlainCpu) -> None:
+    cpu.holes.add(DATA + 0x2000)
+    cpu.st.rdi, cpu.st.rcx = DATA + 2, 0x1000
+    with pytest.raises(GuestFault) as caught:
+        run(cpu, "rep stosd")
+    assert caught.value.address == DATA + 0x2000
+    assert (cpu.st.rdi, cpu.st.rcx, cpu.st.rip) == (DATA + 0x1FFE, 0x1000 - 0x7FF, CODE)
+
+
+def test_overlapping_repetition_repeats(cpu: PlainCpu) -> None:
+    cpu.memory[DATA : DATA + 3] = b"abc"
+    cpu.st.rsi, cpu.st.rdi, cpu.st.rcx = DATA, DATA + 3, 100
+    run(cpu, "rep movsb")
+    assert cpu.memory[DATA : DATA + 103] == b"abc" * 34 + b"a"
+
+
+def test_device_gets_its_elements_one_by_one(cpu: PlainCpu) -> None:
+    cpu.devices = range(DATA, DATA + 0x1000)
+    cpu.st.rsi, cpu.st.rdi, cpu.st.rcx = STACK, DATA, 3
+    run(cpu, "rep movsd")
+    assert cpu.accesses == [("write", DATA, 4), ("write", DATA + 4, 4), ("write", DATA + 8, 4)]
+    cpu.st.rsi, cpu.st.rdi, cpu.st.rcx = DATA, STACK, 2
+    run(cpu, "rep movsq")
+    assert cpu.accesses[3:] == [("read", DATA, 8), ("read", DATA + 8, 8)]
+    cpu.st.rdi, cpu.st.rcx = DATA, 2
+    run(cpu, "rep stosw")
+    assert cpu.accesses[5:] == [("write", DATA, 2), ("write", DATA + 2, 2)]
 
 
 # HLT and interrupt flag

@@ -149,7 +149,7 @@ def make(rng: random.Random, texts: str, index_size: int, low: bool) -> Batch:
         registers = [rng.getrandbits(64) for _ in GPRS]
         for pointer in ("rsi", "rdi", "rbx"):
             registers[GPRS.index(pointer)] = address(rng, low)
-        registers[GPRS.index("rcx")] = rng.choice((0, 1, 2, 5, 17, 60, 700))
+        registers[GPRS.index("rcx")] = rng.choice((0, 1, 2, 5, 17, 60, 200))
         registers[GPRS.index("rdx")] = rng.choice((0, 3, 8, (1 << 64) - 8))
         stack = rng.choice((STACK, STACK_END)) + rng.randrange(-48, 48) if rng.random() < 0.3 else STACK + 0x800
         registers[GPRS.index("rsp")] = DATA + stack

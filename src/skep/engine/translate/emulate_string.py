@@ -1,7 +1,8 @@
 """String instructions with any prefixes, segments, address sizes and directions.
 
-Machine code does the common REP forms page by page; here an element goes at a time, as an access to a device must. Each
-element is committed before the next, so a fault or an interrupt finds the registers where SDM 1, 7.3.9.3 wants them.
+Machine code does the common REP forms; here is the rest. An element goes at a time, as an access to a device must, but
+for REP MOVS and STOS upwards in RAM, which go by the page. What is done is committed before the next is begun, so a
+fault or an interrupt finds the registers where SDM 1, 7.3.9.3 wants them.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from skep.engine.translate.emulate_integer import subtract_flags
 from skep.engine.translate.emulate_system import check_port
 from skep.engine.translate.port import GuestFault
 
-MAX_ELEMENTS = 1024
-"""How many elements one step does (a few milliseconds), so that interrupts can come in between."""
+MAX_ROUNDS = 256
+"""How many elements or pages one step does (a few milliseconds), so that interrupts can come in between."""
+PAGE = 4096
 
 
 @dataclass(slots=True)
@@ -30,24 +32,29 @@ class Element:
     step: int
     source_segment: str
 
-    def source(self, e: Context) -> int:
+    def source(self, e: Context, length: int | None = None) -> int:
         offset = e.st.q[RSI] & MASK[self.address_size]
-        return e.linear(self.source_segment, offset, self.size)
+        return e.linear(self.source_segment, offset, length or self.size)
 
-    def destination(self, e: Context, *, write: bool = True) -> int:
+    def destination(self, e: Context, *, write: bool = True, length: int | None = None) -> int:
         offset = e.st.q[RDI] & MASK[self.address_size]
-        return e.linear("es", offset, self.size, write=write)
+        return e.linear("es", offset, length or self.size, write=write)
 
-    def advance(self, e: Context, number: int) -> None:
-        value = e.st.q[number]
-        mask = MASK[self.address_size]
-        e.put_number(number, self.address_size, value + self.step & mask)
+    def advance(self, e: Context, number: int, elements: int = 1) -> None:
+        value = e.st.q[number] + self.step * elements & MASK[self.address_size]
+        e.put_number(number, self.address_size, value)
 
     def advance_source(self, e: Context) -> None:
         self.advance(e, RSI)
 
     def advance_destination(self, e: Context) -> None:
         self.advance(e, RDI)
+
+    def on_page(self, e: Context, number: int, address: int, count: int) -> int:
+        """Whole elements from ``address`` on that are on its page, at most ``count``, without the offset wrapping."""
+        mask = MASK[self.address_size]
+        room = min(PAGE - address % PAGE, mask + 1 - (e.st.q[number] & mask))
+        return min(count, room // self.size)
 
 
 def movs(e: Context, element: Element) -> None:
@@ -99,11 +106,46 @@ def outs(e: Context, element: Element) -> None:
     element.advance_source(e)
 
 
+# By the page: how many elements were done, or 0 where it has to go by the element
+
+
+def movs_run(e: Context, element: Element, count: int) -> int:
+    source, destination = element.source(e), element.destination(e)
+    count = element.on_page(e, RSI, source, element.on_page(e, RDI, destination, count))
+    length = count * element.size
+    if count < 2:
+        return 0
+    source, destination = element.source(e, length), element.destination(e, length=length)
+    at, to = e.cpu.ram(source, length), e.cpu.ram(destination, length, write=True)
+    if at is None or to is None or at < to < at + length:  # overlapping upwards, elements repeat
+        return 0
+    e.cpu.write(destination, e.cpu.read(source, length))
+    element.advance(e, RSI, count)
+    element.advance(e, RDI, count)
+    return count
+
+
+def stos_run(e: Context, element: Element, count: int) -> int:
+    destination = element.destination(e)
+    count = element.on_page(e, RDI, destination, count)
+    length = count * element.size
+    if count < 2:
+        return 0
+    destination = element.destination(e, length=length)
+    if e.cpu.ram(destination, length, write=True) is None:
+        return 0
+    value = (e.st.q[RAX] & MASK[element.size]).to_bytes(element.size, "little")
+    e.cpu.write(destination, value * count)
+    element.advance(e, RDI, count)
+    return count
+
+
 Operation = Callable[[Context, Element], None]
 
 _OPERATIONS: dict[str, Operation] = {
     "MOVS": movs, "STOS": stos, "LODS": lods, "CMPS": cmps, "SCAS": scas, "INS": ins, "OUTS": outs,
 }  # fmt: skip
+_RUNS: dict[Operation, Callable[[Context, Element, int], int]] = {movs: movs_run, stos: stos_run}
 _SIZES = {"B": 1, "W": 2, "D": 4, "Q": 8}
 _STRINGS: dict[int, tuple[Operation, int]] = {
     getattr(Mnemonic, name + letter): (operation, size)
@@ -144,10 +186,14 @@ def string(e: Context, i: Instruction) -> None:
     flags_before = st.flags
     if element.address_size == 4 and e.bits == 64 and not e.cpuid.is_amd:
         _truncate(e, operation)
-    for _ in range(MAX_ELEMENTS):
+    run = _RUNS.get(operation) if element.step > 0 else None
+    for _ in range(MAX_ROUNDS):
         count = st.q[RCX] & MASK[element.address_size]
         if not count:
             return
+        if run is not None and (done := run(e, element, count)):
+            e.put_number(RCX, element.address_size, count - done)
+            continue
         try:
             operation(e, element)
         except GuestFault:

@@ -619,6 +619,10 @@ class TranslateVcpu:
     def check_write(self, va: int, size: int, supervisor: bool = False) -> None:
         self._pieces(va, size, True, supervisor)
 
+    def ram(self, va: int, size: int, *, write: bool = False) -> int | None:
+        gpa = self.physical(va, write=write)
+        return gpa if self.memory.is_ram(gpa, size) else None
+
     def flush_tlb(self, global_too: bool) -> None:
         self._flush(1 if global_too else 0)
 
