@@ -415,6 +415,46 @@ def test_one_shot(time: Time) -> None:
     assert not apic.pending()
 
 
+def test_a_short_one_shot_fires_however_slow_the_host_is(time: Time) -> None:
+    """Linux arms 1 us ahead; when that had passed before we were done, it once never came, and Linux slept for good."""
+    apic = Cpus(time).all[0]
+    read = time.clock.counter
+
+    def slow() -> int:
+        time.counter += 10_000
+        return read()
+
+    time.clock.counter = slow
+    apic.write(regs.LVT_TIMER, 4, 0xEF)
+    apic.write(regs.INITIAL_COUNT, 4, 1)
+    time.clock.counter = read
+    time.pass_ns(10_000)
+    assert apic.acknowledge() == 0xEF
+
+
+def test_changes_of_mode_and_rate_while_counting(time: Time) -> None:
+    apic = Cpus(time).all[0]
+    apic.write(regs.DIVIDE, 4, 0xB)
+    apic.write(regs.LVT_TIMER, 4, 0x2_00EF)
+    apic.write(regs.INITIAL_COUNT, 4, 1_000_000)
+    time.pass_ns(1_600_000)
+    assert apic.acknowledge() == 0xEF and apic.read(regs.CURRENT_COUNT, 4) == 400_000
+    apic.write(regs.EOI, 4, 0)
+    apic.write(regs.LVT_TIMER, 4, 0xEF)
+    assert apic.read(regs.CURRENT_COUNT, 4) == 400_000, "the same count, once more only"
+    apic.write(regs.DIVIDE, 4, 0)
+    assert apic.read(regs.CURRENT_COUNT, 4) == 400_000
+    time.pass_ns(799_999)
+    assert not apic.pending()
+    time.pass_ns(1)
+    assert apic.acknowledge() == 0xEF and apic.read(regs.CURRENT_COUNT, 4) == 0
+    apic.write(regs.EOI, 4, 0)
+    apic.write(regs.DIVIDE, 4, 1)
+    apic.write(regs.LVT_TIMER, 4, 0x2_00EF)
+    time.pass_ns(10_000_000)
+    assert not apic.pending(), "what has expired stays so until a count is written"
+
+
 @pytest.mark.parametrize(("code", "divider"), [(0, 2), (1, 4), (2, 8), (3, 16), (8, 32), (9, 64), (10, 128), (11, 1)])
 def test_divider(time: Time, code: int, divider: int) -> None:
     apic = Cpus(time).all[0]

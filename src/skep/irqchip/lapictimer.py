@@ -57,23 +57,22 @@ class ApicTimer(Fields):
         """The LVT entry was written. Entering or leaving TSC-deadline mode disarms (11.5.4.1)."""
         if mode == self.mode:
             return
+        left = self.current_count()
         if TSC_DEADLINE in (mode, self.mode):
-            self.initial_count = self.tsc_deadline = 0
+            self.initial_count = self.deadline = self.tsc_deadline = 0
         self.mode = mode
-        self._schedule()
+        self._go_on(left)
+
+    def set_divide(self, divide: int) -> None:
+        left = self.current_count()
+        self.divide = divide
+        self._go_on(left)
 
     def set_initial_count(self, count: int) -> None:
         if self.mode != TSC_DEADLINE:
             self.initial_count = count
             self.start = self._clock.now_ns()
-            self._schedule()
-
-    def set_divide(self, divide: int) -> None:
-        """The count goes on from where it is, at the new rate."""
-        gone = self.initial_count - self.current_count()
-        self.divide = divide
-        self.start = self._clock.now_ns() - gone * self._divider()
-        self._schedule()
+            self._count_from(self.start, count)
 
     def set_tsc_deadline(self, deadline: int) -> None:
         if self.mode != TSC_DEADLINE:
@@ -86,7 +85,7 @@ class ApicTimer(Fields):
             self._arm()
 
     def current_count(self) -> int:
-        if not self.initial_count:
+        if not self.deadline:
             return 0
         gone = (self._clock.now_ns() - self.start) // self._divider()
         if self.mode == PERIODIC:
@@ -98,17 +97,21 @@ class ApicTimer(Fields):
         code = (self.divide & 8) >> 1 | self.divide & 3
         return 1 if code == 7 else 2 << code
 
-    def _schedule(self) -> None:
-        """Find the next expiry of the count, and arm."""
-        self.deadline = 0
-        if self.initial_count:
-            period = self.initial_count * self._divider()
+    def _go_on(self, left: int) -> None:
+        """The count, if it runs, goes on from ``left`` in the present mode, at the present rate."""
+        if self.deadline:
             now = self._clock.now_ns()
-            expiries = (now - self.start) // period
-            if self.mode == PERIODIC:  # those that were missed are one in IRR anyway
-                self.deadline = max(self.start + (expiries + 1) * period, now + MIN_PERIOD_NS)
-            elif not expiries:
-                self.deadline = self.start + period
+            self.start = now - (self.initial_count - left) * self._divider()
+            self._count_from(now, left)
+        else:
+            self._arm()
+
+    def _count_from(self, now: int, count: int) -> None:
+        # Not compared with the clock: however late it is by now, the expiry is still to come.
+        ahead = count * self._divider()
+        if self.mode == PERIODIC:
+            ahead = max(ahead, MIN_PERIOD_NS)
+        self.deadline = now + ahead if self.initial_count else 0
         self._arm()
 
     def _arm(self) -> None:
@@ -121,7 +124,11 @@ class ApicTimer(Fields):
 
     def _fire(self) -> None:
         if self.mode == PERIODIC:
-            self._schedule()
+            now = self._clock.now_ns()
+            period = self.initial_count * self._divider()
+            expiries = (now - self.start) // period  # those that were missed are one in IRR anyway
+            self.deadline = max(self.start + (expiries + 1) * period, now + MIN_PERIOD_NS)
+            self._arm()
         else:
             self.deadline = self.tsc_deadline = 0
         self._expired()
