@@ -29,8 +29,10 @@ class Terminal:
             return False
 
     def raw(self) -> None:
-        """Every key goes to the guest: no echo, no lines, no signals (cfmakeraw(3)), but output still turns a line
-        feed into a new line, for what we ourselves have to say."""
+        """Every key goes to the guest, and what the guest prints comes out as it is (cfmakeraw(3)).
+
+        A line feed does not return the carriage any more, also for what we ourselves have to say.
+        """
         self._saved = termios.tcgetattr(self._fd)
         self._start_guard()
         mode = termios.tcgetattr(self._fd)
@@ -44,6 +46,7 @@ class Terminal:
             | termios.ICRNL
             | termios.IXON
         )
+        mode[_OFLAG] &= ~termios.OPOST
         mode[_LFLAG] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
         mode[_CFLAG] = mode[_CFLAG] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
         mode[_CC][termios.VMIN] = 1

@@ -42,13 +42,14 @@ def run(tree: Tree, verbose: bool) -> int:
 
 
 class Messages:
-    """What we say to the user while the guest may have the terminal."""
+    """What we say to the user while the guest may have the terminal, and with it the meaning of a line feed."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
+        self._end = "\r\n" if sys.stderr.isatty() else "\n"
 
     def say(self, line: str) -> None:
-        print(f"skep: {line}", file=sys.stderr, flush=True)
+        print(f"skep: {line}", file=sys.stderr, end=self._end, flush=True)
 
     def say_once(self, line: str) -> None:
         if line not in self._said:
