@@ -322,6 +322,7 @@ class Vm:
             case Step.RESET:
                 frozen = after is State.FROZEN
                 self._processors_off()
+                gc.collect()  # no automatic collection while guests run, and an engine's VM may be full of cycles
                 if not frozen:
                     board.pause()
                 state = board.reset()
@@ -346,15 +347,15 @@ class Vm:
     def _power_on(self, state: Any, *, paused: bool) -> None:
         """The first processor runs, unless ``paused``; the others wait to be started by it."""
         self._parting = False
+        if not self._tuned:  # before the engine makes what a reset is to collect
+            self._tuned = True
+            _interpreter.enter()
         board = self.board
         self._engine_vm = self._engine.create_vm(
             board.memory, board.io, board.cpus, self.settings.cpu_model, board.clock.tsc_offset
         )
         board.clock.add_offset_listener(self._engine_vm.set_tsc_offset)
         self._processors = [_Processor(self, i, board, self._engine_vm, paused=paused) for i in range(board.cpus)]
-        if not self._tuned:
-            self._tuned = True
-            _interpreter.enter()
         self._processors[0].begin(state)
 
     def _park(self) -> None:
@@ -480,7 +481,7 @@ class _Processor:
         """Halted with interrupts off."""
         self._vm = vm
         self._board = board
-        self._engine_vm = engine_vm
+        self._engine_vm: EngineVm | None = engine_vm
         self._vcpu: Vcpu | None = None
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
@@ -546,7 +547,7 @@ class _Processor:
         self._wake.set()
 
     def end(self) -> None:
-        """The thread is over when it returns, and the vCPU closed."""
+        """The thread is over when it returns, the vCPU closed, and nothing of the engine is held any more."""
         with self._guard:
             self._ending = True
         self._interrupt()
@@ -554,6 +555,7 @@ class _Processor:
             self._thread.join(_PATIENCE)
             if self._thread.is_alive():
                 raise InternalError(f"processor {self.index} does not end")
+        self._vcpu = self._engine_vm = None
 
     def _interrupt(self) -> None:
         vcpu = self._vcpu
@@ -596,9 +598,12 @@ class _Processor:
         return None
 
     def _set_going(self) -> None:
-        if self._vcpu is None:
-            self._vcpu = self._engine_vm.create_vcpu(self.index, self._board.interrupts(self.index))
-        self._vcpu.set_state(self._next_state)
+        vcpu = self._vcpu
+        if vcpu is None:
+            if self._engine_vm is None:
+                raise InternalError(f"processor {self.index} was started after its end")
+            vcpu = self._vcpu = self._engine_vm.create_vcpu(self.index, self._board.interrupts(self.index))
+        vcpu.set_state(self._next_state)
         self._held, self._next_state, self._halted = False, None, None
 
     def _handle(self, exit_: Exit, vcpu: Vcpu) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,18 @@ def test_the_guests_reset_starts_again_with_the_files_as_they_were(make: Make, k
     assert memory.read(LOAD, len(CODE)) == CODE and memory.read(32 << 20, 9) == bytes(9)
     time.sleep(0.02)
     assert len(engine.vms) == 2, "one reset, however often it was asked for"
+
+
+def test_a_reset_lets_go_of_the_engines_vm(make: Make) -> None:
+    """Though it is full of cycles, and the collector rests."""
+    vm = make(spin)
+    vm.start()
+    engine = vm.engine
+    assert isinstance(engine, ScriptedEngine) and vcpu(vm).vm is engine.vms[0]
+    old = weakref.ref(engine.vms.pop())
+    vm.reset()
+    vcpu(vm)
+    assert old() is None
 
 
 @pytest.mark.parametrize("error", [UserError("no more of this"), ZeroDivisionError("oops")])
