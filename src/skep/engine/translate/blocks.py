@@ -23,7 +23,7 @@ from iced_x86 import Decoder, Instruction
 from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
 from skep.engine.translate.compiler import compile_functions
 from skep.engine.translate.layout import HASH_BITS, HASH_ENTRY, JC, JC_ARRAY, OFFSETS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
-from skep.engine.translate.lower import ALL_FLAGS, TAG32, TLB_MASK, Ends, Form, Lowering, Template
+from skep.engine.translate.lower import ALL_FLAGS, TLB_MASK, Ends, Form, Lowering, Open, Template
 from skep.engine.translate.runtime import ROUTINES
 from skep.engine.translate.stubs import Stubs, restore_flags, save_flags
 from skep.engine.translate.stubs import field as state
@@ -37,9 +37,10 @@ MAX_BLOCKS = (1 << HASH_BITS) * 5 // 8
 GIVE_UP = 200
 """A code page that is written this often is forgotten whole, so that data beside dead code is cheap again."""
 
+_MAP_NORESERVE = 0x4000
+_ONES = (1 << 64) - 1
 _i32 = struct.Struct("<i").pack_into
 _NOPS = (b"", b"\x90", b"\x66\x90", b"\x0f\x1f\x00")
-_RELATIVE_KEY = b"rip!"
 
 
 def _frag(build: Callable[[Assembler], None]) -> bytes:
@@ -129,12 +130,16 @@ class Cache:
         self.buffer = CodeBuffer(size)
         self.code = self.buffer.view
         frames = (memory.top + 4095) >> 12
-        self._tables = [mmap.mmap(-1, (HASH_ENTRY << HASH_BITS)), mmap.mmap(-1, frames * 8), mmap.mmap(-1, frames)]
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        sizes = (HASH_ENTRY << HASH_BITS, frames * 8, frames, frames * 512)
+        self._tables = [mmap.mmap(-1, size, flags=flags) for size in sizes]
         self._pins = [ctypes.c_char.from_buffer(t) for t in self._tables]
-        self.hash_address, self.mask_address, self.wmapped_address = (ctypes.addressof(p) for p in self._pins)
+        self.hash_address, self.mask_address, self.wmapped_address, self.bytes_address = (ctypes.addressof(p) for p in self._pins)
         self._hash = memoryview(self._tables[0]).cast("B").cast("Q")
         self.mask = memoryview(self._tables[1]).cast("B").cast("Q")
         self.wmapped = memoryview(self._tables[2])
+        self._bytes = memoryview(self._tables[3]).cast("B").cast("Q")
+        """A word for each line of 64 bytes: which of them were translated."""
         unit = compile_functions(ROUTINES, self.buffer.rx)
         self.code[: len(unit.code)] = unit.code
         self.routines = {name: self.buffer.rx + offset for name, offset in unit.entry.items()}
@@ -148,6 +153,7 @@ class Cache:
         self._order: list[Block] = []
         self._writes: dict[int, int] = {}
         self._modes: dict[int, tuple[Lowering, dict[bytes, Form]]] = {}
+        self._shapes: dict[int, dict[tuple[bytes, Open], Form]] = {}
         self._prologues: dict[tuple[int, bool], tuple[bytes, int, int, int]] = {}
         self._peeks: dict[int, int] = {}
         self._ins = Instruction()
@@ -159,6 +165,7 @@ class Cache:
     def close(self) -> None:
         self.mask.release()
         self.wmapped.release()
+        self._bytes.release()
         self._hash.release()
         self._pins.clear()
         for t in self._tables:
@@ -171,7 +178,28 @@ class Cache:
         known = self._modes.get(mode)
         if known is None:
             known = self._modes[mode] = (Lowering(mode), {})
+            self._shapes[mode] = {}
         return known
+
+    def _shape(self, lowering: Lowering, key: bytes, ins: Instruction, decoder: Decoder, relative: bool) -> Form:
+        """The form of an instruction seen for the first time: that of its bytes without the constants that it leaves open."""
+        open_ = lowering.opens(ins, decoder)
+        shape = bytearray(key)
+        if open_.disp_size:
+            shape[open_.disp : open_.disp + open_.disp_size] = b"displace"[: open_.disp_size]
+        if open_.imm_size:
+            shape[open_.imm : open_.imm + open_.imm_size] = b"immediat"[: open_.imm_size]
+        if relative:
+            where = decoder.get_constant_offsets(ins).displacement_offset
+            shape[where : where + 4] = b"rip!"
+        shapes = self._shapes[lowering.mode]
+        name = (bytes(shape), open_)
+        form = shapes.get(name)
+        if form is None:
+            form = shapes[name] = lowering.form(ins, relative)
+            if not form.emulate:
+                form.open = open_
+        return form
 
     def live_at(self, page: int, offset: int, mode: int) -> int:
         """The flags that code at ``offset`` of the page reads before it writes them, as far as a short look tells."""
@@ -195,12 +223,16 @@ class Cache:
             if ins.code == 0:
                 break
             n = ins.len
-            form = forms.get(data[at : at + n])
+            b = data[at]
+            key = data[at : at + n]
+            if 0x70 <= b < 0x80 or b == 0xE9 or b == 0xEB or b == 0xE8 or (b == 0x0F and data[at + 1] & 0xF0 == 0x80):
+                key = key[: 1 + (b == 0x0F)]
+            form = forms.get(key)
             if form is None:
                 relative = ins.is_ip_rel_memory_operand
-                form = lowering.form(ins, relative)
-                if not relative and not 0 < form.ends <= Ends.CALL:
-                    forms[data[at : at + n]] = form
+                form = self._shape(lowering, data[at : at + n], ins, decoder, relative)
+                if not relative:
+                    forms[key] = form
             at += n
             need |= open_ & form.reads
             open_ &= form.keeps
@@ -277,13 +309,11 @@ class Cache:
                 form = get(key)
                 if form is None:
                     relative = ins.is_ip_rel_memory_operand
+                    form = self._shape(lowering, key, ins, decoder, relative)
                     if relative:
                         extra = ins.memory_displacement
-                        where = decoder.get_constant_offsets(ins).displacement_offset
-                        key = key[:where] + _RELATIVE_KEY + key[where + 4 :]
-                        form = get(key)
-                    if form is None:
-                        form = forms[key] = lowering.form(ins, relative)
+                    elif n <= 7:
+                        forms[key] = form
                     if relative:
                         if extra >= half:
                             extra -= half << 1
@@ -323,7 +353,7 @@ class Cache:
         follow = offset + size
         # Which flags must survive: backwards.
         last = items[-1][0]
-        if ends in (Ends.NO, Ends.MODE, Ends.JCC, Ends.LOOP) and 0 <= follow < 4096:
+        if ends in (Ends.NO, Ends.MODE, Ends.JCC, Ends.LOOP, Ends.LOOK) and 0 <= follow < 4096:
             live = live_at(page, follow, mode)
         else:
             live = ALL_FLAGS
@@ -429,10 +459,15 @@ class Cache:
                     slow.append((base + jump, base + back, desc | at, saved))
                 for hole, what, add in t.holes:
                     _i32(out, base + hole, add + (at if what == 0 else at + n if what == 1 else extra))
+                for to, of, k in t.copies:
+                    of += at - offset
+                    out[base + to : base + to + k] = data[of : of + k]
             if e == Ends.JMP or e == Ends.CALL:
                 leave(extra, extra <= at or shadow, mode)
             elif e == Ends.MODE:
                 leave(at + n, False, mode ^ Mode.AC)
+            elif e == Ends.LOOK:
+                leave(at + n, True, mode)
         if ends in (Ends.NO, Ends.JCC):
             leave(follow, shadow, mode)
         # What is rarely run
@@ -467,7 +502,7 @@ class Cache:
         if form.emulate:
             t = lowering.emulated_template
         else:
-            t = lowering.template(ins, data[index : index + n], live)
+            t = lowering.template(ins, data[index : index + n], live, None, form.open)
         form.templates[1 if live else 0] = t
         return t
 
@@ -566,12 +601,25 @@ class Cache:
         frame = pa >> 12
         if self.wmapped[frame]:
             self._clear_write_tags(pa & ~4095)
-        self.mask[frame] |= _lines(pa, n)
+        self._mark(pa, n)
         page = self._pages.get(frame)
         if page is None:
             self._pages[frame] = [block]
         else:
             page.append(block)
+
+    def _mark(self, pa: int, n: int) -> None:
+        """[pa, pa + n), in one page, has been translated."""
+        line = pa >> 6
+        last = pa + n - 1 >> 6
+        words = self._bytes
+        first = pa & 63
+        while line < last:
+            words[line] |= _ONES << first & _ONES
+            first = 0
+            line += 1
+        words[line] |= (1 << (pa + n - 1 & 63) + 1) - (1 << first)
+        self.mask[pa >> 12] |= _lines(pa, n)
 
     # A single instruction with operands in bounce buffers
 
@@ -671,8 +719,15 @@ class Cache:
         self._writes[frame] = count
         everything = count % GIVE_UP == 0
         keep: list[Block] = []
-        mask = 0
         base = frame << 12
+        words = self._bytes
+        mask = self.mask[frame]
+        index = base >> 6
+        while mask:  # the page's words anew, from the blocks that stay
+            bit = mask & -mask
+            words[index + bit.bit_length() - 1] = 0
+            mask ^= bit
+        self.mask[frame] = 0
         for block in blocks:
             if block.pa >> 12 == frame:
                 first, last = block.pa, min(block.pa + block.size, base + 4096)
@@ -682,12 +737,11 @@ class Cache:
                 self.kill(block)
             else:
                 keep.append(block)
-                mask |= _lines(first, last - first)
+                self._mark(first, last - first)
         if keep:
             self._pages[frame] = keep
         else:
             self._pages.pop(frame, None)
-        self.mask[frame] = mask
 
     def forget_all(self) -> None:
         """Drop every translation. Guest code is not running; jump caches are dropped by whoever sees ``generation`` change."""
@@ -695,6 +749,7 @@ class Cache:
         self._peeks.clear()
         for frame in self._pages:
             self.mask[frame] = 0
+        self._tables[3].madvise(mmap.MADV_DONTNEED)
         self._pages.clear()
         self._writes.clear()
         self._starts.clear()
@@ -729,4 +784,4 @@ def _lines(pa: int, n: int) -> int:
     return (1 << last + 1) - (1 << first)
 
 
-__all__ = ["TAG32", "Block", "Cache"]
+__all__ = ["Block", "Cache"]

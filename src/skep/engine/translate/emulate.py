@@ -29,6 +29,7 @@ from skep.engine.translate.port import CpuPort, GuestFault
 MAX_LENGTH = 15
 PAGE = 4096
 
+MEANT_AS_UNDEFINED = frozenset((Mnemonic.UD0, Mnemonic.UD1, Mnemonic.UD2))
 SETS_RF = frozenset((Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ))
 
 HANDLERS: dict[int, Handler] = {
@@ -65,7 +66,8 @@ class Emulator(Context):
         self.next_rip = i.next_ip & M64 if self.bits == 64 else i.next_ip & M32
         handler = HANDLERS.get(i.mnemonic)
         if handler is None:
-            self.refused.append(f"{st.rip:#x}: {i}")
+            if i.mnemonic not in MEANT_AS_UNDEFINED:
+                self.refused.append(f"{st.rip:#x}: {i}")
             raise GuestFault(Vector.UD)
         handler(self, i)
         st.rip = self.next_rip

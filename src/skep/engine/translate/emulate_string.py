@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from iced_x86 import Instruction, Mnemonic, OpKind, Register
 
-from skep.engine.amd64.registers import Rflags
+from skep.engine.amd64.registers import Rflags, Vector
 from skep.engine.translate.context import M32, MASK, RAX, RCX, RDI, RDX, RSI, SEGMENT_NAME, Context, Handler
 from skep.engine.translate.emulate_integer import subtract_flags
 from skep.engine.translate.emulate_system import check_port
@@ -173,6 +173,8 @@ def _truncate(e: Context, operation: Operation) -> None:
 
 
 def string(e: Context, i: Instruction) -> None:
+    if not i.is_string_instruction:  # SSE2 has a MOVSD and a CMPSD too, which are translated, never emulated
+        raise GuestFault(Vector.UD)
     operation, size = _STRINGS[i.mnemonic]
     element = _element(e, i, size)
     if operation in (ins, outs):  # even where the count is 0

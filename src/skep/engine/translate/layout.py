@@ -50,6 +50,7 @@ _FIELDS = (
     "low_end",  # end of low RAM
     "high_base", "high_size",
     "codemask",  # host address of a u64 per guest page frame: bit i is set where its 64-byte line i was translated
+    "codebytes",  # host address of a u64 per 64-byte line of guest memory: bit i is set where its byte i was translated
     "wmapped",  # host address of a byte per guest page frame: 1 where some TLB entry may hold a write tag
     "hash",  # host address of the block table
     "rw_delta",  # writable alias of the code buffer less its executable address
@@ -65,7 +66,7 @@ _FIELDS = (
     "target",  # host address to enter at
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
-    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "span_exit", "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs",
+    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "span_exit", "port_exit", "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs",
     "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link",  # counters
 )
 
@@ -122,6 +123,7 @@ class Kind:
     FAULT = 4  # the host CPU faulted in guest code
     EXCEPTION = 5  # deliver #PF with error code w_error, address va, at rip, in Python
     SPAN = 7  # a block on two pages whose second is not in the TLB, or is another now
+    PORT = 8  # IN or OUT: info is lower.port_info; rip is behind it
     PAIR = 6  # map the frames of tag `info` side by side, then run the instruction at rip again
 
 

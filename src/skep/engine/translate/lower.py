@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 from iced_x86 import (
     Code,
+    Decoder,
     Encoder,
     FlowControl,
     Instruction,
@@ -77,6 +78,7 @@ class Ends:
     LOOP = 5  # LOOP, LOOPcc, JCXZ: short forms only, that touch no flag
     SHADOW = 6  # STI: one more instruction, then look for interrupts
     MODE = 7  # STAC, CLAC: goes on in another mode
+    LOOK = 8  # POPF: goes on behind itself after looking for interrupts
 
 
 @dataclass(slots=True)
@@ -86,11 +88,23 @@ class Template:
     """(offset of the ja's displacement, offset to come back to, descriptor, flags are saved at the ja)"""
     holes: tuple[tuple[int, int, int], ...] = ()
     """(offset, what to put there, what to add to it)"""
+    copies: tuple[tuple[int, int, int], ...] = ()
+    """(offset, offset in the guest's instruction, bytes): displacement and immediate, where the form leaves them open"""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Where in its bytes an instruction has constants that its form leaves open; 0 bytes: none."""
+
+    disp: int = 0
+    disp_size: int = 0
+    imm: int = 0
+    imm_size: int = 0
 
 
 @dataclass(slots=True)
 class Form:
-    """What is known of an instruction's bytes in one mode."""
+    """What is known of an instruction's bytes in one mode. Instructions that differ only in open constants share it."""
 
     keeps: int = ALL_FLAGS  # mask of flags that it certainly leaves as they were
     reads: int = 0
@@ -98,6 +112,7 @@ class Form:
     cond: int = 0
     relative: bool = False  # has a RIP-relative operand, blanked in the key
     emulate: bool = False
+    open: Open = Open()
     templates: list[Template | None] = field(default_factory=lambda: [None, None])
 
 
@@ -169,6 +184,8 @@ _FXSAVE = {Mnemonic.FXSAVE, Mnemonic.FXSAVE64}
 _FXRSTOR = {Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64}
 _WRITES = (OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
 _PLAIN_WRITE = (OpAccess.WRITE,)
+_SHIFTS = frozenset(_BY_CL)
+"""Their count decides which flags they change."""
 _BORROWED = (RBX, RBP, RSI, RDI, R8, Reg(12), Reg(13), Reg(14), Reg(15), RDX, RCX, RAX)
 
 TLB_MASK = (TLB_ENTRIES - 1) * TLB_ENTRY
@@ -199,6 +216,10 @@ class Lowering:
         self._encoder = Encoder(64)
         self._handlers: dict[int, Callable[[Instruction], None]] = self._special()
         self.bounce: dict[int, int] | None = None
+        self._checks: dict[tuple[int, bool, bool], tuple[bytes, int]] = {}
+        special = set(self._handlers) - {Mnemonic.MOV, Mnemonic.LEA}
+        self._closed = frozenset(special)
+        """Mnemonics whose constants templates do not leave open."""
         self.emulated = Form(keeps=0, reads=ALL_FLAGS, ends=Ends.YES, emulate=True)
         self.dispatch_code = self._fragment(self.dispatch)
         self.done_code = self._fragment(lambda: self.a.jmp(state("done_exit")))
@@ -243,6 +264,12 @@ class Lowering:
             form.keeps = ALL_FLAGS
         elif m == Mnemonic.STI:
             form.ends = Ends.SHADOW
+        elif m == Mnemonic.POPFQ:
+            form.ends = Ends.LOOK
+            form.keeps = form.reads = 0
+        elif m in (Mnemonic.IN, Mnemonic.OUT):
+            form.ends = Ends.YES
+            form.keeps = ALL_FLAGS
         elif m in (Mnemonic.STAC, Mnemonic.CLAC):
             form.ends = Ends.MODE if self.legality & Legality.SMAP else Ends.NO
             form.keeps, form.reads = ALL_FLAGS, 0
@@ -325,6 +352,10 @@ class Lowering:
             if flow in (FlowControl.INDIRECT_BRANCH, FlowControl.INDIRECT_CALL):
                 return code in ((Code.JMP_RM64, Code.CALL_RM64) if self.wide else (Code.JMP_RM32, Code.CALL_RM32))
             return not self._branch_is_python(ins)
+        if m in (Mnemonic.IN, Mnemonic.OUT):
+            return not self.user
+        if m == Mnemonic.POPFQ:
+            return not self.user and self.wide
         if m in (Mnemonic.STI, Mnemonic.CLI, Mnemonic.SWAPGS, Mnemonic.STAC, Mnemonic.CLAC, Mnemonic.INVLPG):
             return not self.user and (self.wide or m in (Mnemonic.STI, Mnemonic.CLI))
         if m == Mnemonic.IRETQ:
@@ -375,15 +406,33 @@ class Lowering:
 
     # Templates
 
-    def template(self, ins: Instruction, data: bytes, live: bool, bounce: dict[int, int] | None = None) -> Template:
+    def opens(self, ins: Instruction, decoder: Decoder) -> Open:
+        """Which constants of an instruction templates can take from its bytes each time."""
+        if ins.mnemonic in self._closed or ins.is_invalid:
+            return Open()
+        where = decoder.get_constant_offsets(ins)
+        disp, disp_size = where.displacement_offset, where.displacement_size
+        if disp_size not in (1, 4, 8) or ins.is_ip_rel_memory_operand:
+            disp = disp_size = 0
+        imm, imm_size = where.immediate_offset, where.immediate_size
+        if where.has_immediate2 or ins.mnemonic in _SHIFTS:
+            imm = imm_size = 0
+        return Open(disp, disp_size, imm, imm_size)
+
+    def template(
+        self, ins: Instruction, data: bytes, live: bool, bounce: dict[int, int] | None = None, open_: Open = Open()
+    ) -> Template:
         """Lower one instruction. ``live``: flags must survive its checks. ``bounce``: {access number: address mod 64} of the operands that
-        lie in bounce buffers; such a template is run alone."""
+        lie in bounce buffers; such a template is run alone. ``open_``: constants that the template leaves open."""
+        self.open = open_
+        self.copies: list[tuple[int, int, int]] = []
         self.a = Assembler()
         self.checks: list[tuple[int, int, int, bool]] = []
         self.holes: list[tuple[int, int, int]] = []
         self.live = live
         self.count = 0
         self.bounce = bounce
+        self.data = data
         if self._is_python(ins):
             self.emulate()
         else:
@@ -395,7 +444,7 @@ class Lowering:
                 pass
             else:
                 self.generic(ins, data)
-        return Template(self.a.code(0), tuple(self.checks), tuple(self.holes))
+        return Template(self.a.code(0), tuple(self.checks), tuple(self.holes), tuple(self.copies))
 
     def emulate(self) -> None:
         """Leave: Python has this one."""
@@ -436,21 +485,32 @@ class Lowering:
             a.mov(R10, state("self_"))
             a.lea(R10, Mem(R10, disp=BOUNCE + number * BOUNCE_SIZE + self.bounce[number]))
             return
+        key = (size, bool(access), self.live)
+        known = self._checks.get(key)
+        if known is None:
+            known = self._checks[key] = self._check_code(*key)
+        start = len(a)
+        a.raw(known[0])
+        self.checks.append((start + known[1], len(a), number << 26 | self.array << 24 | access << 22 | size << 12, self.live))
+
+    def _check_code(self, size: int, write: bool, live: bool) -> tuple[bytes, int]:
+        """The check, and where the displacement of its way out stands."""
+        a = Assembler()
         base = TLB + self.array * TLB_ARRAY
-        if self.live:
+        if live:
             save_flags(a)
         a.mov(R11, R10, size=32)
         a.shr(R11, 7, size=32)
         a.and_(R11, TLB_MASK, size=32)
-        a.xor(R10, Mem(R11, disp=base + (TLB_WRITE if access else TLB_READ), gs=True))
+        a.xor(R10, Mem(R11, disp=base + (TLB_WRITE if write else TLB_READ), gs=True))
         a.cmp(R10, 4096 - size)
         a.raw(b"\x0f\x87")
         jump = len(a)
         a.raw(bytes(4))
         a.add(R10, Mem(R11, disp=base + TLB_HOST, gs=True))
-        if self.live:
+        if live:
             restore_flags(a)
-        self.checks.append((jump, len(a), number << 26 | self.array << 24 | access << 22 | size << 12, self.live))
+        return a.code(0), jump
 
     def load(self, reg: int, number: int) -> None:
         """``reg`` = a guest register."""
@@ -470,7 +530,13 @@ class Lowering:
             self.page_plus(R10, HOLE_TARGET)
             narrow = base == Register.EIP
         elif base == Register.NONE and index == Register.NONE:
-            a.mov(R10, disp)
+            size = self.open.disp_size
+            if size:
+                a.raw(b"\x49\xba" if size == 8 else b"\x49\xc7\xc2")  # mov r10, imm64 or imm32
+                self.copies.append((len(a), self.open.disp, size))
+                a.raw(bytes(size))
+            else:
+                a.mov(R10, disp)
         else:
             if RegisterExt.is_vector_register(index):
                 raise Unsupported
@@ -491,7 +557,11 @@ class Lowering:
                     a.mov(R11, gs(n * 8))
                     hi = R11
             d = _signed(disp & 0xFFFFFFFF, 32)
-            if hi is None and d == 0 and hb is not None:
+            n = self.open.disp_size
+            if n:
+                a.lea(R10, Mem(hb, hi, ins.memory_index_scale, 0x11 if n == 1 and hb is not None else 0x11111111))
+                self.copies.append((len(a) - n, self.open.disp, n))
+            elif hi is None and d == 0 and hb is not None:
                 if hb != R10:
                     a.mov(R10, Reg(hb))
             else:
@@ -519,6 +589,8 @@ class Lowering:
         ]
         moved = [(i, r) for i, r in registers if home(_GENERAL[r][0]) != _GENERAL[r][0]]
         if not memory and not moved and self.wide:
+            if self.open.imm_size:
+                self.copies.append((len(self.a) + self.open.imm, self.open.imm, self.open.imm_size))
             self.a.raw(data)
             return
         info = self._info.info(ins)
@@ -594,6 +666,8 @@ class Lowering:
             a.raw(bytes((0x86, 0xE0 | exchange | exchange << 3)))  # xchg of the register's two low bytes
         self._encoder.encode(y, 0)
         a.raw(self._encoder.take_buffer())
+        if self.open.imm_size:  # an immediate is an instruction's end
+            self.copies.append((len(a) - self.open.imm_size, self.open.imm, self.open.imm_size))
         if exchange is not None:
             a.raw(bytes((0x86, 0xE0 | exchange | exchange << 3)))
         for t, number in store:
@@ -610,6 +684,7 @@ class Lowering:
             m.LEAVE: self._leave, m.PUSHFQ: self._pushfq, m.STI: self._sti, m.CLI: self._cli, m.SWAPGS: self._swapgs, m.STAC: self._stac,
             m.CLAC: self._stac, m.INVLPG: self._invlpg, m.IRETQ: self._leave_by, m.SYSRETQ: self._leave_by, m.SYSCALL: self._leave_by,
             m.RDTSC: self._rdtsc, m.RDTSCP: self._rdtsc, m.RDFSBASE: self._segment_base, m.RDGSBASE: self._segment_base,
+            m.IN: self._port, m.OUT: self._port, m.POPFQ: self._popfq,
             m.WRFSBASE: self._segment_base, m.WRGSBASE: self._segment_base, m.FNSTENV: self._x87_environment, m.FNSAVE: self._x87_environment,
         }  # fmt: skip
         for k in _BIT_TESTS:
@@ -622,16 +697,15 @@ class Lowering:
             table[k] = self._fxsave
         return table
 
-    def _bytes_or_encode(self, ins: Instruction) -> None:
-        self._encoder.encode(ins, 0)
-        self.generic(ins, self._encoder.take_buffer())
+    def _plain(self, ins: Instruction) -> None:
+        self.generic(ins, self.data)
 
     def _mov(self, ins: Instruction) -> None:
         for i in range(ins.op_count):
             if ins.op_kind(i) == OpKind.REGISTER and ins.op_register(i) in _SYSTEM_REGISTERS:
                 self._mov_system(ins)
                 return
-        self._bytes_or_encode(ins)
+        self._plain(ins)
 
     def _mov_system(self, ins: Instruction) -> None:
         a = self.a
@@ -673,8 +747,9 @@ class Lowering:
         number, size = _GENERAL[ins.op0_register]
         parts = [_GENERAL[r][0] for r in (ins.memory_base, ins.memory_index) if r in _GENERAL]
         if self.wide and home(number) == number and all(home(n) == n for n in parts) and ins.memory_base not in (Register.RIP, Register.EIP):
-            self._encoder.encode(ins, 0)
-            a.raw(self._encoder.take_buffer())
+            if self.open.disp_size:
+                self.copies.append((len(a) + self.open.disp, self.open.disp, self.open.disp_size))
+            a.raw(self.data)
             return
         bare = ins.copy()
         bare.segment_prefix = Register.DS if not self.wide else Register.NONE
@@ -816,6 +891,41 @@ class Lowering:
         a.mov(Mem(R10), R11)
         self._stack_at(R9, -8)
 
+    def _popfq(self, ins: Instruction) -> None:
+        """POPFQ at CPL 0. Where it changes more than the arithmetic flags, DF and IF, Python does it."""
+        a = self.a
+        same = a.label()
+        a.mov(R10, R9)
+        self.check(8, READ)
+        a.mov(R11, Mem(R10))
+        a.mov(R10, R11)
+        a.xor(R10, state("sysfl"))
+        a.test(R10, 0x3E7100, size=32)
+        a.jcc(Cond.E, same)
+        self.emulate()
+        a.bind(same)
+        a.lea(R9, Mem(R9, disp=8))
+        a.mov(R10, R11, size=32)
+        a.and_(R10, 0x200, size=32)
+        a.mov(state("iflag"), R10)
+        a.shr(R10, 9, size=32)
+        a.and_(R10, state("irq"), size=32)
+        a.mov(gs(BRK_STI), R10, size=8)
+        a.and_(R11, 0xCD5, size=32)
+        a.push(R11)
+        a.popfq()
+
+    def _port(self, ins: Instruction) -> None:
+        """Leave with what the port access is: bytes, 0x10 for OUT, 0x20 for an immediate port, which stands at bit 16."""
+        out = ins.mnemonic == Mnemonic.OUT
+        value, port = (1, 0) if out else (0, 1)
+        info = _GENERAL[ins.op_register(value)][1] | (0x10 if out else 0)
+        if ins.op_kind(port) != OpKind.REGISTER:
+            info |= 0x20 | ins.immediate(port) << 16
+        self.a.mov(state("info"), info)
+        self.page_plus(R10, HOLE_NEXT)
+        self.a.jmp(state("port_exit"))
+
     def _sti(self, ins: Instruction) -> None:
         a = self.a
         a.mov(state("iflag"), 0x200)
@@ -907,7 +1017,7 @@ class Lowering:
 
     def _bit_test(self, ins: Instruction) -> None:
         if ins.op0_kind != OpKind.MEMORY or ins.op1_kind != OpKind.REGISTER:
-            self._bytes_or_encode(ins)
+            self._plain(ins)
             return
         # A register's bit offset reaches outside the operand: move the address to the word that holds the bit.
         a = self.a
@@ -946,7 +1056,7 @@ class Lowering:
 
     def _string(self, ins: Instruction) -> None:
         if not ins.is_string_instruction:
-            self._bytes_or_encode(ins)  # MOVSD of SSE2
+            self._plain(ins)  # MOVSD of SSE2
             return
         a = self.a
         op, shift = _STRINGS[ins.mnemonic]

@@ -81,7 +81,7 @@ class ModelSpecific:
             msrs.IA32_ARCH_CAPABILITIES: msrs.ARCH_CAPABILITIES_VALUE,
         }
         if self._cpuid.is_amd:
-            self._constants[msrs.AMD_HWCR] = msrs.HWCR_TSC_FREQ_SEL
+            self._kept |= msrs.AMD_RESET
         for index, name in IN_STATE.items():
             setattr(self._st, name, msrs.PAT_RESET if index == msrs.IA32_PAT else 0)
 
@@ -163,7 +163,7 @@ class ModelSpecific:
             return self._write_kept(index, value)
         if index == msrs.IA32_APIC_BASE or msrs.X2APIC_FIRST <= index <= msrs.X2APIC_LAST:
             return self._interrupts.write_msr(index, value)
-        return index == msrs.AMD_HWCR and self._cpuid.is_amd
+        return False
 
     @staticmethod
     def _valid_in_state(index: int, value: int) -> bool:
@@ -192,8 +192,10 @@ class ModelSpecific:
             valid = msrs.valid_mtrr_def_type(value)
         elif index == msrs.IA32_SPEC_CTRL:
             valid = not value & ~(msrs.SPEC_CTRL_IBRS | msrs.SPEC_CTRL_BHI_DIS_S)
-        else:  # IA32_MISC_ENABLE: what would hide CPUID leaves or NX does not go in
+        elif index == msrs.IA32_MISC_ENABLE:  # what would hide CPUID leaves or NX does not go in
             valid = not value & (msrs.MISC_ENABLE_LIMIT_CPUID | msrs.MISC_ENABLE_XD_DISABLE)
+        else:
+            valid = True
         if valid:
             self._kept[index] = value
         return valid
@@ -201,8 +203,9 @@ class ModelSpecific:
     # Saved state
 
     def save(self) -> dict[int, int]:
-        """All of :data:`skep.engine.amd64.msrs.SAVED`."""
-        return {index: value for index in msrs.SAVED if (value := self._read(index)) is not None}
+        """All of :data:`skep.engine.amd64.msrs.SAVED`, and AMD's own where the CPU is AMD's."""
+        indices = (*msrs.SAVED, *msrs.AMD_RESET) if self._cpuid.is_amd else msrs.SAVED
+        return {index: value for index in indices if (value := self._read(index)) is not None}
 
     def load(self, values: dict[int, int]) -> None:
         """Any subset of what ``save`` gave."""

@@ -87,6 +87,7 @@ UPPER = 0xFFFFFFFFFFFFFFFF
 WRITE, FETCH = 1, 2
 PF_P, PF_W, PF_U, PF_RSVD, PF_I = 1, 2, 4, 8, 16
 
+STRING = 1 << 28  # in a descriptor: a REP string instruction's
 SUPERVISOR, USER, SUPERVISOR_AC = 0, 1, 2
 ATTR_CODE64 = 0xA09B
 ATTR_UNUSABLE = 0x10000
@@ -344,6 +345,21 @@ def lines(gpa: int, size: int) -> int:
     return (UPPER << first) & (UPPER >> (63 - last))
 
 
+def is_code(gpa: int, size: int) -> int:
+    """Whether a byte of [gpa, gpa + size), which lies in one page, was translated."""
+    if mask_at(gpa) & lines(gpa, size) == 0:
+        return 0
+    while size != 0:
+        n = 64 - (gpa & 63)
+        if n > size:
+            n = size
+        if (ld64(st.codebytes + (gpa >> 6) * 8) >> (gpa & 63)) & (UPPER >> (64 - n)):
+            return 1
+        gpa = gpa + n
+        size = size - n
+    return 0
+
+
 @inline
 def mask_at(gpa: int) -> int:
     return ld64(st.codemask + (gpa >> 12) * 8)
@@ -394,7 +410,7 @@ def fill(va: int, desc: int) -> int:
     if write:
         mask = mask_at(gpa)
         if mask:
-            if mask & lines(gpa, size):
+            if is_code(gpa, size):
                 return to_python(va, desc, rip)
             enter_page(va, array, TLB_READ)
             return st.ram + gpa
@@ -433,7 +449,7 @@ def fill_crossing(va: int, desc: int, size: int, write: int, array: int, rip: in
     if is_ram(low) == 0 or is_ram(high) == 0:
         return to_python(va, desc, rip)
     if write:
-        if mask_at(low) & lines(low, first) or mask_at(high) & lines(high, size - first):
+        if is_code(low, first) or is_code(high, size - first):
             return to_python(va, desc, rip)
     if low + first == high:
         return st.ram + low
@@ -799,7 +815,7 @@ def operand(va: int, size: int, kind: int, array: int, offset: int) -> int:
         tag = ld64(entry + TLB_WRITE)
     if tag ^ va <= 4096 - size:
         return ld64(entry + TLB_HOST) + (va & 4095)
-    return fill(va, (array << 24) | (kind << 22) | (size << 12) | offset)
+    return fill(va, STRING | (array << 24) | (kind << 22) | (size << 12) | offset)
 
 
 @inline
@@ -958,5 +974,5 @@ def down_elements(va: int, shift: int, most: int) -> int:
 ROUTINES = [
     walk, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault, fill, to_python, fill_crossing,
     supervisor_pointer, deliver, set_mode, find, insert, fetch_page, lookup, link, load_cr3, descriptor_at, interrupt_return,
-    system_call, system_return, operand, rep_store, mask_at_host, rep_move, rep_down, down_elements, empty_entry, lines, mask_at, jump_set, elements,
+    system_call, system_return, operand, rep_store, mask_at_host, rep_move, rep_down, down_elements, empty_entry, lines, is_code, mask_at, jump_set, elements,
 ]  # fmt: skip

@@ -166,6 +166,7 @@ class TranslateVcpu:
         st.high_base = vm.memory.high_base
         st.high_size = vm.memory.high_size
         st.codemask = cache.mask_address
+        st.codebytes = cache.bytes_address
         st.wmapped = cache.wmapped_address
         st.hash = cache.hash_address
         st.rw_delta = cache.buffer.rw - cache.buffer.rx
@@ -201,7 +202,7 @@ class TranslateVcpu:
         self._generation = cache.generation
         self._fresh = True
         self._exits: deque[tuple[int, int]] = deque(maxlen=_LAST_EXITS)
-        self.counts = [0] * 8
+        self.counts = [0] * 9
         self._empty_jumps()
         st.q[XSAVE_AREA >> 3] = 0x37F
         st.bytes[XSAVE_AREA + 24 : XSAVE_AREA + 28] = (0x1F80).to_bytes(4, "little")
@@ -210,13 +211,15 @@ class TranslateVcpu:
     # Called from any thread
 
     def kick(self) -> None:
-        st = self.st
-        st.irq = 1
-        st.bytes[BRK] = 1
+        if not self._closed:
+            st = self.st
+            st.irq = 1
+            st.bytes[BRK] = 1
 
     def request_exit(self) -> None:
         self._exit_requested = True
-        self.st.bytes[BRK] = 1
+        if not self._closed:
+            self.st.bytes[BRK] = 1
 
     def outside(self, work: Callable[[], None]) -> None:
         """Do ``work`` while this vCPU is certainly not in guest code, on whichever thread gets there first."""
@@ -263,6 +266,8 @@ class TranslateVcpu:
                 if kind == Kind.EMULATE:
                     if self._emulate():
                         return self._halted()
+                elif kind == Kind.PORT:
+                    self._port()
                 elif kind == Kind.MEM:
                     self._finish_access()
                 elif kind == Kind.BREAK:
@@ -557,8 +562,35 @@ class TranslateVcpu:
         return bool(ins.is_stack_instruction or ins.memory_segment == Register.SS)
 
     def _finish_access(self) -> None:
-        """An operand lies in a device, in code, or nowhere: do the instruction at rip with a buffer in its place."""
+        """An operand lies in a device, in code, or nowhere. Code is forgotten and the instruction goes on by itself, unless it overwrites itself;
+        else it runs with a buffer in the operand's place."""
+        st = self.st
+        va, desc = st.va, st.desc
+        size = desc >> 12 & 1023
+        if desc >> 22 & 3 and (va & 4095) + size <= 4096:
+            gpa = self._walk(va, _WRITE, st.mode & 3) or st.w_pa
+            if gpa > 255 and self.memory.is_ram(gpa, size):
+                here = self._fetch(st.rip) or st.w_pa
+                if not gpa - 15 <= here < gpa + size:
+                    if desc >> 28 & 1:  # a string instruction: it will go on over the page
+                        size = 4096 - (gpa & 4095)
+                    with self._gate:
+                        self.cache.written(gpa, size)
+                    return
         self._alone()
+
+    def _port(self) -> None:
+        """IN or OUT with a port that the privilege allows."""
+        st = self.st
+        info = st.info
+        size = info & 0xF
+        port = info >> 16 if info & 0x20 else st.rdx & 0xFFFF
+        mask = (1 << 8 * size) - 1
+        if info & 0x10:
+            self.io.port_write(port, size, st.rax & mask)
+        else:
+            value = self.io.port_read(port, size) & mask
+            st.rax = value if size == 4 else st.rax & ~mask | value
 
     def _host_fault(self) -> GuestFault:
         """The host CPU faulted in translated code: which exception of the guest's that is."""
