@@ -169,7 +169,8 @@ class PlainCpu:
         if page in self.read_only and access & PfError.W:
             raise GuestFault(Vector.PF, access | user | PfError.P, va)
         if not self.paged:
-            assert va < SIZE, f"outside memory: {va:#x}"
+            if va >= SIZE:
+                raise GuestFault(Vector.PF, access | user, va)
             return va
         table, rights = st.cr3 & Pte.ADDRESS, Pte.RW | Pte.US
         for level in (39, 30, 21, 12):

@@ -113,10 +113,12 @@ def test_memory_is_write_back_but_for_the_hole(cpu: PlainCpu) -> None:
     assert cpu.msrs.read(0x259) == 0
 
 
-def test_hwcr_is_amds() -> None:
+def test_amds_own_are_kept() -> None:
     amd = PlainCpu(vendor=AMD_VENDOR)
     assert amd.msrs.read(msrs.AMD_HWCR) == 1 << 24
-    assert amd.msrs.write(msrs.AMD_HWCR, 0)
+    for index in msrs.AMD_RESET:
+        assert amd.msrs.write(index, 1 << 46)
+        assert amd.msrs.read(index) == amd.msrs.save()[index] == 1 << 46
     amd.close()
 
 

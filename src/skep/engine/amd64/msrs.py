@@ -34,7 +34,9 @@ FS_BASE = 0xC000_0100
 GS_BASE = 0xC000_0101
 KERNEL_GS_BASE = 0xC000_0102
 TSC_AUX = 0xC000_0103
+AMD_SYSCFG = 0xC001_0010
 AMD_HWCR = 0xC001_0015
+AMD_NB_CFG = 0xC001_001F
 
 MTRR_VARIABLE = 8
 MTRR_PHYS = tuple(range(IA32_MTRR_PHYSBASE0, IA32_MTRR_PHYSBASE0 + 2 * MTRR_VARIABLE))
@@ -77,6 +79,10 @@ SAVED = (
     STAR, LSTAR, CSTAR, SFMASK, KERNEL_GS_BASE, TSC_AUX,
 )  # fmt: skip
 """What the ``msrs`` of a vCPU's state holds. EFER and the segment bases have names of their own there."""
+
+
+AMD_RESET = {AMD_SYSCFG: 0, AMD_HWCR: HWCR_TSC_FREQ_SEL, AMD_NB_CFG: 0}
+"""What AMD's CPUs have besides and kernels touch without asking: kept, and without effect."""
 
 
 def valid_pat(value: int) -> bool:
