@@ -151,10 +151,6 @@ def _signed(value: int, size: int) -> int:
 # Decimal arithmetic (SDM 2, DAA to AAD). The flags that the manual leaves undefined are cleared.
 
 
-def _al_ah(e: Context) -> tuple[int, int]:
-    return e.get(Register.AL), e.get(Register.AH)
-
-
 def daa(e: Context, i: Instruction) -> None:
     _decimal_adjust(e, 1)
 
@@ -191,7 +187,7 @@ def _ascii_adjust(e: Context, sign: int) -> None:
     ax = e.get(Register.AX)
     flags = 0
     if ax & 0xF > 9 or e.st.flags & Rflags.AF:
-        ax = ax + 0x106 * sign if sign > 0 else ax - 6 - 0x100
+        ax += 0x106 * sign
         flags = Rflags.AF | Rflags.CF
     ax &= 0xFF0F
     e.put(Register.AX, ax)
@@ -207,8 +203,7 @@ def aam(e: Context, i: Instruction) -> None:
 
 
 def aad(e: Context, i: Instruction) -> None:
-    al, ah = _al_ah(e)
-    value = al + ah * i.immediate8 & 0xFF
+    value = e.get(Register.AL) + e.get(Register.AH) * i.immediate8 & 0xFF
     e.put(Register.AX, value)
     e.set_status(result_flags(value, 1))
 
