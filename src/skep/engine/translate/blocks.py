@@ -17,11 +17,12 @@ import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import lru_cache
 
 from iced_x86 import Decoder, Instruction
 
 from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
-from skep.engine.translate.compiler import compile_functions
+from skep.engine.translate.compiler import CompiledUnit, compile_functions
 from skep.engine.translate.layout import HASH_BITS, HASH_ENTRY, JC, JC_ARRAY, OFFSETS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
 from skep.engine.translate.lower import ALL_FLAGS, TLB_MASK, Ends, Form, Lowering, Open, Template
 from skep.engine.translate.runtime import ROUTINES
@@ -64,6 +65,12 @@ _CHECK_DEAD = _frag(lambda a: a.cmp(gs(OFFSETS["brk"]), 0, size=16)) + b"\x0f\x8
 # the same without touching flags: mov r11, rcx; movzx ecx, word brk; jrcxz over; mov rcx, r11; jmp rel32; over: mov rcx, r11
 _CHECK_LIVE = b"\x49\x89\xcb" + _frag(lambda a: a.movzx(1, gs(OFFSETS["brk"]), 16)) + b"\xe3\x08\x4c\x89\xd9\xe9"
 _CHECK_LIVE_END = b"\x4c\x89\xd9"
+
+
+@lru_cache(1)
+def _routines() -> CompiledUnit:
+    """runtime.py in machine code, the same at any address."""
+    return compile_functions(ROUTINES, 0)
 
 
 class Block:
@@ -140,7 +147,7 @@ class Cache:
         self.wmapped = memoryview(self._tables[2])
         self._bytes = memoryview(self._tables[3]).cast("B").cast("Q")
         """A word for each line of 64 bytes: which of them were translated."""
-        unit = compile_functions(ROUTINES, self.buffer.rx)
+        unit = _routines()
         self.code[: len(unit.code)] = unit.code
         self.routines = {name: self.buffer.rx + offset for name, offset in unit.entry.items()}
         at = (len(unit.code) + 63) & ~63
@@ -442,6 +449,8 @@ class Cache:
                 continue
             if e == Ends.LOOP:
                 raw = data[at - offset : at - offset + n - 1]
+                if not lowering.wide:
+                    out.append(0x67)  # counts in ECX
                 out.extend(raw)
                 out.append(0)
                 skip = len(out)
@@ -632,7 +641,9 @@ class Cache:
             self.forget_all()
         form = lowering.form(ins, False)
         t = lowering.template(ins, data[: ins.len], True, bounce)
-        out = bytearray(t.code)
+        out = bytearray()
+        if form.ends not in (Ends.JCC, Ends.LOOP, Ends.JMP):
+            out += t.code
         target = 0
         if form.ends in (Ends.JCC, Ends.JMP, Ends.LOOP, Ends.CALL):
             target = ins.near_branch_target
@@ -652,7 +663,8 @@ class Cache:
             out.extend(bytes((0x0F, 0x80 | form.cond)) + len(other).to_bytes(4, "little") + other + leave(target))
         elif form.ends == Ends.LOOP:
             other = leave(n32)
-            out.extend(data[: ins.len - 1] + bytes((len(other),)) + other + leave(target))
+            narrow = b"" if lowering.wide else b"\x67"
+            out.extend(narrow + data[: ins.len - 1] + bytes((len(other),)) + other + leave(target))
         elif form.ends == Ends.JMP:
             out.extend(leave(target))
         elif form.ends not in (Ends.YES, Ends.CALL):

@@ -245,11 +245,20 @@ class Context:
 
     def get_mmx(self, number: int) -> bytes:
         self.touch_state(1)
-        return bytes(self.st.bytes[MMX + 16 * number : MMX + 16 * number + 8])
+        slot = MMX + 16 * (number - self._top & 7)  # the image is in stack order
+        return bytes(self.st.bytes[slot : slot + 8])
+
+    @property
+    def _top(self) -> int:
+        return self.st.bytes[FSW + 1] >> 3 & 7
 
     def enter_mmx(self) -> None:
         """What every MMX instruction but EMMS does: all x87 registers valid, top of stack 0 (SDM 1, 9.5.1)."""
         area = self.st.bytes
+        top = self._top
+        slots = bytes(area[MMX : MMX + 128])
+        at = -16 * top % 128
+        area[MMX : MMX + 128] = slots[at:] + slots[:at]
         area[FTW] = 0xFF
         area[FSW + 1] &= ~0x38 & 0xFF
 

@@ -14,6 +14,8 @@ bits    access descriptor
 22-23   0 read, 1 write, 2 read and write
 24-25   TLB array: supervisor, user, supervisor with AC
 26-27   which access of the instruction this is
+28      it belongs to a REP string instruction
+29      an operand that is not aligned is #GP, before any page fault
 ======  ====================================================
 """
 
@@ -26,6 +28,7 @@ from iced_x86 import (
     Code,
     Decoder,
     Encoder,
+    EncodingKind,
     FlowControl,
     Instruction,
     InstructionInfoFactory,
@@ -184,6 +187,18 @@ _FXSAVE = {Mnemonic.FXSAVE, Mnemonic.FXSAVE64}
 _FXRSTOR = {Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64}
 _WRITES = (OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
 _PLAIN_WRITE = (OpAccess.WRITE,)
+_LOOP16 = frozenset(
+    v for n, v in vars(Code).items() if n.startswith(("LOOP", "JCXZ")) and n.endswith(("_CX", "JCXZ_REL8_32")) and isinstance(v, int)
+)
+"""Those of 32-bit code that count in CX."""
+_UNALIGNED = frozenset(
+    getattr(Mnemonic, n)
+    for n in """MOVUPS MOVUPD MOVDQU LDDQU PCMPESTRI PCMPESTRM PCMPISTRI PCMPISTRM PCMPESTRI64 PCMPESTRM64""".split()
+)
+_VEX_ALIGNED = frozenset(
+    getattr(Mnemonic, n) for n in "VMOVAPS VMOVAPD VMOVDQA VMOVNTPS VMOVNTPD VMOVNTDQ VMOVNTDQA".split()
+)
+_FLUSHES = (Mnemonic.CLFLUSH, Mnemonic.CLFLUSHOPT, Mnemonic.CLWB)
 _SHIFTS = frozenset(_BY_CL)
 """Their count decides which flags they change."""
 _BORROWED = (RBX, RBP, RSI, RDI, R8, Reg(12), Reg(13), Reg(14), Reg(15), RDX, RCX, RAX)
@@ -279,7 +294,7 @@ class Lowering:
 
     def _is_python(self, ins: Instruction) -> bool:
         """Whether the emulator has this instruction, in this mode."""
-        if ins.is_invalid:
+        if ins.is_invalid or ins.encoding not in (EncodingKind.LEGACY, EncodingKind.VEX):
             return True
         m = ins.mnemonic
         flow = ins.flow_control
@@ -320,7 +335,7 @@ class Lowering:
                 or ins.is_loop
                 or ins.is_loopcc
             ) or ins.op0_kind not in (OpKind.NEAR_BRANCH64,)
-        return ins.op0_kind != OpKind.NEAR_BRANCH32 or ins.is_jcx_short or ins.is_loop or ins.is_loopcc
+        return ins.op0_kind != OpKind.NEAR_BRANCH32 or ins.code in _LOOP16
 
     def _allowed_special(self, ins: Instruction) -> bool:
         """For a mnemonic with a handler: whether this form, in this mode, is the handler's."""
@@ -374,7 +389,7 @@ class Lowering:
             op, _ = _STRINGS[m]
             return not (ins.has_rep_prefix or ins.has_repne_prefix) or (op != "LODS" and not ins.has_repne_prefix)
         if m in _XSAVE or m in _XRSTOR:
-            return bool(self.legality & Legality.OSXSAVE)
+            return bool(self.legality & Legality.OSXSAVE and self.legality & Legality.X87)
         if m in _FXSAVE or m in _FXRSTOR:
             return bool(self.legality & Legality.SSE)
         if m in (Mnemonic.LEAVE, Mnemonic.PUSHFQ):
@@ -476,7 +491,14 @@ class Lowering:
         jump_set(a)
         a.jmp(Mem(R11, disp=JC + self.array * JC_ARRAY + 8, gs=True))
 
-    def check(self, size: int, access: int) -> None:
+    def _aligned(self, ins: Instruction) -> bool:
+        """Whether the instruction checks its operand's alignment, which comes before page faults."""
+        m = ins.mnemonic
+        if ins.encoding == EncodingKind.VEX:
+            return m in _VEX_ALIGNED
+        return (m in _SSE and self._size(ins) == 16 and m not in _UNALIGNED) or m == Mnemonic.CMPXCHG16B
+
+    def check(self, size: int, access: int, aligned: bool = False) -> None:
         """r10: guest address to host address of ``size`` bytes that may be read or written."""
         a = self.a
         number = self.count
@@ -491,7 +513,7 @@ class Lowering:
             known = self._checks[key] = self._check_code(*key)
         start = len(a)
         a.raw(known[0])
-        self.checks.append((start + known[1], len(a), number << 26 | self.array << 24 | access << 22 | size << 12, self.live))
+        self.checks.append((start + known[1], len(a), aligned << 29 | number << 26 | self.array << 24 | access << 22 | size << 12, self.live))
 
     def _check_code(self, size: int, write: bool, live: bool) -> tuple[bytes, int]:
         """The check, and where the displacement of its way out stands."""
@@ -596,7 +618,7 @@ class Lowering:
         info = self._info.info(ins)
         if memory:
             self.address(ins)
-            self.check(self._size(ins), self._access(info))
+            self.check(self._size(ins), self._access(info), self._aligned(ins))
         self.reencode(ins, registers, memory)
 
     def _access(self, info: object) -> int:
@@ -689,6 +711,8 @@ class Lowering:
         }  # fmt: skip
         for k in _BIT_TESTS:
             table[k] = self._bit_test
+        for k in _FLUSHES:
+            table[k] = self._flush
         for k in _STRINGS:
             table[k] = self._string
         for k in _XSAVE | _XRSTOR:
@@ -957,6 +981,11 @@ class Lowering:
                 a.and_(state("mode"), ~Mode.AC, size=8)
         if self.live:
             restore_flags(a)
+
+    def _flush(self, ins: Instruction) -> None:
+        """CLFLUSH and its like: nothing to be done, but the address must be one that can be read."""
+        self.address(ins)
+        self.check(1, READ)
 
     def _invlpg(self, ins: Instruction) -> None:
         self.address(ins)

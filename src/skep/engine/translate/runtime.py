@@ -87,6 +87,7 @@ UPPER = 0xFFFFFFFFFFFFFFFF
 WRITE, FETCH = 1, 2
 PF_P, PF_W, PF_U, PF_RSVD, PF_I = 1, 2, 4, 8, 16
 
+ALIGNED = 1 << 29  # in a descriptor: the operand's alignment is checked first
 STRING = 1 << 28  # in a descriptor: a REP string instruction's
 SUPERVISOR, USER, SUPERVISOR_AC = 0, 1, 2
 ATTR_CODE64 = 0xA09B
@@ -401,6 +402,8 @@ def fill(va: int, desc: int) -> int:
         return fill_crossing(va, desc, size, write, array, rip)
     failed = walk(va, write, array)
     if failed == 14:
+        if desc & ALIGNED and va & (size - 1):
+            return to_python(va, desc, rip)
         return page_fault(va, rip)
     if failed:
         return to_python(va, desc, rip)
@@ -434,6 +437,8 @@ def fill_crossing(va: int, desc: int, size: int, write: int, array: int, rip: in
     second_va = va + first
     if st.efer & LMA == 0:
         second_va = second_va & 0xFFFFFFFF
+    if desc & ALIGNED or (st.efer & LMA and sar(second_va, 47) + 1 > 1):
+        return to_python(va, desc, rip)
     failed = walk(va, write, array)
     if failed == 14:
         return page_fault(va, rip)

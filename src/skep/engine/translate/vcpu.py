@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from iced_x86 import Decoder, Instruction, Mnemonic, Register
+from iced_x86 import Decoder, Instruction, Mnemonic, OpKind, Register
 
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.amd64 import cpuid as cpuid_models
 from skep.engine.amd64 import features
-from skep.engine.amd64.registers import GENERAL, SEGMENTS, SYSTEM_SEGMENTS, Cr0, Cr4, Efer, Rflags, Vector
+from skep.engine.amd64.registers import GENERAL, SEGMENTS, SYSTEM_SEGMENTS, Cr0, Cr4, Efer, Rflags, Vector, canonical
 from skep.engine.amd64.tsc import tsc_hz
 from skep.engine.contract import Exit, ExitReason
 from skep.engine.translate import allowed, delivery
@@ -56,6 +56,8 @@ _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _SYS_ARCH_PRCTL, _ARCH_SET_GS = 158, 0x1001
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_ON_THREAD = threading.local()
+"""Whose state block the thread's GS is."""
 _DR6_BS = 1 << 14
 _LAST_EXITS = 16
 
@@ -193,7 +195,6 @@ class TranslateVcpu:
         self._invalidate = routine("invalidate", 1)
         self._deliver = routine("deliver", 4)
         self._enter = ctypes.CFUNCTYPE(None)(cache.stubs["enter"])
-        self._thread = 0
         self._inside = False
         self._gate = threading.Lock()
         self._requests: deque[tuple[Callable[[], None], threading.Event]] = deque()
@@ -294,11 +295,10 @@ class TranslateVcpu:
 
     def _arrive(self) -> None:
         """Make this thread the vCPU's: its GS is the state block."""
-        thread = threading.get_ident()
-        if thread != self._thread:
+        if getattr(_ON_THREAD, "vcpu", None) is not self:
             if _libc.syscall(_SYS_ARCH_PRCTL, _ARCH_SET_GS, ctypes.c_ulong(self.st.address)):
                 raise HostError("the host kernel does not let a program set its GS base", "engine=translate", "use another host")
-            self._thread = thread
+            _ON_THREAD.vcpu = self
         if self._fresh:
             self._fresh = False
             self._flush(1)
@@ -447,7 +447,7 @@ class TranslateVcpu:
         st = self.st
         if st.nmi_blocked and self._instruction().mnemonic in _IRETS:
             st.nmi_blocked = 0
-            st.irq = 1
+            self.kick()
         try:
             halted = self.emulator.step()
         except GuestFault as fault:
@@ -483,6 +483,8 @@ class TranslateVcpu:
         """Whether the instruction at rip, which is not lowered in this mode, raises #NM rather than #UD (SDM 3, table 2-2)."""
         st = self.st
         m = self._instruction().mnemonic
+        if m in _STATE:
+            return bool(st.cr0 & Cr0.TS or (st.cr0 & Cr0.EM and m in _FX))
         if m in _X87:
             return bool(st.cr0 & (Cr0.EM | Cr0.TS))
         if m in _SSE:
@@ -490,9 +492,20 @@ class TranslateVcpu:
         return bool(m in _AVX and st.cr0 & Cr0.TS and st.cr4 & Cr4.OSXSAVE and st.xcr0 & 6 == 6)
 
     def _step_and_trap(self) -> bool:
-        """RFLAGS.TF: one instruction, then #DB."""
+        """RFLAGS.TF: one instruction, or one iteration of a REP string instruction, then #DB."""
         st = self.st
-        halted = self._alone()
+        ins = self._instruction()
+        start, count = st.rip, st.rcx
+        one = bool(ins.is_string_instruction and (ins.has_rep_prefix or ins.has_repne_prefix) and 1 < count)
+        if one:
+            st.rcx = 1
+        try:
+            halted = self._alone()
+        finally:
+            if one:
+                st.rcx = count - 1 + st.rcx
+        if one and not (ins.mnemonic in _COMPARES and bool(st.flags & 0x40) == ins.has_repne_prefix):
+            st.rip = start
         st.dr6 |= _DR6_BS
         delivery.trap(self, Vector.DB, st.rip)
         return halted
@@ -544,6 +557,8 @@ class TranslateVcpu:
         va, desc = st.va, st.desc
         size = desc >> 12 & 1023
         kind = desc >> 22 & 3
+        if desc >> 29 & 1 and va & size - 1:
+            raise GuestFault(Vector.GP, 0)
         try:
             if kind:
                 self.check_write(va, size)
@@ -552,14 +567,17 @@ class TranslateVcpu:
             at = BOUNCE + number * BOUNCE_SIZE + align
             st.bytes[at : at + size] = self.read(va, size) if kind != 1 else bytes(size)
         except GuestFault as fault:
-            if fault.vector == Vector.GP and self._stack_access():
+            if fault.vector == Vector.GP and self._stack_access(number):
                 raise GuestFault(Vector.SS, 0) from None
             raise
         buffers[number] = align
 
-    def _stack_access(self) -> bool:
+    def _stack_access(self, number: int) -> bool:
+        """Whether the instruction's access goes through SS, whose non-canonical addresses are #SS."""
         ins = self._instruction()
-        return bool(ins.is_stack_instruction or ins.memory_segment == Register.SS)
+        if number == 0 and any(ins.op_kind(i) == OpKind.MEMORY for i in range(ins.op_count)):
+            return bool(ins.memory_segment == Register.SS)
+        return bool(ins.is_stack_instruction)
 
     def _finish_access(self) -> None:
         """An operand lies in a device, in code, or nowhere. Code is forgotten and the instruction goes on by itself, unless it overwrites itself;
@@ -600,6 +618,8 @@ class TranslateVcpu:
         if offset is None or fault.vector is None:
             raise _Unsupported(f"host {fault} at {st.va - self.cache.buffer.rx:#x} of the code buffer, guest page {st.page:#x}")
         st.rip = st.page | offset
+        if fault.vector == Vector.XM and not st.cr4 & Cr4.OSXMMEXCPT:
+            return GuestFault(Vector.UD)
         error = 0 if fault.vector == Vector.GP else None
         return GuestFault(fault.vector, error)
 
@@ -617,7 +637,10 @@ class TranslateVcpu:
 
     def _pieces(self, va: int, size: int, write: bool, supervisor: bool) -> list[tuple[int, int]]:
         """(physical address, length) of what [va, va + size) is made of; every page has been checked."""
-        mask = _M64 if self.st.efer & Efer.LMA else 0xFFFFFFFF
+        long = self.st.efer & Efer.LMA
+        mask = _M64 if long else 0xFFFFFFFF
+        if long and (va & 4095) + size > 4096 and not canonical(va + size - 1 & mask):
+            raise GuestFault(Vector.GP, 0)
         pieces = []
         while size:
             n = min(size, 4096 - (va & 4095))
@@ -691,7 +714,7 @@ class TranslateVcpu:
             mode |= Mode.USER
         elif st.sysfl & Rflags.AC and cr4 & Cr4.SMAP:
             mode |= Mode.AC
-        if mode >> Mode.CLASS_SHIFT != st.mode >> Mode.CLASS_SHIFT and self._thread == threading.get_ident():
+        if mode >> Mode.CLASS_SHIFT != st.mode >> Mode.CLASS_SHIFT and getattr(_ON_THREAD, "vcpu", None) is self:
             self._flush_jumps()  # their tags do not tell legality classes apart
         st.mode = mode
 
@@ -751,6 +774,9 @@ class TranslateVcpu:
 
 
 _PLAIN = ("cr0", "cr2", "cr3", "cr4", "efer", "xcr0", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
+_FX = (Mnemonic.FXSAVE, Mnemonic.FXSAVE64, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64)
+_STATE = (*_FX, Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XRSTOR, Mnemonic.XRSTOR64, Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64)
+_COMPARES = tuple(getattr(Mnemonic, op + size) for op in ("CMPS", "SCAS") for size in "BWDQ")
 _IRETS = (Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
 
 
