@@ -337,6 +337,8 @@ class Cache:
                 if ends == Ends.JCC and branches < MAX_BRANCHES and not shadow:
                     branches += 1
                     ends = Ends.NO
+                    if (pa + at) << 12 | mode in self.blocks:
+                        break
                 elif ends == Ends.SHADOW:
                     if at + 15 > room or shadow:
                         items[-1] = (lowering.emulated, offset + at - n, n, 0)

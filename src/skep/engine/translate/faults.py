@@ -1,9 +1,10 @@
 """Faults of the host CPU in translated code.
 
-A copied instruction may fault by itself: #DE of a division, #XM and #MF of unmasked floating-point exceptions, #GP of a misaligned MOVAPS. The host
-kernel turns that into a signal. One handler in machine code for the whole process looks whether the faulting address lies in a code buffer;
-if so it notes address and kind in the vCPU's state block and resumes at the buffer's ``fault_exit``, else it goes on to the handler that was there before.
-It is installed with the first code buffer and taken back with the last.
+A copied instruction may fault by itself: #DE of a division, #XM and #MF of unmasked floating-point exceptions, #GP of a
+misaligned MOVAPS. The host kernel turns that into a signal. One handler in machine code for the whole process looks
+whether the faulting address lies in a code buffer; if so it notes address and kind in the vCPU's state block and
+resumes at the buffer's ``fault_exit``, else it goes on to the handler that was there before. It is installed with the
+first code buffer and taken back with the last.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ _FIELDS = (
     *(f"{s}_sel" for s in SEGMENTS),
     *(f"{s}_base" for s in SEGMENTS),
     *(f"{s}_limit" for s in SEGMENTS),  # in bytes, granularity applied
-    *(f"{s}_attr" for s in SEGMENTS),  # descriptor bits 40-47 and 52-55 as in VMX/SVM: type, S, DPL, P, -, AVL, L, D, G (bits 0-7, 12-15)
+    # descriptor bits 40-47 and 52-55 as in VMX/SVM: type, S, DPL, P, -, AVL, L, D, G (bits 0-7, 12-15)
+    *(f"{s}_attr" for s in SEGMENTS),
     "ldtr_sel", "ldtr_base", "ldtr_limit", "ldtr_attr",
     "tr_sel", "tr_base", "tr_limit", "tr_attr",
     "gdt_base", "gdt_limit", "idt_base", "idt_limit",
@@ -107,7 +108,7 @@ class Mode:
     """Bits of the ``mode`` field; the number above them names a set of CR0/CR4/XCR0 bits that change legality."""
 
     USER = 1
-    AC = 2  # supervisor with RFLAGS.AC while SMAP is on
+    AC = 2  # supervisor with RFLAGS.AC, which is all that SMAP looks at
     CODE32 = 4
     CODE16 = 8
     CLASS_SHIFT = 4

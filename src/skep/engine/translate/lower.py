@@ -1,22 +1,18 @@
 """Lowering: one guest instruction to the host code that does the same, as a template that can stand anywhere.
 
-A template holds no address: guest addresses are made from ``st.page``, stubs are reached through GS, and what depends on where in its page the
-instruction stands is a *hole* of 32 bits. So templates are made once for (bytes, mode, whether flags must survive the checks) and then copied.
+A template holds no address: guest addresses are made from ``st.page``, stubs are reached through GS, and what depends
+on where in its page the instruction stands is a *hole* of 32 bits. So templates are made once for (bytes, mode, whether
+flags must survive the checks) and then copied.
 
-Each access to guest memory is a *check*: r10 has the address, and behind the check the operand's host address. The way out when the TLB does not
-match stands behind the block (blocks.py), pushes the access descriptor and calls the stub ``slow``:
+Each access to guest memory is a *check*: r10 has the address, and behind the check the operand's host address. The way
+out when the TLB does not match stands behind the block (blocks.py), pushes the access descriptor and calls the stub
+``slow``:
 
-======  ====================================================
-bits    access descriptor
-======  ====================================================
-0-11    the instruction's offset in its page (added by blocks.py)
-12-21   operand size in bytes
-22-23   0 read, 1 write, 2 read and write
-24-25   TLB array: supervisor, user, supervisor with AC
-26-27   which access of the instruction this is
-28      it belongs to a REP string instruction
-29      an operand that is not aligned is #GP, before any page fault
-======  ====================================================
+======  ==================================================== bits    access descriptor ======
+==================================================== 0-11    the instruction's offset in its page (added by blocks.py)
+12-21   operand size in bytes 22-23   0 read, 1 write, 2 read and write 24-25   TLB array: supervisor, user, supervisor
+with AC 26-27   which access of the instruction this is 28      it belongs to a REP string instruction 29      an
+operand that is not aligned is #GP, before any page fault ======  ====================================================
 """
 
 from __future__ import annotations
@@ -92,7 +88,9 @@ class Template:
     holes: tuple[tuple[int, int, int], ...] = ()
     """(offset, what to put there, what to add to it)"""
     copies: tuple[tuple[int, int, int], ...] = ()
-    """(offset, offset in the guest's instruction, bytes): displacement and immediate, where the form leaves them open"""
+    """(offset, offset in the guest's instruction, bytes): displacement and immediate, where the form leaves them
+    open
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +124,7 @@ class Legality:
     SSE = 2  # and CR4.OSFXSR set
     AVX = 4  # and CR4.OSXSAVE set with SSE and AVX in XCR0
     TSC = 8  # CR4.TSD clear: RDTSC is the user's too
-    FSGSBASE = 16
-    OSXSAVE = 32
-    SMAP = 64
-    SYSCALL = 128  # EFER.SCE
+    OSXSAVE = 16
 
 
 _NAMES = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{i}" for i in range(8, 16)))
@@ -286,7 +281,7 @@ class Lowering:
             form.ends = Ends.YES
             form.keeps = ALL_FLAGS
         elif m in (Mnemonic.STAC, Mnemonic.CLAC):
-            form.ends = Ends.MODE if self.legality & Legality.SMAP else Ends.NO
+            form.ends = Ends.MODE
             form.keeps, form.reads = ALL_FLAGS, 0
         elif m == Mnemonic.MOV and ins.op0_kind == OpKind.REGISTER and ins.op0_register == Register.CR3:
             form.ends = Ends.YES
@@ -376,11 +371,11 @@ class Lowering:
         if m == Mnemonic.IRETQ:
             return not self.user and self.wide
         if m in (Mnemonic.SYSCALL, Mnemonic.SYSRETQ):
-            return self.wide and bool(self.legality & Legality.SYSCALL) and self.user == (m == Mnemonic.SYSCALL)
+            return self.wide and self.user == (m == Mnemonic.SYSCALL) and ins.len == (2 if self.user else 3)
         if m in (Mnemonic.RDTSC, Mnemonic.RDTSCP):
             return not self.user or bool(self.legality & Legality.TSC)
         if m in (Mnemonic.RDFSBASE, Mnemonic.RDGSBASE, Mnemonic.WRFSBASE, Mnemonic.WRGSBASE):
-            return self.wide and bool(self.legality & Legality.FSGSBASE)
+            return self.wide
         if m in _STRINGS:
             if not ins.is_string_instruction:
                 return self._sse_movsd(ins)
@@ -437,8 +432,9 @@ class Lowering:
     def template(
         self, ins: Instruction, data: bytes, live: bool, bounce: dict[int, int] | None = None, open_: Open = Open()
     ) -> Template:
-        """Lower one instruction. ``live``: flags must survive its checks. ``bounce``: {access number: address mod 64} of the operands that
-        lie in bounce buffers; such a template is run alone. ``open_``: constants that the template leaves open."""
+        """Lower one instruction. ``live``: flags must survive its checks. ``bounce``: {access number: address mod 64}
+        of the operands that lie in bounce buffers; such a template is run alone. ``open_``: constants that the template
+        leaves open."""
         self.open = open_
         self.copies: list[tuple[int, int, int]] = []
         self.a = Assembler()
@@ -940,7 +936,9 @@ class Lowering:
         a.popfq()
 
     def _port(self, ins: Instruction) -> None:
-        """Leave with what the port access is: bytes, 0x10 for OUT, 0x20 for an immediate port, which stands at bit 16."""
+        """Leave with what the port access is: bytes, 0x10 for OUT, 0x20 for an immediate port, which stands at bit
+        16.
+        """
         out = ins.mnemonic == Mnemonic.OUT
         value, port = (1, 0) if out else (0, 1)
         info = _GENERAL[ins.op_register(value)][1] | (0x10 if out else 0)
@@ -973,12 +971,10 @@ class Lowering:
             save_flags(a)
         if ins.mnemonic == Mnemonic.STAC:
             a.or_(ac, 4, size=8)
-            if self.legality & Legality.SMAP:
-                a.or_(state("mode"), Mode.AC, size=8)
+            a.or_(state("mode"), Mode.AC, size=8)
         else:
             a.and_(ac, 0xFB - 0x100, size=8)
-            if self.legality & Legality.SMAP:
-                a.and_(state("mode"), ~Mode.AC, size=8)
+            a.and_(state("mode"), ~Mode.AC, size=8)
         if self.live:
             restore_flags(a)
 
@@ -995,7 +991,7 @@ class Lowering:
     def _leave_by(self, ins: Instruction) -> None:
         """IRETQ, SYSRETQ, SYSCALL: a routine each."""
         m = ins.mnemonic
-        self.page_plus(R10, HOLE_NEXT if m == Mnemonic.SYSCALL else HOLE_IP)
+        self.page_plus(R10, HOLE_IP)
         self.a.jmp(state({Mnemonic.IRETQ: "iret", Mnemonic.SYSRETQ: "sysret", Mnemonic.SYSCALL: "syscall"}[m]))
 
     def _rdtsc(self, ins: Instruction) -> None:
@@ -1019,6 +1015,17 @@ class Lowering:
         base = state("fs_base" if m in (Mnemonic.RDFSBASE, Mnemonic.WRFSBASE) else "gs_base")
         number, size = _GENERAL[ins.op0_register]
         h = home(number)
+        offered = a.label()
+        if self.live:
+            a.pushfq()
+        a.test(state("cr4"), 1 << 16, size=32)  # CR4.FSGSBASE
+        a.jcc(Cond.NE, offered)
+        if self.live:
+            a.popfq()
+        self.emulate()  # #UD
+        a.bind(offered)
+        if self.live:
+            a.popfq()
         if m in (Mnemonic.RDFSBASE, Mnemonic.RDGSBASE):
             a.mov(R10 if h is None else h, base, size=size * 8)
             if h is None:
@@ -1142,8 +1149,8 @@ class Lowering:
             a.lea(reg, Mem(reg, R11))
 
     def _xsave(self, ins: Instruction) -> None:
-        """XSAVE and XRSTOR on the guest's own memory, with the components cut to the guest's XCR0. FIP and FDP, which would show host
-        addresses, are saved as zero, as CPUs do that keep them only with a pending exception."""
+        """XSAVE and XRSTOR on the guest's own memory, with the components cut to the guest's XCR0. FIP and FDP, which
+        would show host addresses, are saved as zero, as CPUs do that keep them only with a pending exception."""
         a = self.a
         saving = ins.mnemonic in _XSAVE
         self.address(ins)

@@ -30,8 +30,8 @@ class CpuPort(Protocol):
 
     def read(self, va: int, size: int, supervisor: bool = False) -> bytes:
         """Read guest virtual memory (RAM or MMIO) with the current privilege, or as the CPU's own implicit supervisor
-        access (descriptor tables, TSS). ``va`` is a linear address, already truncated to 32 bits where the mode says so.
-        Raises GuestFault (#PF, #GP for non-canonical)."""
+        access (descriptor tables, TSS). ``va`` is a linear address, already truncated to 32 bits where the mode says
+        so. Raises GuestFault (#PF, #GP for non-canonical)."""
 
     def write(self, va: int, data: bytes, supervisor: bool = False) -> None:
         """All or nothing: both pages are checked before the first byte is stored."""
@@ -43,8 +43,8 @@ class CpuPort(Protocol):
         """Walk the page tables as the current privilege would; sets accessed and dirty bits."""
 
     def ram(self, va: int, size: int, *, write: bool = False) -> int | None:
-        """The physical address of ``size`` bytes within one page, None where a device answers there. Faults as an access
-        of the current privilege would."""
+        """The physical address of ``size`` bytes within one page, None where a device answers there. Faults as an
+        access of the current privilege would."""
 
     def flush_tlb(self, global_too: bool) -> None: ...
 

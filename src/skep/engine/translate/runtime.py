@@ -1,8 +1,9 @@
 """The routines that guest code must not leave machine code for: walk, fill, look up, deliver, return.
 
 Written in the subset of Python that :mod:`compiler` turns into machine code; all numbers are unsigned 64-bit words.
-Stubs (stubs.py) call them with the guest's registers saved in ``st``. A routine that decides where the guest goes on returns
-the host address to enter at, with ``st.tag`` and ``st.set`` for its checked entry, or 0 to leave for Python, with ``st.kind`` saying why.
+Stubs (stubs.py) call them with the guest's registers saved in ``st``. A routine that decides where the guest goes on
+returns the host address to enter at, with ``st.tag`` and ``st.set`` for its checked entry, or 0 to leave for Python,
+with ``st.kind`` saying why.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ PGE = 1 << 7
 PCIDE = 1 << 17
 SMEP = 1 << 20
 SMAP = 1 << 21
+SCE = 1
 LMA = 1 << 10
 NXE = 1 << 11
 TF = 0x100
@@ -96,7 +98,8 @@ REGS_RSP = OFFSETS["rsp"]
 
 
 def walk(va: int, access: int, array: int) -> int:
-    """Translate ``va`` (SDM 3, 4.5 and 4.6): 0 and ``st.w_pa``, or 14 with ``st.w_error``, or 13 for a non-canonical address.
+    """Translate ``va`` (SDM 3, 4.5 and 4.6): 0 and ``st.w_pa``, or 14 with ``st.w_error``, or 13 for a non-canonical
+    address.
 
     ``array`` is the privilege: supervisor, user, or supervisor with RFLAGS.AC. Accessed and dirty bits are set as the
     hardware sets them. Without paging the address is physical; legacy paging is Python's (255).
@@ -304,7 +307,9 @@ def clear_write_tags(gpa: int) -> int:
 
 
 def enter_page(va: int, array: int, kind: int) -> int:
-    """Put the page that walk just found (``st.w_pa``) into the TLB; ``kind`` is the tag to set besides those that follow from it."""
+    """Put the page that walk just found (``st.w_pa``) into the TLB; ``kind`` is the tag to set besides those that
+    follow from it.
+    """
     me = st.self_
     page = va & ~4095
     entry = me + TLB + array * TLB_ARRAY + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
@@ -387,8 +392,8 @@ def page_fault(va: int, rip: int) -> int:
 def fill(va: int, desc: int) -> int:
     """What a failed TLB check calls: the host address of the operand at ``va``, however it has to be made.
 
-    ``desc`` is the access descriptor (lower.py): instruction offset, size, kind, array, number. 0 leaves for Python; 1 enters the
-    guest at ``st.target`` instead of going on.
+    ``desc`` is the access descriptor (lower.py): instruction offset, size, kind, array, number. 0 leaves for Python; 1
+    enters the guest at ``st.target`` instead of going on.
     """
     size = (desc >> 12) & 1023
     kind = (desc >> 22) & 3
@@ -432,7 +437,9 @@ def to_python(va: int, desc: int, rip: int) -> int:
 
 
 def fill_crossing(va: int, desc: int, size: int, write: int, array: int, rip: int) -> int:
-    """An operand on two pages. Where their frames are no neighbours they are looked at through a window that has them side by side."""
+    """An operand on two pages. Where their frames are no neighbours they are looked at through a window that has them
+    side by side.
+    """
     first = 4096 - (va & 4095)
     second_va = va + first
     if st.efer & LMA == 0:
@@ -495,7 +502,8 @@ def supervisor_pointer(va: int, size: int, write: int) -> int:
 def deliver(vector: int, error: int, has_error: int, rip: int) -> int:
     """Deliver an exception or interrupt through a long-mode gate (SDM 3, 6.14): 1 with ``st.rip`` at the handler.
 
-    0 and nothing changed where anything is unusual; Python's delivery.py then does the same with every check and every nested fault.
+    0 and nothing changed where anything is unusual; Python's delivery.py then does the same with every check and every
+    nested fault.
     """
     if st.efer & LMA == 0 or vector * 16 + 15 > st.idt_limit:
         return 0
@@ -570,7 +578,7 @@ def set_mode() -> int:
     mode = st.mode & ~15
     if st.cpl:
         mode = mode | Mode.USER
-    elif st.sysfl & AC and st.cr4 & SMAP:
+    elif st.sysfl & AC:
         mode = mode | Mode.AC
     st.mode = mode
     return 0
@@ -629,7 +637,9 @@ def fetch_page(va: int) -> int:
 
 
 def lookup(va: int) -> int:
-    """Where the guest goes on at ``va`` in the current mode: a checked entry, with ``st.tag`` and ``st.set``; or 0, kind JUMP."""
+    """Where the guest goes on at ``va`` in the current mode: a checked entry, with ``st.tag`` and ``st.set``; or 0,
+    kind JUMP.
+    """
     me = st.self_
     mode = st.mode
     tag = va
@@ -679,7 +689,9 @@ def lookup(va: int) -> int:
 
 
 def link(key: int, site: int) -> int:
-    """Patch the jump whose 32-bit displacement stands at ``site`` to the block ``key`` of the same page, and go there."""
+    """Patch the jump whose 32-bit displacement stands at ``site`` to the block ``key`` of the same page, and go
+    there.
+    """
     entry = find(key)
     if entry == 0:
         st.kind = Kind.JUMP
@@ -764,10 +776,14 @@ def interrupt_return(rip: int) -> int:
     return lookup(new_rip)
 
 
-def system_call(next_rip: int) -> int:
-    """SYSCALL from 64-bit code with EFER.SCE set (SDM 2, SYSCALL)."""
+def system_call(rip: int) -> int:
+    """SYSCALL at ``rip`` in 64-bit code (SDM 2, SYSCALL)."""
+    if st.efer & SCE == 0:
+        st.rip = rip
+        st.kind = Kind.EMULATE
+        return 0
     flags = (st.flags & 0xCD5) | 2 | st.iflag | st.sysfl
-    st.rcx = next_rip
+    st.rcx = rip + 2
     st.r11 = flags
     flags = flags & ~st.sfmask
     st.flags = flags & 0xCD5
@@ -791,7 +807,7 @@ def system_return(rip: int) -> int:
     """SYSRET to 64-bit code (SDM 2, SYSRET)."""
     target = st.rcx
     flags = st.r11
-    if sar(target, 47) + 1 > 1 or flags & TF:
+    if sar(target, 47) + 1 > 1 or flags & TF or st.efer & SCE == 0:
         st.rip = rip
         st.kind = Kind.EMULATE
         return 0
@@ -833,7 +849,9 @@ def elements(va: int, shift: int) -> int:
 
 
 def rep_store(desc: int, array: int) -> int:
-    """REP STOS with DF clear; ``desc``: instruction offset, element shift at bit 12. 2: done; else as fill, restartable."""
+    """REP STOS with DF clear; ``desc``: instruction offset, element shift at bit 12. 2: done; else as fill,
+    restartable.
+    """
     shift = (desc >> 12) & 3
     size = 1 << shift
     while st.rcx != 0:
@@ -865,7 +883,9 @@ def rep_store(desc: int, array: int) -> int:
 
 
 def mask_at_host(gpa: int) -> int:
-    """The code mask of a frame given by its offset in guest memory's window; a pair's window counts as code: one element at a time."""
+    """The code mask of a frame given by its offset in guest memory's window; a pair's window counts as code: one
+    element at a time.
+    """
     if is_ram(gpa) == 0:
         return 1
     return mask_at(gpa)

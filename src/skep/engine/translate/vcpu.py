@@ -1,7 +1,8 @@
 """The translator as an engine: its VM and its vCPU's loop.
 
-:meth:`TranslateVcpu.run` enters guest code, and each time guest code comes back does what it came for: translate a block, finish an access to
-a device or to a page of code, emulate a rare instruction, deliver an interrupt. All of a vCPU but ``kick`` and ``request_exit`` happens on its thread.
+:meth:`TranslateVcpu.run` enters guest code, and each time guest code comes back does what it came for: translate a
+block, finish an access to a device or to a page of code, emulate a rare instruction, deliver an interrupt. All of a
+vCPU but ``kick`` and ``request_exit`` happens on its thread.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class TranslateEngine:
 
 
 class Pairs:
-    """A window of host addresses in which any two page frames can be looked at side by side, for operands that lie on both."""
+    """A window of host addresses in which any two page frames can be looked at side by side, for operands that lie on
+    both.
+    """
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
@@ -131,7 +134,9 @@ class TranslateVm:
             vcpu.msrs.set_tsc_offset(offset)
 
     def _written(self, gpa: int, n: int) -> None:
-        """Somebody who is no vCPU has changed memory: translations of it must go before anybody can know of the change."""
+        """Somebody who is no vCPU has changed memory: translations of it must go before anybody can know of the
+        change.
+        """
         mask = self.cache.mask
         for frame in range(gpa >> 12, (gpa + n - 1 >> 12) + 1):
             if mask[frame]:
@@ -391,7 +396,9 @@ class TranslateVcpu:
         return entry
 
     def _respan(self) -> None:
-        """The block at rip lies on two pages: bring the second into the TLB, and drop the block if it is another one now."""
+        """The block at rip lies on two pages: bring the second into the TLB, and drop the block if it is another one
+        now.
+        """
         st = self.st
         with self._gate:
             pa = self._code_address(st.rip)
@@ -480,7 +487,9 @@ class TranslateVcpu:
         return data, offset
 
     def _device_not_available(self) -> bool:
-        """Whether the instruction at rip, which is not lowered in this mode, raises #NM rather than #UD (SDM 3, table 2-2)."""
+        """Whether the instruction at rip, which is not lowered in this mode, raises #NM rather than #UD (SDM 3, table
+        2-2).
+        """
         st = self.st
         m = self._instruction().mnemonic
         if m in _STATE:
@@ -580,8 +589,8 @@ class TranslateVcpu:
         return bool(ins.is_stack_instruction)
 
     def _finish_access(self) -> None:
-        """An operand lies in a device, in code, or nowhere. Code is forgotten and the instruction goes on by itself, unless it overwrites itself;
-        else it runs with a buffer in the operand's place."""
+        """An operand lies in a device, in code, or nowhere. Code is forgotten and the instruction goes on by itself,
+        unless it overwrites itself; else it runs with a buffer in the operand's place."""
         st = self.st
         va, desc = st.va, st.desc
         size = desc >> 12 & 1023
@@ -696,14 +705,8 @@ class TranslateVcpu:
                     legality |= Legality.AVX
         if not cr4 & Cr4.TSD:
             legality |= Legality.TSC
-        if cr4 & Cr4.FSGSBASE:
-            legality |= Legality.FSGSBASE
         if cr4 & Cr4.OSXSAVE:
             legality |= Legality.OSXSAVE
-        if cr4 & Cr4.SMAP:
-            legality |= Legality.SMAP
-        if efer & Efer.SCE:
-            legality |= Legality.SYSCALL
         mode = legality << Mode.CLASS_SHIFT
         attributes = st.cs_attr
         if not (efer & Efer.LMA and attributes & 0x2000):
@@ -712,7 +715,7 @@ class TranslateVcpu:
                 raise _Unsupported("the guest runs 16-bit code or code with a segment base, which this engine does not have yet")
         if st.cpl == 3:
             mode |= Mode.USER
-        elif st.sysfl & Rflags.AC and cr4 & Cr4.SMAP:
+        elif st.sysfl & Rflags.AC:
             mode |= Mode.AC
         if mode >> Mode.CLASS_SHIFT != st.mode >> Mode.CLASS_SHIFT and getattr(_ON_THREAD, "vcpu", None) is self:
             self._flush_jumps()  # their tags do not tell legality classes apart
