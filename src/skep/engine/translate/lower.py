@@ -8,11 +8,17 @@ Each access to guest memory is a *check*: r10 has the address, and behind the ch
 out when the TLB does not match stands behind the block (blocks.py), pushes the access descriptor and calls the stub
 ``slow``:
 
-======  ==================================================== bits    access descriptor ======
-==================================================== 0-11    the instruction's offset in its page (added by blocks.py)
-12-21   operand size in bytes 22-23   0 read, 1 write, 2 read and write 24-25   TLB array: supervisor, user, supervisor
-with AC 26-27   which access of the instruction this is 28      it belongs to a REP string instruction 29      an
-operand that is not aligned is #GP, before any page fault ======  ====================================================
+======  ====================================================
+bits    access descriptor
+======  ====================================================
+0-11    the instruction's offset in its page (added by blocks.py)
+12-21   operand size in bytes
+22-23   0 read, 1 write, 2 read and write
+24-25   TLB array: supervisor, user, supervisor with AC
+26-27   which access of the instruction this is
+28      it belongs to a REP string instruction
+29      an operand that is not aligned is #GP, before any page fault
+======  ====================================================
 """
 
 from __future__ import annotations
@@ -88,9 +94,7 @@ class Template:
     holes: tuple[tuple[int, int, int], ...] = ()
     """(offset, what to put there, what to add to it)"""
     copies: tuple[tuple[int, int, int], ...] = ()
-    """(offset, offset in the guest's instruction, bytes): displacement and immediate, where the form leaves them
-    open
-    """
+    """(offset, offset in the guest's instruction, bytes): displacement and immediate, where the form leaves them open"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -936,9 +940,7 @@ class Lowering:
         a.popfq()
 
     def _port(self, ins: Instruction) -> None:
-        """Leave with what the port access is: bytes, 0x10 for OUT, 0x20 for an immediate port, which stands at bit
-        16.
-        """
+        """Leave with the port access: bytes, 0x10 for OUT, 0x20 for an immediate port, which stands at bit 16."""
         out = ins.mnemonic == Mnemonic.OUT
         value, port = (1, 0) if out else (0, 1)
         info = _GENERAL[ins.op_register(value)][1] | (0x10 if out else 0)

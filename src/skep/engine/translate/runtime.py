@@ -98,8 +98,7 @@ REGS_RSP = OFFSETS["rsp"]
 
 
 def walk(va: int, access: int, array: int) -> int:
-    """Translate ``va`` (SDM 3, 4.5 and 4.6): 0 and ``st.w_pa``, or 14 with ``st.w_error``, or 13 for a non-canonical
-    address.
+    """Translate ``va`` (SDM 3, 4.5 and 4.6): 0 and ``st.w_pa``; 14 with ``st.w_error``; 13 where not canonical.
 
     ``array`` is the privilege: supervisor, user, or supervisor with RFLAGS.AC. Accessed and dirty bits are set as the
     hardware sets them. Without paging the address is physical; legacy paging is Python's (255).
@@ -307,9 +306,7 @@ def clear_write_tags(gpa: int) -> int:
 
 
 def enter_page(va: int, array: int, kind: int) -> int:
-    """Put the page that walk just found (``st.w_pa``) into the TLB; ``kind`` is the tag to set besides those that
-    follow from it.
-    """
+    """Put the page that walk just found (``st.w_pa``) into the TLB; ``kind``: the tag to set besides what follows."""
     me = st.self_
     page = va & ~4095
     entry = me + TLB + array * TLB_ARRAY + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
@@ -437,9 +434,7 @@ def to_python(va: int, desc: int, rip: int) -> int:
 
 
 def fill_crossing(va: int, desc: int, size: int, write: int, array: int, rip: int) -> int:
-    """An operand on two pages. Where their frames are no neighbours they are looked at through a window that has them
-    side by side.
-    """
+    """An operand on two pages. Frames that are no neighbours are seen through a window that has them side by side."""
     first = 4096 - (va & 4095)
     second_va = va + first
     if st.efer & LMA == 0:
@@ -637,9 +632,7 @@ def fetch_page(va: int) -> int:
 
 
 def lookup(va: int) -> int:
-    """Where the guest goes on at ``va`` in the current mode: a checked entry, with ``st.tag`` and ``st.set``; or 0,
-    kind JUMP.
-    """
+    """Where the guest goes on at ``va`` in this mode: a checked entry, with ``st.tag`` and ``st.set``; or 0, JUMP."""
     me = st.self_
     mode = st.mode
     tag = va
@@ -689,9 +682,7 @@ def lookup(va: int) -> int:
 
 
 def link(key: int, site: int) -> int:
-    """Patch the jump whose 32-bit displacement stands at ``site`` to the block ``key`` of the same page, and go
-    there.
-    """
+    """Patch the jump whose 32-bit displacement is at ``site`` to the block ``key`` of the same page, and go there."""
     entry = find(key)
     if entry == 0:
         st.kind = Kind.JUMP
@@ -849,9 +840,7 @@ def elements(va: int, shift: int) -> int:
 
 
 def rep_store(desc: int, array: int) -> int:
-    """REP STOS with DF clear; ``desc``: instruction offset, element shift at bit 12. 2: done; else as fill,
-    restartable.
-    """
+    """REP STOS with DF clear; ``desc``: instruction offset, element shift at bit 12. 2: done; else as fill."""
     shift = (desc >> 12) & 3
     size = 1 << shift
     while st.rcx != 0:
@@ -883,9 +872,7 @@ def rep_store(desc: int, array: int) -> int:
 
 
 def mask_at_host(gpa: int) -> int:
-    """The code mask of a frame given by its offset in guest memory's window; a pair's window counts as code: one
-    element at a time.
-    """
+    """The code mask of a frame by its offset in guest memory's window; a pair counts as code: element by element."""
     if is_ram(gpa) == 0:
         return 1
     return mask_at(gpa)

@@ -6,13 +6,18 @@ temporaries, rsp is the host's stack.
 
 Templates reach a stub by ``call gs:[name]`` or ``jmp gs:[name]`` with these conventions:
 
-========  ===================================================================================================== slow
-``push desc; call``: r10 is address ^ tag, r11 the TLB offset; returns with r10 the operand's host address link
-``mov r11, key; call; dd site``: patch the jump whose displacement is ``site`` bytes from that word, and go miss
-``jmp``: r10 is the target's tag brk_exit  ``jmp``: r10 is the guest address to go on at emu_exit  ``jmp``: r10 is the
-address of an instruction for Python iret, syscall, sysret   ``jmp``: r10 is the instruction's address (for syscall the
-next one's) cr3_load, invlpg        ``push offset; call``: r10 is the operand rep_stos, rep_movs      ``push desc;
-call`` ========  =====================================================================================================
+=====================  ==========================================================================
+slow                   ``push desc; call``: r10 is address ^ tag, r11 the TLB offset;
+                       returns with r10 the operand's host address
+link                   ``mov r11, key; call; dd site``: patch the jump whose displacement is
+                       ``site`` bytes from that word, and go
+miss                   ``jmp``: r10 is the target's tag
+brk_exit               ``jmp``: r10 is the guest address to go on at
+emu_exit               ``jmp``: r10 is the address of an instruction for Python
+iret, syscall, sysret  ``jmp``: r10 is the instruction's address
+cr3_load, invlpg       ``push offset; call``: r10 is the operand
+rep_stos, rep_movs     ``push desc; call``
+=====================  ==========================================================================
 """
 
 from __future__ import annotations
@@ -69,9 +74,7 @@ def restore_flags(a: Assembler) -> None:
 
 
 def jump_set(a: Assembler) -> None:
-    """r11 = the offset of the jump cache's set for the tag in r10 (runtime.jump_set is the same function). No flag
-    changes.
-    """
+    """r11 = the offset of the jump cache's set for the tag in r10 (as runtime.jump_set does). No flag changes."""
     a.rorx(R11, R10, 14, size=32)
     a.lea(R11, Mem(R11, R10), size=32)
     a.pdep(R11, R11, field("pdep_mask"), size=32)

@@ -74,9 +74,7 @@ class TranslateEngine:
 
 
 class Pairs:
-    """A window of host addresses in which any two page frames can be looked at side by side, for operands that lie on
-    both.
-    """
+    """A window of host addresses that shows any two page frames side by side, for operands that lie on both."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
@@ -134,9 +132,7 @@ class TranslateVm:
             vcpu.msrs.set_tsc_offset(offset)
 
     def _written(self, gpa: int, n: int) -> None:
-        """Somebody who is no vCPU has changed memory: translations of it must go before anybody can know of the
-        change.
-        """
+        """Somebody who is no vCPU has changed memory: its translations go before anybody can know of the change."""
         mask = self.cache.mask
         for frame in range(gpa >> 12, (gpa + n - 1 >> 12) + 1):
             if mask[frame]:
@@ -396,9 +392,7 @@ class TranslateVcpu:
         return entry
 
     def _respan(self) -> None:
-        """The block at rip lies on two pages: bring the second into the TLB, and drop the block if it is another one
-        now.
-        """
+        """The block at rip lies on two pages: bring the second into the TLB; if it is another one now, drop the block."""
         st = self.st
         with self._gate:
             pa = self._code_address(st.rip)
@@ -487,9 +481,7 @@ class TranslateVcpu:
         return data, offset
 
     def _device_not_available(self) -> bool:
-        """Whether the instruction at rip, which is not lowered in this mode, raises #NM rather than #UD (SDM 3, table
-        2-2).
-        """
+        """Whether the instruction at rip, not lowered in this mode, raises #NM rather than #UD (SDM 3, table 2-2)."""
         st = self.st
         m = self._instruction().mnemonic
         if m in _STATE:
