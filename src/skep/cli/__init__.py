@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from skep import __version__
-from skep.errors import SkepError, UserError
+from skep.errors import UserError
 
 EXIT_USER = 2
 EXIT_OURS = 4
+EXIT_INTERRUPTED = 130
+"""128 and SIGINT, as shells have it: Ctrl-C before there was a VM to stop."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,16 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has enough. Python would complain once more when it flushes at exit.
         sys.stdout = None
         return 0
-    except SkepError:
-        _report("internal error, please report it")
-        return EXIT_OURS
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except Exception:
-        _report("internal error, please report it")
+        import traceback
+
+        traceback.print_exc()
+        print("skep: internal error, please report it", file=sys.stderr)
         return EXIT_OURS
-
-
-def _report(text: str) -> None:
-    import traceback
-
-    traceback.print_exc()
-    print(f"skep: {text}", file=sys.stderr)
