@@ -163,6 +163,8 @@ class Cache:
         self._shapes: dict[int, dict[tuple[bytes, Open], Form]] = {}
         self._prologues: dict[tuple[int, bool], tuple[bytes, int, int, int]] = {}
         self._peeks: dict[int, int] = {}
+        self._peeked: dict[int, int] = {}
+        """By frame: the bytes that live_at looked at for blocks of the page, as bits."""
         self._ins = Instruction()
         self._insert = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)(self.routines["insert"])
         self._clear_write_tags = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)(self.routines["clear_write_tags"])
@@ -249,6 +251,10 @@ class Cache:
         if len(self._peeks) > 20000:
             self._peeks.clear()
         self._peeks[key] = need
+        if need != ALL_FLAGS:  # blocks rest on these bytes too
+            frame = pa >> 12
+            self._peeked[frame] = self._peeked.get(frame, 0) | (1 << at) - 1 << offset
+            self._mark(pa, min(at, 4096 - offset))
         return need
 
     # Translation
@@ -731,7 +737,8 @@ class Cache:
         blocks = self._pages.get(frame, [])
         count = self._writes.get(frame, 0) + 1
         self._writes[frame] = count
-        everything = count % GIVE_UP == 0
+        peeked = self._peeked.get(frame, 0)
+        everything = count % GIVE_UP == 0 or peeked >> (low & 4095) & (1 << high - low) - 1 != 0
         keep: list[Block] = []
         base = frame << 12
         words = self._bytes
@@ -756,13 +763,21 @@ class Cache:
             self._pages[frame] = keep
         else:
             self._pages.pop(frame, None)
+        if everything:
+            self._peeked.pop(frame, None)
+        elif peeked:
+            for line in range(64):
+                bits = peeked >> 64 * line & _ONES
+                if bits:
+                    words[index + line] |= bits
+                    self.mask[frame] |= 1 << line
 
     def forget_all(self) -> None:
         """Drop every translation. Guest code is not running; jump caches are dropped by whoever sees ``generation`` change."""
         self.blocks.clear()
         self._peeks.clear()
-        for frame in self._pages:
-            self.mask[frame] = 0
+        self._peeked.clear()
+        self._tables[1].madvise(mmap.MADV_DONTNEED)
         self._tables[3].madvise(mmap.MADV_DONTNEED)
         self._pages.clear()
         self._writes.clear()

@@ -61,6 +61,8 @@ _ON_THREAD = threading.local()
 """Whose state block the thread's GS is."""
 _DR6_BS = 1 << 14
 _LAST_EXITS = 16
+_NEAR = 256
+"""An instruction that writes code this near may be in the block it overwrites, and would be translated with it again and again."""
 
 
 class TranslateEngine:
@@ -590,7 +592,7 @@ class TranslateVcpu:
             gpa = self._walk(va, _WRITE, st.mode & 3) or st.w_pa
             if gpa > 255 and self.memory.is_ram(gpa, size):
                 here = self._fetch(st.rip) or st.w_pa
-                if not gpa - 15 <= here < gpa + size:
+                if abs(gpa - here) > _NEAR:
                     if desc >> 28 & 1:  # a string instruction: it will go on over the page
                         size = 4096 - (gpa & 4095)
                     with self._gate:
