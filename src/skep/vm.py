@@ -246,7 +246,8 @@ class Vm:
 
     def power_button(self) -> None:
         """Press it. What follows is the guest's business."""
-        if self._board is not None and self.state in (State.RUNNING, State.FROZEN):
+        # Also while it is starting: the guest may run before the state says so. A reset forgets an earlier press.
+        if self._board is not None and self.state not in (State.ENDED, State.CLOSED):
             self._board.power_button()
 
     def stop(self) -> None:
