@@ -1,11 +1,10 @@
 """A Linux guest and its disk: what it wrote is there, whatever ends it.
 
-These boot Debian's cloud kernel by whatever engine this host has, and take minutes.
+These boot Debian's cloud kernel by whatever engine this host has.
 """
 
 from __future__ import annotations
 
-import base64
 import os
 import random
 import re
@@ -20,20 +19,12 @@ import pytest
 
 import skep
 from skep.block.record import Entry, Kind, mark, read_log, replay
-from skep.guest import debian
-
-pytestmark = pytest.mark.slow
+from skep.guest.debian import Guest
+from tests.linux import BOOT, Linux, command_line
 
 MIB = 1 << 20
 CUTS = 100
-KILLS = 10
-BOOT = 300.0
-"""Seconds until a guest's script has begun; some hosts are slow and shared."""
-
-COPY = """
-mke2fs /dev/vda > /dev/null && mkdir -p /mnt && mount -t ext2 /dev/vda /mnt || exit 1
-head -c 3000001 /dev/urandom > /mnt/file && sync && sha256sum /mnt/file && umount /mnt
-"""
+KILLS = [2, pytest.param(10, marks=pytest.mark.slow)]
 
 # On the first disk a file system, on the second the records alone, a sector each.
 RECORDS = """
@@ -48,15 +39,6 @@ while [ $i -lt $LAST ]; do
     echo "SYNCED $i"
 done
 """
-
-
-@pytest.fixture(scope="module")
-def guest() -> debian.Guest:
-    return debian.obtain()
-
-
-def command_line(script: str) -> str:
-    return f"console=ttyS0 quiet panic=-1 skep.exec={base64.b64encode(script.strip().encode()).decode()}"
 
 
 def records(first: int, last: int) -> str:
@@ -95,24 +77,23 @@ def check_records(files: Path, raw: Path, synced: int) -> None:
         assert sectors[512 * number : 512 * number + 512] == text.encode().ljust(512, b"\0")
 
 
-def test_what_a_guest_copied_is_on_the_disk(guest: debian.Guest, tmp_path: Path) -> None:
+def test_what_a_guest_copied_is_on_the_disk(guest: Guest, tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     with image.open("wb") as file:
         file.truncate(16 * MIB)
-    with skep.Vm(
-        kernel=guest.kernel, initrd=guest.initrd, memory="512M", cmdline=command_line(COPY), disks=[image]
-    ) as vm:
-        vm.start()
-        digest = vm.console.expect(r"([0-9a-f]{64})  /mnt/file", timeout=BOOT)[1]
-        assert vm.console.expect(r"EXIT (\d+)")[1] == "0"
-        vm.wait(timeout=60)
+    with Linux(guest, disks=[image]) as linux:
+        linux("mkfs.ext2 /dev/vda && mount /dev/vda /mnt")
+        linux("head -c 3000001 /dev/urandom > /mnt/file && sync")
+        digest = linux("sha256sum /mnt/file").split()[0]
+        linux("umount /mnt")
+        linux.power_off()
     run("e2fsck", "-f", "-n", str(image))
     run("debugfs", "-R", f"dump /file {tmp_path / 'file'}", str(image))
     assert run("sha256sum", str(tmp_path / "file")).split()[0] == digest
 
 
 def test_everything_synced_survives_100_power_cuts(
-    guest: debian.Guest, disks: tuple[Path, Path], tmp_path: Path
+    guest: Guest, disks: tuple[Path, Path], tmp_path: Path
 ) -> None:
     paths = [tmp_path / "files.log", tmp_path / "raw.log"]
     bases = [disk.read_bytes() for disk in disks]
@@ -159,10 +140,11 @@ def between_marks(log: list[Entry], synced: int) -> tuple[int, int]:
     return at[synced], at[synced + 1] - 1 if synced + 1 < len(at) else len(log)
 
 
-def test_everything_synced_survives_kill_9(guest: debian.Guest, disks: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("kills", KILLS)
+def test_everything_synced_survives_kill_9(guest: Guest, disks: tuple[Path, Path], kills: int) -> None:
     rng = random.Random(9)
     synced = 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         enough = synced + rng.randint(1, 30)
         with session(guest, disks, records(synced, 20_000)) as process:
             assert process.stdout is not None
@@ -181,7 +163,7 @@ def test_everything_synced_survives_kill_9(guest: debian.Guest, disks: tuple[Pat
 
 
 @contextmanager
-def session(guest: debian.Guest, disks: tuple[Path, Path], script: str) -> Iterator[subprocess.Popen[str]]:
+def session(guest: Guest, disks: tuple[Path, Path], script: str) -> Iterator[subprocess.Popen[str]]:
     source = str(Path(skep.__file__ or "").parent.parent)
     command = [sys.executable, "-m", "skep.cli", "run", "--memory", "512M", "--cmdline", command_line(script)]
     command += ["--kernel", str(guest.kernel), "--initrd", str(guest.initrd)]

@@ -1,0 +1,56 @@
+"""Debian's cloud kernel, from the command line: it boots, has nothing to complain of, and powers off."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from skep.guest.debian import Guest
+from tests.linux import BOOT, complaints
+
+MEMORY = {"512M": 512 << 20, "5G": 5 << 30}
+"""The second has RAM below and above the hole of 32-bit devices."""
+
+
+def boot(guest: Guest, memory: str, console: Path) -> str:
+    """One boot to init and power-off; the console's output is kept in a file, and returned."""
+    if MEMORY[memory] > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        pytest.skip(f"this host has no {memory}")
+    command = [sys.executable, "-m", "skep.cli", "run", "--memory", memory, "--cmdline", "console=ttyS0 skep.poweroff"]
+    command += ["--kernel", str(guest.kernel), "--initrd", str(guest.initrd)]
+    with console.open("wb") as output:
+        done = subprocess.run(
+            command,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": "src"},
+            timeout=BOOT,
+        )
+    log = console.read_text(errors="replace")
+    assert done.returncode == 0, f"{console}: {log[-2000:]}"
+    assert re.search(r"^BOOT\r?$", log, re.MULTILINE), f"{console}: {log[-2000:]}"
+    assert "reboot: Power down" in log, f"{console}: {log[-2000:]}"
+    assert complaints(log) == [], console
+    return log
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_boot_and_power_off(guest: Guest, tmp_path: Path, memory: str) -> None:
+    log = boot(guest, memory, tmp_path / "console")
+    seen = re.search(r"Memory: \d+K/(\d+)K available", log)
+    assert seen, log
+    assert 0.999 < (int(seen[1]) << 10) / MEMORY[memory] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "times"), [("512M", 20), ("5G", 5)])
+def test_boots_one_after_the_other(guest: Guest, tmp_path: Path, memory: str, times: int) -> None:
+    for number in range(times):
+        boot(guest, memory, tmp_path / f"console.{number}")

@@ -1,0 +1,90 @@
+"""A Linux guest that does what a test tells it, command by command."""
+
+from __future__ import annotations
+
+import base64
+import re
+from types import TracebackType
+from typing import Any
+
+import skep
+from skep.guest.debian import Guest
+
+BOOT = 300.0
+"""Seconds until a guest's script has begun, or a command is done. An idle machine takes 5; some are slow and shared."""
+
+_COMPLAINT = re.compile(
+    r"\bBUG\b|\bWARNING:|Oops|Kernel panic|lockup|detected stalls|unstable|Call Trace|blocked for more than|starved"
+    r"|nobody cared|I/O error|EXT4-fs error|insmod:|segfault"
+)
+
+# Commands come by the console, one a line; no prompt and no echo stands between their outputs.
+_LISTEN = """
+dmesg -n 1
+stty -echo
+echo READY
+while read -r line; do
+    (eval "$line") 2>&1
+    echo "STATUS $?"
+done
+"""
+
+
+def complaints(log: str) -> list[str]:
+    """The lines in which a kernel says that something is wrong."""
+    return [line for line in log.splitlines() if _COMPLAINT.search(line)]
+
+
+def command_line(script: str, *words: str) -> str:
+    """The kernel's command line with which the guest runs a shell script and powers off."""
+    script = base64.b64encode(script.strip().encode()).decode()
+    return " ".join(("console=ttyS0", "panic=-1", *(words or ("quiet",)), f"skep.exec={script}"))
+
+
+class Linux:
+    """A guest that has booted; ``options`` are :class:`skep.Vm`'s."""
+
+    def __init__(self, guest: Guest, memory: str = "512M", **options: Any) -> None:
+        self.vm = skep.Vm(
+            kernel=guest.kernel, initrd=guest.initrd, memory=memory, cmdline=command_line(_LISTEN), **options
+        )
+        try:
+            self.vm.start()
+            self.wait_ready()
+        except BaseException:
+            self.vm.close()
+            raise
+
+    def wait_ready(self) -> None:
+        """It takes commands, for the first time or after a reboot."""
+        self.vm.console.expect(r"READY\r\n", timeout=BOOT)
+
+    def __call__(self, command: str, status: int = 0) -> str:
+        """Run a line of shell and return what it printed; it is to end with ``status``."""
+        self.begin(command)
+        return self.end(status)
+
+    def begin(self, command: str) -> None:
+        self.vm.console.send(f"{command}\n")
+
+    def end(self, status: int = 0) -> str:
+        """Wait for the end of what ``begin`` began."""
+        found = self.vm.console.expect(r"STATUS (\d+)\r\n", timeout=BOOT)
+        output = found.string[: found.start()].replace("\r\n", "\n")
+        assert int(found[1]) == status, output
+        return output
+
+    def power_off(self) -> None:
+        """It has nothing to complain of, and powers off."""
+        assert complaints(self("dmesg")) == []
+        self.begin("poweroff -f")
+        outcome = self.vm.wait(BOOT)
+        assert outcome is not None and outcome.end.value == "powered off", outcome
+
+    def __enter__(self) -> Linux:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.vm.close()
