@@ -15,11 +15,17 @@ and nothing is unfinished; also while it is held, turns go on until then, and ar
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable
 
 from skep.locks import Lock, Order
+
+# As os.eventfd_write, but keeping the interpreter's lock: a vCPU thread rings in the middle of a register access, under
+# the board lock. If it let go of the interpreter there, the worker would run at once, and soon wait for the board lock.
+_eventfd_write = ctypes.PyDLL(None).eventfd_write
+_eventfd_write.argtypes = (ctypes.c_int, ctypes.c_uint64)
 
 
 class Worker:
@@ -59,7 +65,7 @@ class Worker:
 
     def ring(self) -> None:
         """From any thread, and never lost."""
-        os.eventfd_write(self._bell, 1)
+        _eventfd_write(self._bell, 1)
 
     def hold(self) -> bool:
         """Begin nothing new. True where it is idle; otherwise it soon will be, and a report follows."""
