@@ -1,8 +1,9 @@
 """The allow-list: the instructions that may run on the host CPU with nothing but their operands replaced.
 
-It is the translator's security boundary (SECURITY.md): a mnemonic that stands here has, in every form that lower.py lets through, exactly
-the memory operand that its ModRM byte names, of a fixed and known size, touches no system state, and reads no register but those it names.
-Everything else is a case of its own in lower.py or is left to Python. VEX forms are listed apart because they need more of the guest.
+It is the translator's security boundary (SECURITY.md): a mnemonic that stands here has, in every form that lower.py
+lets through, exactly the memory operand that its ModRM byte names, of a fixed and known size, touches no system state,
+and reads no register but those it names. Everything else is a case of its own in lower.py or is left to Python. VEX
+forms are listed apart because they need more of the guest.
 """
 
 from __future__ import annotations

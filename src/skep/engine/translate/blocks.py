@@ -1,11 +1,13 @@
 """Blocks: runs of guest instructions translated together, where they lie, and how they hang together.
 
-A block begins at a guest-physical address in a mode and goes on over conditional branches that are not taken, up to a limit or the end of its page.
-It has two entries. The *checked* entry is reached through the jump cache with the target's tag in r10 and the set's offset in r11: it compares, looks
-whether somebody wants the vCPU, and notes the page's address. The *plain* entry is reached by jumps that were patched to it from blocks of the same page.
-Every cycle of plain jumps has a backward one, and those look, too.
+A block begins at a guest-physical address in a mode and goes on over conditional branches that are not taken, up to a
+limit or the end of its page. It has two entries. The *checked* entry is reached through the jump cache with the
+target's tag in r10 and the set's offset in r11: it compares, looks whether somebody wants the vCPU, and notes the
+page's address. The *plain* entry is reached by jumps that were patched to it from blocks of the same page. Every cycle
+of plain jumps has a backward one, and those look, too.
 
-Layout of a block in the code buffer: checked entry, plain entry and body, then what is rarely run: calls of the slow path, links, long jumps.
+Layout of a block in the code buffer: checked entry, plain entry and body, then what is rarely run: calls of the slow
+path, links, long jumps.
 """
 
 from __future__ import annotations
@@ -23,7 +25,18 @@ from iced_x86 import Decoder, Instruction
 
 from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
 from skep.engine.translate.compiler import CompiledUnit, compile_functions
-from skep.engine.translate.layout import HASH_BITS, HASH_ENTRY, JC, JC_ARRAY, OFFSETS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
+from skep.engine.translate.layout import (
+    HASH_BITS,
+    HASH_ENTRY,
+    JC,
+    JC_ARRAY,
+    OFFSETS,
+    TLB,
+    TLB_ARRAY,
+    TLB_EXEC,
+    TLB_HOST,
+    Mode,
+)
 from skep.engine.translate.lower import ALL_FLAGS, TLB_MASK, Ends, Form, Lowering, Open, Template
 from skep.engine.translate.runtime import ROUTINES
 from skep.engine.translate.stubs import Stubs, restore_flags, save_flags
@@ -62,7 +75,8 @@ _SLOW_SIZE = _SLOW.size
 _LINK = struct.Struct(f"<2sQ{len(_LINK_CALL)}si")
 _LINK_SITE = 10 + len(_LINK_CALL)
 _CHECK_DEAD = _frag(lambda a: a.cmp(gs(OFFSETS["brk"]), 0, size=16)) + b"\x0f\x85"  # jne rel32
-# the same without touching flags: mov r11, rcx; movzx ecx, word brk; jrcxz over; mov rcx, r11; jmp rel32; over: mov rcx, r11
+# the same without touching flags:
+# mov r11, rcx; movzx ecx, word brk; jrcxz over; mov rcx, r11; jmp rel32; over: mov rcx, r11
 _CHECK_LIVE = b"\x49\x89\xcb" + _frag(lambda a: a.movzx(1, gs(OFFSETS["brk"]), 16)) + b"\xe3\x08\x4c\x89\xd9\xe9"
 _CHECK_LIVE_END = b"\x4c\x89\xd9"
 
@@ -76,9 +90,20 @@ def _routines() -> CompiledUnit:
 class Block:
     """One translation. Offsets ``start`` (checked entry), ``entry`` and ``end`` are in the code buffer."""
 
-    __slots__ = ("key", "pa", "size", "pa2", "start", "entry", "end", "live", "marks")
+    __slots__ = ("end", "entry", "key", "live", "marks", "pa", "pa2", "size", "start")
 
-    def __init__(self, key: int, pa: int, size: int, pa2: int | None, start: int, entry: int, end: int, live: int, marks: array[int]) -> None:
+    def __init__(
+        self,
+        key: int,
+        pa: int,
+        size: int,
+        pa2: int | None,
+        start: int,
+        entry: int,
+        end: int,
+        live: int,
+        marks: array[int],
+    ) -> None:
         self.key = key
         self.pa = pa
         self.size = size
@@ -141,7 +166,9 @@ class Cache:
         sizes = (HASH_ENTRY << HASH_BITS, frames * 8, frames, frames * 512)
         self._tables = [mmap.mmap(-1, size, flags=flags) for size in sizes]
         self._pins = [ctypes.c_char.from_buffer(t) for t in self._tables]
-        self.hash_address, self.mask_address, self.wmapped_address, self.bytes_address = (ctypes.addressof(p) for p in self._pins)
+        self.hash_address, self.mask_address, self.wmapped_address, self.bytes_address = map(
+            ctypes.addressof, self._pins
+        )
         self._hash = memoryview(self._tables[0]).cast("B").cast("Q")
         self.mask = memoryview(self._tables[1]).cast("B").cast("Q")
         self.wmapped = memoryview(self._tables[2])
@@ -166,7 +193,8 @@ class Cache:
         self._peeked: dict[int, int] = {}
         """By frame: the bytes that live_at looked at for blocks of the page, as bits."""
         self._ins = Instruction()
-        self._insert = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)(self.routines["insert"])
+        word = ctypes.c_uint64
+        self._insert = ctypes.CFUNCTYPE(word, word, word, word)(self.routines["insert"])
         self._clear_write_tags = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)(self.routines["clear_write_tags"])
         self.instructions = 0
         self.killed = 0
@@ -191,7 +219,7 @@ class Cache:
         return known
 
     def _shape(self, lowering: Lowering, key: bytes, ins: Instruction, decoder: Decoder, relative: bool) -> Form:
-        """The form of an instruction seen for the first time: that of its bytes without the constants that it leaves open."""
+        """The form of an instruction seen for the first time: that of its bytes without the constants left open."""
         open_ = lowering.opens(ins, decoder)
         shape = bytearray(key)
         if open_.disp_size:
@@ -260,8 +288,8 @@ class Cache:
     # Translation
 
     def translate(self, pa: int, mode: int, next_page: Callable[[], int]) -> Block:
-        """Translate the block at ``pa``. ``next_page`` gives the physical address of the page behind it in the guest's address space, for an
-        instruction on two pages; what it raises goes through. The caller has seen that there is no such block."""
+        """Translate the block at ``pa``. ``next_page``: the physical address of the page behind it for the guest, for
+        an instruction on two pages; what it raises goes through. The caller has seen that there is no such block."""
         if self.pos + (64 << 10) > self.buffer.size or len(self.blocks) >= MAX_BLOCKS:
             self.forget_all()
         offset = pa & 4095
@@ -332,7 +360,9 @@ class Cache:
                             extra -= half << 1
                         if not -(1 << 31) <= extra < 1 << 31:
                             form = lowering.emulated
-                if form.ends == Ends.LOOP or (form.ends and form.ends <= Ends.CALL and ins.op_count and ins.op0_kind in (2, 3)):
+                if form.ends == Ends.LOOP or (
+                    form.ends and form.ends <= Ends.CALL and ins.op_count and ins.op0_kind in (2, 3)
+                ):
                     extra = ins.near_branch_target
                     if extra >= half:
                         extra -= half << 1
@@ -360,14 +390,21 @@ class Cache:
         return self._emit(pa, mode, page, offset, at, items, ends, shadow, pa2, lowering, data)
 
     def _emit(
-        self, pa: int, mode: int, page: int, offset: int, size: int, items: list[tuple[Form, int, int, int]], ends: int, shadow: bool,
+        self,
+        pa: int,
+        mode: int,
+        page: int,
+        offset: int,
+        size: int,
+        items: list[tuple[Form, int, int, int]],
+        ends: int,
+        shadow: bool,
         pa2: int | None, lowering: Lowering, data: bytes,
     ) -> Block:  # fmt: skip
         live_at = self.live_at
         blocks = self.blocks
         follow = offset + size
         # Which flags must survive: backwards.
-        last = items[-1][0]
         if ends in (Ends.NO, Ends.MODE, Ends.JCC, Ends.LOOP, Ends.LOOK) and 0 <= follow < 4096:
             live = live_at(page, follow, mode)
         else:
@@ -513,7 +550,9 @@ class Cache:
         self.instructions += len(items)
         return block
 
-    def _template(self, form: Form, lowering: Lowering, data: bytes, index: int, at: int, n: int, live: bool) -> Template:
+    def _template(
+        self, form: Form, lowering: Lowering, data: bytes, index: int, at: int, n: int, live: bool
+    ) -> Template:
         decoder = Decoder(64 if lowering.wide else 32, data[index : index + n], ip=at)
         ins = decoder.decode()
         if form.emulate:
@@ -534,7 +573,7 @@ class Cache:
         return _LOAD_PAGE + b"\x4d\x8d\x92" + (target & 0xFFFFFFFF).to_bytes(4, "little") + lowering.dispatch_code
 
     def _prologue(self, mode: int, live: bool) -> tuple[bytes, int, int, int]:
-        """The checked entry, and where it wants the displacements of `second` and `brk` and the block's negated offset."""
+        """The checked entry, and where it wants the displacements of `second`, `brk` and the block's negated offset."""
         known = self._prologues.get((mode & 15, live))
         if known is not None:
             return known
@@ -641,8 +680,8 @@ class Cache:
     # A single instruction with operands in bounce buffers
 
     def single(self, data: bytes, offset: int, mode: int, bounce: dict[int, int]) -> int:
-        """Host address of code that runs the one instruction in ``data`` (at ``offset`` of its page) and leaves by done_exit. Not remembered: it lies
-        behind the last block and is overwritten by what comes next."""
+        """Host address of code that runs the one instruction in ``data`` (at ``offset`` of its page) and leaves by
+        done_exit. Not remembered: it lies behind the last block and is overwritten by what comes next."""
         lowering, _ = self.mode(mode)
         ins = Decoder(64 if lowering.wide else 32, data, ip=offset).decode()
         if self.pos + (64 << 10) > self.buffer.size:
@@ -721,10 +760,11 @@ class Cache:
             number = number + 1 & (1 << HASH_BITS) - 1
 
     def _jump(self, position: int, target: int) -> None:
-        self.code[position : position + 5] = b"\xe9" + (target - (self.buffer.rx + position + 5)).to_bytes(4, "little", signed=True)
+        distance = target - (self.buffer.rx + position + 5)
+        self.code[position : position + 5] = b"\xe9" + distance.to_bytes(4, "little", signed=True)
 
     def written(self, pa: int, n: int) -> None:
-        """[pa, pa + n) has changed or is about to: forget what was translated from it. Called with no guest code running."""
+        """[pa, pa + n) has changed or is about to: forget what was translated from it. No guest code is running."""
         end = pa + n
         frame = pa >> 12
         while frame << 12 < end:
@@ -773,7 +813,7 @@ class Cache:
                     self.mask[frame] |= 1 << line
 
     def forget_all(self) -> None:
-        """Drop every translation. Guest code is not running; jump caches are dropped by whoever sees ``generation`` change."""
+        """Drop every translation. No guest code is running; who sees ``generation`` change drops its jump cache."""
         self.blocks.clear()
         self._peeks.clear()
         self._peeked.clear()

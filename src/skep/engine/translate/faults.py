@@ -30,7 +30,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class _Sigaction(ctypes.Structure):
     """struct sigaction as the kernel has it."""
 
-    _fields_ = [("handler", ctypes.c_uint64), ("flags", ctypes.c_uint64), ("restorer", ctypes.c_uint64), ("mask", ctypes.c_uint64)]
+    _fields_ = [(name, ctypes.c_uint64) for name in ("handler", "flags", "restorer", "mask")]
 
 
 class HostFault:
@@ -169,7 +169,8 @@ class _Catcher:
 
 
 def _sigaction(number: int, new: _Sigaction | None, old: _Sigaction | None) -> None:
-    if _libc.syscall(_SYS_RT_SIGACTION, number, ctypes.byref(new) if new else None, ctypes.byref(old) if old else None, 8):
+    pointers = [ctypes.byref(action) if action else None for action in (new, old)]
+    if _libc.syscall(_SYS_RT_SIGACTION, number, *pointers, 8):
         raise OSError(ctypes.get_errno(), f"sigaction({number})")
 
 

@@ -67,7 +67,8 @@ _FIELDS = (
     "target",  # host address to enter at
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
-    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "span_exit", "port_exit", "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs",
+    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "span_exit", "port_exit",
+    "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs",
     "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link",  # counters
 )
 
@@ -131,7 +132,7 @@ class Kind:
 class StateBlock:
     """One vCPU's state block. Every name in :data:`OFFSETS` is an attribute (an int, 0 to 2**64 - 1)."""
 
-    __slots__ = ("address", "buffer", "bytes", "q", "_keep")
+    __slots__ = ("_keep", "address", "buffer", "bytes", "q")
 
     def __init__(self) -> None:
         self.buffer = mmap.mmap(-1, SIZE)
@@ -139,7 +140,7 @@ class StateBlock:
         self.address = ctypes.addressof(self._keep)
         self.bytes = memoryview(self.buffer)
         self.q = self.bytes.cast("Q")
-        self.self_ = self.address
+        self.q[OFFSETS["self_"] >> 3] = self.address
 
     def close(self) -> None:
         self.q.release()

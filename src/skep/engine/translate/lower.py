@@ -94,7 +94,7 @@ class Template:
     holes: tuple[tuple[int, int, int], ...] = ()
     """(offset, what to put there, what to add to it)"""
     copies: tuple[tuple[int, int, int], ...] = ()
-    """(offset, offset in the guest's instruction, bytes): displacement and immediate, where the form leaves them open"""
+    """(offset, offset in the guest's instruction, bytes): displacement and immediate where the form leaves them open"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,23 +162,28 @@ _NOTHING = mnemonics(allowed.NO_OPERATION)
 _SYSTEM_REGISTERS = frozenset(
     v
     for n, v in vars(Register).items()
-    if isinstance(v, int) and (n in ("ES", "CS", "SS", "DS", "FS", "GS") or (n[:2] in ("CR", "DR", "TR") and n[2:].isdigit()))
+    if isinstance(v, int)
+    and (n in ("ES", "CS", "SS", "DS", "FS", "GS") or (n[:2] in ("CR", "DR", "TR") and n[2:].isdigit()))
 )
 _SREG_FIELD = {getattr(Register, n.upper()): f"{n}_sel" for n in ("es", "cs", "ss", "ds", "fs", "gs")}
 _BIT_TESTS = (Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC)
 _BY_CL = (
-    Mnemonic.SHL, Mnemonic.SHR, Mnemonic.SAR, Mnemonic.SAL, Mnemonic.ROL, Mnemonic.ROR, Mnemonic.RCL, Mnemonic.RCR, Mnemonic.SHLD, Mnemonic.SHRD,
+    Mnemonic.SHL, Mnemonic.SHR, Mnemonic.SAR, Mnemonic.SAL, Mnemonic.ROL, Mnemonic.ROR, Mnemonic.RCL, Mnemonic.RCR,
+    Mnemonic.SHLD, Mnemonic.SHRD,
 )  # fmt: skip
 _MOFFS = {
-    Code.MOV_AL_MOFFS8: Code.MOV_R8_RM8, Code.MOV_AX_MOFFS16: Code.MOV_R16_RM16, Code.MOV_EAX_MOFFS32: Code.MOV_R32_RM32,
-    Code.MOV_RAX_MOFFS64: Code.MOV_R64_RM64, Code.MOV_MOFFS8_AL: Code.MOV_RM8_R8, Code.MOV_MOFFS16_AX: Code.MOV_RM16_R16,
+    Code.MOV_AL_MOFFS8: Code.MOV_R8_RM8, Code.MOV_AX_MOFFS16: Code.MOV_R16_RM16,
+    Code.MOV_EAX_MOFFS32: Code.MOV_R32_RM32, Code.MOV_RAX_MOFFS64: Code.MOV_R64_RM64,
+    Code.MOV_MOFFS8_AL: Code.MOV_RM8_R8, Code.MOV_MOFFS16_AX: Code.MOV_RM16_R16,
     Code.MOV_MOFFS32_EAX: Code.MOV_RM32_R32, Code.MOV_MOFFS64_RAX: Code.MOV_RM64_R64,
 }  # fmt: skip
 _SHORT_INC = {
     Code.INC_R16: Code.INC_RM16, Code.INC_R32: Code.INC_RM32, Code.DEC_R16: Code.DEC_RM16, Code.DEC_R32: Code.DEC_RM32,
 }  # fmt: skip
 _STRINGS = {
-    getattr(Mnemonic, op + suffix): (op, shift) for op in ("STOS", "MOVS", "LODS") for shift, suffix in enumerate("BWDQ")
+    getattr(Mnemonic, op + suffix): (op, shift)
+    for op in ("STOS", "MOVS", "LODS")
+    for shift, suffix in enumerate("BWDQ")
 }  # fmt: skip
 _XSAVE = {Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64}
 _XRSTOR = {Mnemonic.XRSTOR, Mnemonic.XRSTOR64}
@@ -187,7 +192,9 @@ _FXRSTOR = {Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64}
 _WRITES = (OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
 _PLAIN_WRITE = (OpAccess.WRITE,)
 _LOOP16 = frozenset(
-    v for n, v in vars(Code).items() if n.startswith(("LOOP", "JCXZ")) and n.endswith(("_CX", "JCXZ_REL8_32")) and isinstance(v, int)
+    v
+    for n, v in vars(Code).items()
+    if n.startswith(("LOOP", "JCXZ")) and n.endswith(("_CX", "JCXZ_REL8_32")) and isinstance(v, int)
 )
 """Those of 32-bit code that count in CX."""
 _UNALIGNED = frozenset(
@@ -320,9 +327,7 @@ class Lowering:
                 return True
         if ins.has_lock_prefix and ins.op0_kind != OpKind.MEMORY:
             return True
-        if self._memory_operand(ins) and self._size(ins) == 0:
-            return True
-        return False
+        return self._memory_operand(ins) and self._size(ins) == 0
 
     def _branch_is_python(self, ins: Instruction) -> bool:
         if self.wide:
@@ -513,7 +518,8 @@ class Lowering:
             known = self._checks[key] = self._check_code(*key)
         start = len(a)
         a.raw(known[0])
-        self.checks.append((start + known[1], len(a), aligned << 29 | number << 26 | self.array << 24 | access << 22 | size << 12, self.live))
+        descriptor = aligned << 29 | number << 26 | self.array << 24 | access << 22 | size << 12
+        self.checks.append((start + known[1], len(a), descriptor, self.live))
 
     def _check_code(self, size: int, write: bool, live: bool) -> tuple[bytes, int]:
         """The check, and where the displacement of its way out stands."""
@@ -607,7 +613,9 @@ class Lowering:
         """An instruction of the allow-list: the same on the host, with its operands where they are here."""
         memory = self._memory_operand(ins)
         registers = [
-            (i, ins.op_register(i)) for i in range(ins.op_count) if ins.op_kind(i) == OpKind.REGISTER and ins.op_register(i) in _GENERAL
+            (i, ins.op_register(i))
+            for i in range(ins.op_count)
+            if ins.op_kind(i) == OpKind.REGISTER and ins.op_register(i) in _GENERAL
         ]
         moved = [(i, r) for i, r in registers if home(_GENERAL[r][0]) != _GENERAL[r][0]]
         if not memory and not moved and self.wide:
@@ -702,12 +710,15 @@ class Lowering:
     def _special(self) -> dict[int, Callable[[Instruction], None]]:
         m = Mnemonic
         table: dict[int, Callable[[Instruction], None]] = {
-            m.MOV: self._mov, m.LEA: self._lea, m.PUSH: self._push, m.POP: self._pop, m.CALL: self._call, m.JMP: self._jmp, m.RET: self._ret,
-            m.LEAVE: self._leave, m.PUSHFQ: self._pushfq, m.STI: self._sti, m.CLI: self._cli, m.SWAPGS: self._swapgs, m.STAC: self._stac,
-            m.CLAC: self._stac, m.INVLPG: self._invlpg, m.IRETQ: self._leave_by, m.SYSRETQ: self._leave_by, m.SYSCALL: self._leave_by,
-            m.RDTSC: self._rdtsc, m.RDTSCP: self._rdtsc, m.RDFSBASE: self._segment_base, m.RDGSBASE: self._segment_base,
-            m.IN: self._port, m.OUT: self._port, m.POPFQ: self._popfq,
-            m.WRFSBASE: self._segment_base, m.WRGSBASE: self._segment_base, m.FNSTENV: self._x87_environment, m.FNSAVE: self._x87_environment,
+            m.MOV: self._mov, m.LEA: self._lea, m.PUSH: self._push, m.POP: self._pop, m.LEAVE: self._leave,
+            m.CALL: self._call, m.JMP: self._jmp, m.RET: self._ret,
+            m.PUSHFQ: self._pushfq, m.POPFQ: self._popfq, m.STI: self._sti, m.CLI: self._cli,
+            m.STAC: self._stac, m.CLAC: self._stac, m.SWAPGS: self._swapgs, m.INVLPG: self._invlpg,
+            m.IRETQ: self._leave_by, m.SYSRETQ: self._leave_by, m.SYSCALL: self._leave_by,
+            m.RDTSC: self._rdtsc, m.RDTSCP: self._rdtsc, m.IN: self._port, m.OUT: self._port,
+            m.RDFSBASE: self._segment_base, m.RDGSBASE: self._segment_base,
+            m.WRFSBASE: self._segment_base, m.WRGSBASE: self._segment_base,
+            m.FNSTENV: self._x87_environment, m.FNSAVE: self._x87_environment,
         }  # fmt: skip
         for k in _BIT_TESTS:
             table[k] = self._bit_test
@@ -770,7 +781,8 @@ class Lowering:
         a = self.a
         number, size = _GENERAL[ins.op0_register]
         parts = [_GENERAL[r][0] for r in (ins.memory_base, ins.memory_index) if r in _GENERAL]
-        if self.wide and home(number) == number and all(home(n) == n for n in parts) and ins.memory_base not in (Register.RIP, Register.EIP):
+        relative = ins.memory_base in (Register.RIP, Register.EIP)
+        if self.wide and home(number) == number and all(home(n) == n for n in parts) and not relative:
             if self.open.disp_size:
                 self.copies.append((len(a) + self.open.disp, self.open.disp, self.open.disp_size))
             a.raw(self.data)
@@ -1072,7 +1084,8 @@ class Lowering:
         a.sarx(R11, R11, RCX)
         a.pop(RCX)
         a.lea(R10, Mem(R10, R11, size))
-        if not self.wide or RegisterExt.size(ins.memory_base if ins.memory_base != Register.NONE else ins.memory_index) == 4:
+        part = ins.memory_base if ins.memory_base != Register.NONE else ins.memory_index
+        if not self.wide or RegisterExt.size(part) == 4:
             a.mov(R10, R10, size=32)
         self.check(size, READ if ins.mnemonic == Mnemonic.BT else READ_WRITE)
         self.load(R11, number)

@@ -49,7 +49,6 @@ from skep.engine.translate.layout import (
     NG_LIST,
     NG_MAX,
     OFFSETS,
-    PAIR_SLOTS,
     TLB,
     TLB_ARRAY,
     TLB_ENTRIES,
@@ -171,9 +170,8 @@ def walk(va: int, access: int, array: int) -> int:
                     return 14
             elif array == SUPERVISOR and st.cr4 & SMAP:
                 return 14
-        if access & WRITE and rights & RW == 0:
-            if array == USER or st.cr0 & WP:
-                return 14
+        if access & WRITE and rights & RW == 0 and (array == USER or st.cr0 & WP):
+            return 14
         if access & FETCH and nx >> 63:
             return 14
         wanted = entry | ACCESSED
@@ -312,9 +310,8 @@ def enter_page(va: int, array: int, kind: int) -> int:
     entry = me + TLB + array * TLB_ARRAY + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
     host = st.ram + (st.w_pa & ~4095)
     fresh = 1
-    if ld64(entry + TLB_HOST) == host:
-        if ld64(entry + TLB_READ) == page or ld64(entry + TLB_EXEC) & ~1 == page:
-            fresh = 0
+    if ld64(entry + TLB_HOST) == host and (ld64(entry + TLB_READ) == page or ld64(entry + TLB_EXEC) & ~1 == page):
+        fresh = 0
     if fresh:
         empty_entry(entry)
         st64(entry + TLB_HOST, host)
@@ -455,9 +452,8 @@ def fill_crossing(va: int, desc: int, size: int, write: int, array: int, rip: in
     high = st.w_pa
     if is_ram(low) == 0 or is_ram(high) == 0:
         return to_python(va, desc, rip)
-    if write:
-        if is_code(low, first) or is_code(high, size - first):
-            return to_python(va, desc, rip)
+    if write and (is_code(low, first) or is_code(high, size - first)):
+        return to_python(va, desc, rip)
     if low + first == high:
         return st.ram + low
     tag = (low >> 12 << 32) | (high >> 12)
@@ -984,7 +980,8 @@ def down_elements(va: int, shift: int, most: int) -> int:
 
 
 ROUTINES = [
-    walk, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault, fill, to_python, fill_crossing,
-    supervisor_pointer, deliver, set_mode, find, insert, fetch_page, lookup, link, load_cr3, descriptor_at, interrupt_return,
-    system_call, system_return, operand, rep_store, mask_at_host, rep_move, rep_down, down_elements, empty_entry, lines, is_code, mask_at, jump_set, elements,
+    walk, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault, fill, to_python,
+    fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, lookup, link, load_cr3,
+    descriptor_at, interrupt_return, system_call, system_return, operand, rep_store, mask_at_host, rep_move, rep_down,
+    down_elements, empty_entry, lines, is_code, mask_at, jump_set, elements,
 ]  # fmt: skip

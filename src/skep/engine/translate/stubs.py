@@ -126,7 +126,12 @@ class Stubs:
         a.jmp(field("target"))
 
     def _exits(self, a: Assembler) -> None:
-        for name, kind in (("brk_exit", Kind.BREAK), ("emu_exit", Kind.EMULATE), ("span_exit", Kind.SPAN), ("port_exit", Kind.PORT)):
+        for name, kind in (
+            ("brk_exit", Kind.BREAK),
+            ("emu_exit", Kind.EMULATE),
+            ("span_exit", Kind.SPAN),
+            ("port_exit", Kind.PORT),
+        ):
             self._begin(name)
             a.mov(field("rip"), R10)
             a.mov(field("kind"), kind)

@@ -62,7 +62,7 @@ _ON_THREAD = threading.local()
 _DR6_BS = 1 << 14
 _LAST_EXITS = 16
 _NEAR = 256
-"""An instruction that writes code this near may be in the block it overwrites, and would be translated with it again and again."""
+"""An instruction that writes code this near may be in the block it overwrites, and be translated again and again."""
 
 
 class TranslateEngine:
@@ -70,7 +70,9 @@ class TranslateEngine:
 
     name = "translate"
 
-    def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> TranslateVm:
+    def create_vm(
+        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
+    ) -> TranslateVm:
         features.require()
         return TranslateVm(memory, io, max_vcpus, cpu_model, tsc_offset)
 
@@ -101,7 +103,8 @@ class Pairs:
             gpa = frame << 12
             memory = self._memory
             offset = gpa if gpa < memory.low_size else memory.low_size + gpa - memory.high_base
-            got = _libc.mmap(at + i * 4096, 4096, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, memory.fd, offset)
+            protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+            got = _libc.mmap(at + i * 4096, 4096, protection, flags, memory.fd, offset)
             if got != at + i * 4096:
                 self._tags[slot] = 0
                 raise OSError(ctypes.get_errno(), "cannot map two guest pages side by side")
@@ -300,7 +303,9 @@ class TranslateVcpu:
         """Make this thread the vCPU's: its GS is the state block."""
         if getattr(_ON_THREAD, "vcpu", None) is not self:
             if _libc.syscall(_SYS_ARCH_PRCTL, _ARCH_SET_GS, ctypes.c_ulong(self.st.address)):
-                raise HostError("the host kernel does not let a program set its GS base", "engine=translate", "use another host")
+                raise HostError(
+                    "the host kernel does not let a program set its GS base", "engine=translate", "use another host"
+                )
             _ON_THREAD.vcpu = self
         if self._fresh:
             self._fresh = False
@@ -394,7 +399,7 @@ class TranslateVcpu:
         return entry
 
     def _respan(self) -> None:
-        """The block at rip lies on two pages: bring the second into the TLB; if it is another one now, drop the block."""
+        """The block at rip lies on two pages: bring the second into the TLB; if it has changed, drop the block."""
         st = self.st
         with self._gate:
             pa = self._code_address(st.rip)
@@ -499,7 +504,7 @@ class TranslateVcpu:
         st = self.st
         ins = self._instruction()
         start, count = st.rip, st.rcx
-        one = bool(ins.is_string_instruction and (ins.has_rep_prefix or ins.has_repne_prefix) and 1 < count)
+        one = bool(ins.is_string_instruction and (ins.has_rep_prefix or ins.has_repne_prefix) and count > 1)
         if one:
             st.rcx = 1
         try:
@@ -619,7 +624,8 @@ class TranslateVcpu:
         fault = HostFault(st.info)
         offset = self.cache.locate(st.va) if not st.single else st.rip & 4095
         if offset is None or fault.vector is None:
-            raise _Unsupported(f"host {fault} at {st.va - self.cache.buffer.rx:#x} of the code buffer, guest page {st.page:#x}")
+            at = st.va - self.cache.buffer.rx
+            raise _Unsupported(f"host {fault} at {at:#x} of the code buffer, guest page {st.page:#x}")
         st.rip = st.page | offset
         if fault.vector == Vector.XM and not st.cr4 & Cr4.OSXMMEXCPT:
             return GuestFault(Vector.UD)
@@ -706,7 +712,7 @@ class TranslateVcpu:
         if not (efer & Efer.LMA and attributes & 0x2000):
             mode |= Mode.CODE32 if attributes & 0x4000 else Mode.CODE16
             if mode & Mode.CODE16 or st.cs_base:
-                raise _Unsupported("the guest runs 16-bit code or code with a segment base, which this engine does not have yet")
+                raise _Unsupported("the guest runs 16-bit code or a segment base, which this engine does not have yet")
         if st.cpl == 3:
             mode |= Mode.USER
         elif st.sysfl & Rflags.AC:
@@ -772,7 +778,15 @@ class TranslateVcpu:
 
 _PLAIN = ("cr0", "cr2", "cr3", "cr4", "efer", "xcr0", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
 _FX = (Mnemonic.FXSAVE, Mnemonic.FXSAVE64, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64)
-_STATE = (*_FX, Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XRSTOR, Mnemonic.XRSTOR64, Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64)
+_STATE = (
+    *_FX,
+    Mnemonic.XSAVE,
+    Mnemonic.XSAVE64,
+    Mnemonic.XRSTOR,
+    Mnemonic.XRSTOR64,
+    Mnemonic.XSAVEOPT,
+    Mnemonic.XSAVEOPT64,
+)
 _COMPARES = tuple(getattr(Mnemonic, op + size) for op in ("CMPS", "SCAS") for size in "BWDQ")
 _IRETS = (Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
 
