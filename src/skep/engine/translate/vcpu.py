@@ -45,7 +45,7 @@ from skep.engine.translate.layout import (
 from skep.engine.translate.lower import Legality, mnemonics
 from skep.engine.translate.modelspecific import ModelSpecific
 from skep.engine.translate.port import GuestFault, TripleFault
-from skep.errors import HostError
+from skep.errors import HostError, UserError
 from skep.memory import GuestMemory
 
 _WRITE, _FETCH = 1, 2
@@ -74,6 +74,9 @@ class TranslateEngine:
         self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
     ) -> TranslateVm:
         features.require()
+        if max_vcpus > 1:
+            # Another processor starts in real mode, which is not there yet, and one code cache for all needs shootdown.
+            raise UserError("the translator runs one CPU only, so far", "cpus", "ask for 1")
         return TranslateVm(memory, io, max_vcpus, cpu_model, tsc_offset)
 
 
