@@ -92,9 +92,7 @@ def test_what_a_guest_copied_is_on_the_disk(guest: Guest, tmp_path: Path) -> Non
     assert run("sha256sum", str(tmp_path / "file")).split()[0] == digest
 
 
-def test_everything_synced_survives_100_power_cuts(
-    guest: Guest, disks: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_everything_synced_survives_100_power_cuts(guest: Guest, disks: tuple[Path, Path], tmp_path: Path) -> None:
     paths = [tmp_path / "files.log", tmp_path / "raw.log"]
     bases = [disk.read_bytes() for disk in disks]
     with skep.Vm(
