@@ -20,8 +20,9 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
-from iced_x86 import Decoder, Instruction
+from iced_x86 import Decoder, DecoderError, Instruction, OpKind
 
 from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
 from skep.engine.translate.compiler import CompiledUnit, compile_functions
@@ -72,6 +73,17 @@ _RESTORE = _frag(restore_flags)
 _SAVE = _frag(save_flags)
 _SLOW = struct.Struct(f"<Bi{len(_SLOW_CALL)}sBi")
 _SLOW_SIZE = _SLOW.size
+_slow_pack = _SLOW.pack
+# Looking names up in a class costs more than the rest of a step of the loops below.
+_NO, _YES, _JCC, _JMP, _CALL, _LOOP = Ends.NO, Ends.YES, Ends.JCC, Ends.JMP, Ends.CALL, Ends.LOOP
+_SHADOW, _MODE, _LOOK = Ends.SHADOW, Ends.MODE, Ends.LOOK
+_GO_ON = (_NO, _JCC, _LOOP, _MODE, _LOOK)
+_NEAR = (OpKind.NEAR_BRANCH32, OpKind.NEAR_BRANCH64)
+_JCC_CODE = tuple(bytes((0x0F, 0x80 | cc)) for cc in range(16))
+_BRANCH_BYTES = bytes(
+    1 if 0x70 <= b < 0x80 or b in (0xE8, 0xE9, 0xEB) else 2 if b == 0x0F else 0 for b in range(256)
+)
+"""By first byte: how many bytes tell a relative branch, whose form does not depend on its displacement."""
 _LINK = struct.Struct(f"<2sQ{len(_LINK_CALL)}si")
 _LINK_SITE = 10 + len(_LINK_CALL)
 _CHECK_DEAD = _frag(lambda a: a.cmp(gs(OFFSETS["brk"]), 0, size=16)) + b"\x0f\x85"  # jne rel32
@@ -85,6 +97,26 @@ _CHECK_LIVE_END = b"\x4c\x89\xd9"
 def _routines() -> CompiledUnit:
     """runtime.py in machine code, the same at any address."""
     return compile_functions(ROUTINES, 0)
+
+
+_Item = tuple[Form, int, int, int]
+"""An instruction: form, offset in its page, length, and where it goes or what it addresses relative to the page."""
+
+
+class _Draft(NamedTuple):
+    """A block as it was decoded."""
+
+    pa: int
+    mode: int
+    size: int
+    items: list[_Item]
+    ends: int
+    """How the last instruction ends it; NO: it goes on behind it."""
+    shadow: bool
+    """The last instruction stands in an STI's shadow: interrupts are looked for behind it."""
+    pa2: int | None
+    lowering: Lowering
+    data: bytes
 
 
 class Block:
@@ -149,7 +181,7 @@ def _address_of(mapping: mmap.mmap) -> int:
     api = ctypes.pythonapi
     if api.PyObject_GetBuffer(ctypes.py_object(mapping), buffer, 0):
         raise OSError("cannot take the address of a mapping")
-    address = ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint64))[0]
+    address: int = ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint64))[0]
     api.PyBuffer_Release(buffer)
     return address
 
@@ -188,6 +220,8 @@ class Cache:
         self._writes: dict[int, int] = {}
         self._modes: dict[int, tuple[Lowering, dict[bytes, Form]]] = {}
         self._shapes: dict[int, dict[tuple[bytes, Open], Form]] = {}
+        self._general: dict[tuple[tuple[bytes, Open], int], Form] = {}
+        """Forms that no legality class changes."""
         self._prologues: dict[tuple[int, bool], tuple[bytes, int, int, int]] = {}
         self._peeks: dict[int, int] = {}
         self._peeked: dict[int, int] = {}
@@ -196,6 +230,8 @@ class Cache:
         word = ctypes.c_uint64
         self._insert = ctypes.CFUNCTYPE(word, word, word, word)(self.routines["insert"])
         self._clear_write_tags = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)(self.routines["clear_write_tags"])
+        self._second = [self.stubs[f"second{array_}"] for array_ in range(3)]
+        self._brk_exit = self.stubs["brk_exit"]
         self.instructions = 0
         self.killed = 0
 
@@ -233,9 +269,15 @@ class Cache:
         name = (bytes(shape), open_)
         form = shapes.get(name)
         if form is None:
-            form = shapes[name] = lowering.form(ins, relative)
-            if not form.emulate:
-                form.open = open_
+            general = (name, lowering.mode & 15)
+            form = self._general.get(general)
+            if form is None:
+                form = lowering.form(ins, relative)
+                if not form.emulate:
+                    form.open = open_
+                    if lowering.is_general(ins):
+                        self._general[general] = form
+            shapes[name] = form
         return form
 
     def live_at(self, page: int, offset: int, mode: int) -> int:
@@ -261,15 +303,15 @@ class Cache:
                 break
             n = ins.len
             b = data[at]
-            key = data[at : at + n]
+            shape = data[at : at + n]
             if 0x70 <= b < 0x80 or b == 0xE9 or b == 0xEB or b == 0xE8 or (b == 0x0F and data[at + 1] & 0xF0 == 0x80):
-                key = key[: 1 + (b == 0x0F)]
-            form = forms.get(key)
+                shape = shape[: 1 + (b == 0x0F)]
+            form = forms.get(shape)
             if form is None:
                 relative = ins.is_ip_rel_memory_operand
                 form = self._shape(lowering, data[at : at + n], ins, decoder, relative)
                 if not relative:
-                    forms[key] = form
+                    forms[shape] = form
             at += n
             need |= open_ & form.reads
             open_ &= form.keeps
@@ -294,8 +336,7 @@ class Cache:
             self.forget_all()
         offset = pa & 4095
         page = pa - offset
-        frame = pa >> 12
-        if self.wmapped[frame]:
+        if self.wmapped[pa >> 12]:
             self._clear_write_tags(page)
         room = 4096 - offset
         data = bytes(self.memory.view(pa, room if room < MAX_BYTES else MAX_BYTES))
@@ -306,11 +347,11 @@ class Cache:
         ins = self._ins
         get = forms.get
         end = len(data)
-        items: list[tuple[Form, int, int, int]] = []
+        items: list[_Item] = []
         at = 0
         branches = 0
         pa2: int | None = None
-        ends = Ends.NO
+        ends = _NO
         shadow = False
         half = 1 << bits - 1
         while at < end:
@@ -320,138 +361,160 @@ class Cache:
                 if items:
                     break
                 if end - at < 15 and room <= MAX_BYTES:
-                    try:
-                        pa2 = next_page()
-                    except Exception:
-                        if ins.len and decoder.last_error != 2:  # not for want of bytes: #UD comes first
-                            pa2 = None
-                        else:
-                            raise
-                    if pa2 is not None:
-                        data += bytes(self.memory.view(pa2, 15))
-                        decoder = Decoder(bits, data, ip=offset)
-                        decoder.decode_out(ins)
-                        n = ins.len
-                        if n <= room:
-                            pa2 = None
-                        end = n
+                    pa2, data, n = self._second_page(data, room, bits, offset, next_page)
+                    end = n
             b = data[at]
-            extra = 0
-            if 0x70 <= b < 0x80 or b == 0xE9 or b == 0xEB or b == 0xE8 or (b == 0x0F and data[at + 1] & 0xF0 == 0x80):
-                key = data[at : at + 2] if b == 0x0F else data[at : at + 1]
+            kind = _BRANCH_BYTES[b]
+            if kind and (kind == 1 or data[at + 1] & 0xF0 == 0x80):
+                key = data[at : at + kind]
                 form = get(key)
                 if form is None:
                     form = forms[key] = lowering.form(ins, False)
                 extra = ins.near_branch_target
                 if extra >= half:
                     extra -= half << 1
+                ends = form.ends
             else:
                 key = data[at : at + n]
+                extra = 0
                 form = get(key)
                 if form is None:
                     relative = ins.is_ip_rel_memory_operand
                     form = self._shape(lowering, key, ins, decoder, relative)
                     if relative:
                         extra = ins.memory_displacement
-                    elif n <= 7:
-                        forms[key] = form
-                    if relative:
                         if extra >= half:
                             extra -= half << 1
                         if not -(1 << 31) <= extra < 1 << 31:
                             form = lowering.emulated
-                if form.ends == Ends.LOOP or (
-                    form.ends and form.ends <= Ends.CALL and ins.op_count and ins.op0_kind in (2, 3)
-                ):
+                    elif n <= 7:
+                        forms[key] = form
+                ends = form.ends
+                if ends and (ends == _LOOP or (ends <= _CALL and ins.op_count and ins.op0_kind in _NEAR)):
                     extra = ins.near_branch_target
                     if extra >= half:
                         extra -= half << 1
             items.append((form, offset + at, n, extra))
             at += n
-            ends = form.ends
             if ends:
-                if ends == Ends.JCC and branches < MAX_BRANCHES and not shadow:
+                if ends == _JCC and branches < MAX_BRANCHES and not shadow:
                     branches += 1
-                    ends = Ends.NO
+                    ends = _NO
                     if (pa + at) << 12 | mode in self.blocks:
                         break
-                elif ends == Ends.SHADOW:
+                elif ends == _SHADOW:
                     if at + 15 > room or shadow:
                         items[-1] = (lowering.emulated, offset + at - n, n, 0)
-                        ends = Ends.YES
+                        ends = _YES
                         break
                     shadow = True
-                    ends = Ends.NO
+                    ends = _NO
                     continue
                 else:
                     break
             if shadow or pa2 is not None or len(items) >= MAX_INSTRUCTIONS:
                 break
-        return self._emit(pa, mode, page, offset, at, items, ends, shadow, pa2, lowering, data)
+        return self._emit(_Draft(pa, mode, at, items, ends, shadow, pa2, lowering, data))
 
-    def _emit(
-        self,
-        pa: int,
-        mode: int,
-        page: int,
-        offset: int,
-        size: int,
-        items: list[tuple[Form, int, int, int]],
-        ends: int,
-        shadow: bool,
-        pa2: int | None, lowering: Lowering, data: bytes,
-    ) -> Block:  # fmt: skip
-        live_at = self.live_at
-        blocks = self.blocks
-        follow = offset + size
-        # Which flags must survive: backwards.
-        if ends in (Ends.NO, Ends.MODE, Ends.JCC, Ends.LOOP, Ends.LOOK) and 0 <= follow < 4096:
-            live = live_at(page, follow, mode)
-        else:
-            live = ALL_FLAGS
-        needs: list[int] = []
-        for form, _, _, extra in reversed(items):
+    def _second_page(
+        self, data: bytes, room: int, bits: int, offset: int, next_page: Callable[[], int]
+    ) -> tuple[int | None, bytes, int]:
+        """For an instruction that does not decode within its page: the page behind it if the instruction goes on there,
+        the bytes with those of that page, and the instruction's length."""
+        pa2: int | None
+        first = Decoder(bits, data, ip=offset)
+        ins = first.decode()
+        try:
+            pa2 = next_page()
+        except Exception:
+            if ins.len and first.last_error != DecoderError.NO_MORE_BYTES:  # #UD comes before the second page's #PF
+                return None, data, ins.len
+            raise
+        data += bytes(self.memory.view(pa2, 15))
+        n = Decoder(bits, data, ip=offset).decode().len
+        return (pa2 if n > room else None), data, n
+
+    def _needs(self, draft: _Draft) -> tuple[list[bool], int]:
+        """For each instruction, last first, whether flags must survive its checks; and which flags the block reads.
+
+        What the targets of jumps read is looked up only where a check lies between the jump and the flags' origin.
+        """
+        mode = draft.mode
+        page = draft.pa & ~4095
+        live = ALL_FLAGS
+        open_: list[int] = []  # targets on this page whose wishes count, and are not looked up yet
+        follow = (draft.pa & 4095) + draft.size
+        if draft.ends in _GO_ON and follow < 4096:
+            live = 0
+            open_.append(follow)
+        needs: list[bool] = []
+        for form, _, _, extra in reversed(draft.items):
             e = form.ends
             if e:
-                if e == Ends.JCC or e == Ends.LOOP:
-                    live |= live_at(page, extra, mode) if 0 <= extra < 4096 else ALL_FLAGS
-                elif e == Ends.JMP or e == Ends.CALL:
-                    live = live_at(page, extra, mode) if 0 <= extra < 4096 else ALL_FLAGS
-                elif e == Ends.YES:
+                if e == _JMP or e == _CALL:
+                    live = 0
+                    open_ = []
+                elif e == _YES:
                     live = ALL_FLAGS
-            live = (live & form.keeps) | form.reads
-            needs.append(live)
-        # Emission
+                    open_ = []
+                if e == _JCC or e == _LOOP or e == _JMP or e == _CALL:
+                    if 0 <= extra < 4096:
+                        open_.append(extra)
+                    else:
+                        live = ALL_FLAGS
+            keeps = form.keeps
+            if keeps:
+                if open_ and form.memory and live != ALL_FLAGS:
+                    for target in open_:
+                        live |= self.live_at(page, target, mode)
+                    open_ = []
+                live = (live & keeps) | form.reads
+            else:
+                live = form.reads
+                open_ = []
+            needs.append(live != 0)
+        if live != ALL_FLAGS:
+            for target in open_:
+                live |= self.live_at(page, target, mode)
+        return needs, live
+
+    def _emit(self, draft: _Draft) -> Block:
+        pa, mode, lowering, data = draft.pa, draft.mode, draft.lowering, draft.data
+        offset = pa & 4095
+        page = pa - offset
+        blocks = self.blocks
+        needs, live = self._needs(draft)
         start = self.pos
         rx = self.buffer.rx + start
         prologue, fix_second, fix_brk, fix_page = self._prologue(mode, bool(live))
         out = bytearray(prologue)
-        stubs = self.stubs
-        array_ = mode & 3
-        _i32(out, fix_second, stubs[f"second{array_}"] - (rx + fix_second + 4))
-        _i32(out, fix_brk, stubs["brk_exit"] - (rx + fix_brk + 4))
+        _i32(out, fix_second, self._second[mode & 3] - (rx + fix_second + 4))
+        _i32(out, fix_brk, self._brk_exit - (rx + fix_brk + 4))
         _i32(out, fix_page, -offset)
         entry = len(out)
+        extend = out.extend
         slow: list[tuple[int, int, int, bool]] = []
         links: list[tuple[int, int]] = []  # (position of a displacement, key)
         breaks: list[tuple[int, int]] = []  # (position of a displacement, offset to go on at)
         far: list[tuple[int, int]] = []  # (position of a displacement, target)
         marks = array("H")
-        if pa2 is not None:
-            self._span(out, mode, offset, pa2, far)
+        mark = marks.append
+        own = pa << 12 | mode
+        shadow = draft.shadow
+        if draft.pa2 is not None:
+            self._span(out, mode, offset, draft.pa2)
 
         def direct(prefix: bytes, target: int, mode_: int) -> None:
             """A jump within the page whose displacement may be patched: it is aligned."""
-            pad = -(len(out) + len(prefix)) & 3
-            out.extend(_NOPS[pad])
-            out.extend(prefix)
+            extend(_NOPS[-(len(out) + len(prefix)) & 3])
+            extend(prefix)
             key = (page | target) << 12 | mode_
             known = blocks.get(key)
             here = len(out)
-            out.extend(b"\0\0\0\0")
+            extend(b"\0\0\0\0")
             if known is not None:
                 _i32(out, here, known.entry - (start + here + 4))
-            elif key == own and pa2 is None:
+            elif key == own and draft.pa2 is None:
                 _i32(out, here, entry - (here + 4))
             else:
                 links.append((here, key))
@@ -460,55 +523,55 @@ class Cache:
             """Go to ``target``, unconditionally."""
             if 0 <= target < 4096:
                 if looks:
-                    if live_at(page, target, mode_):
-                        out.extend(_CHECK_LIVE)
+                    if self.live_at(page, target, mode_):
+                        extend(_CHECK_LIVE)
                         breaks.append((len(out), target))
-                        out.extend(b"\0\0\0\0" + _CHECK_LIVE_END)
+                        extend(b"\0\0\0\0" + _CHECK_LIVE_END)
                     else:
-                        out.extend(_CHECK_DEAD)
+                        extend(_CHECK_DEAD)
                         breaks.append((len(out), target))
-                        out.extend(b"\0\0\0\0")
+                        extend(b"\0\0\0\0")
                 direct(b"\xe9", target, mode_)
             else:
-                out.extend(self._long(lowering, target))
+                extend(self._long(lowering, target))
 
-        own = pa << 12 | mode
-        i = len(items)
-        for form, at, n, extra in items:
+        i = len(draft.items)
+        for form, at, n, extra in draft.items:
             i -= 1
-            marks.append(len(out))
-            marks.append(at)
+            base = len(out)
+            mark(base)
+            mark(at)
             e = form.ends
-            if e == Ends.JCC:
+            if e == _JCC:
                 cc = form.cond
-                if 0 <= extra < 4096 and extra > at and not shadow:
-                    direct(bytes((0x0F, 0x80 | cc)), extra, mode)
+                if at < extra < 4096 and not shadow:
+                    direct(_JCC_CODE[cc], extra, mode)
                 elif 0 <= extra < 4096:
-                    out.extend(bytes((0x0F, 0x80 | cc ^ 1, 0, 0, 0, 0)))
+                    extend(_JCC_CODE[cc ^ 1] + b"\0\0\0\0")
                     skip = len(out)
                     leave(extra, True, mode)
                     _i32(out, skip - 4, len(out) - skip)
                 else:
-                    out.extend(bytes((0x0F, 0x80 | cc, 0, 0, 0, 0)))
-                    far.append((len(out) - 4, extra))
+                    extend(_JCC_CODE[cc] + b"\0\0\0\0")
+                    far.append((base + 2, extra))
                 continue
-            if e == Ends.LOOP:
-                raw = data[at - offset : at - offset + n - 1]
+            if e == _LOOP:
                 if not lowering.wide:
                     out.append(0x67)  # counts in ECX
-                out.extend(raw)
-                out.append(0)
+                extend(data[at - offset : at - offset + n - 1] + b"\0")
                 skip = len(out)
                 leave(at + n, True, mode)
                 out[skip - 1] = len(out) - skip
                 leave(extra, True, mode)
                 continue
-            if e != Ends.JMP:
-                t = form.templates[1 if needs[i] else 0]
-                if t is None:
-                    t = self._template(form, lowering, data, at - offset, at, n, bool(needs[i]))
-                base = len(out)
-                out.extend(t.code)
+            if e == _JMP:
+                leave(extra, extra <= at or shadow, mode)
+                continue
+            t = form.templates[needs[i]]
+            if t is None:
+                t = self._template(form, lowering, data, at - offset, at, n, needs[i])
+            extend(t.code)
+            if t.open:
                 for jump, back, desc, saved in t.checks:
                     slow.append((base + jump, base + back, desc | at, saved))
                 for hole, what, add in t.holes:
@@ -516,38 +579,39 @@ class Cache:
                 for to, of, k in t.copies:
                     of += at - offset
                     out[base + to : base + to + k] = data[of : of + k]
-            if e == Ends.JMP or e == Ends.CALL:
-                leave(extra, extra <= at or shadow, mode)
-            elif e == Ends.MODE:
-                leave(at + n, False, mode ^ Mode.AC)
-            elif e == Ends.LOOK:
-                leave(at + n, True, mode)
-        if ends in (Ends.NO, Ends.JCC):
-            leave(follow, shadow, mode)
+            if e:
+                if e == _CALL:
+                    leave(extra, extra <= at or shadow, mode)
+                elif e == _MODE:
+                    leave(at + n, False, mode ^ Mode.AC)
+                elif e == _LOOK:
+                    leave(at + n, True, mode)
+        if draft.ends == _NO or draft.ends == _JCC:
+            leave(offset + draft.size, shadow, mode)
         # What is rarely run
         for jump, back, desc, saved in slow:
             here = len(out)
             _i32(out, jump, here - jump - 4)
             if saved:
-                out.extend(_RESTORE)
+                extend(_RESTORE)
                 here += len(_RESTORE)
-            out.extend(_SLOW.pack(0x68, desc, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))
+            extend(_slow_pack(0x68, desc, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))
         for site, key in links:
             here = len(out)
             _i32(out, site, here - site - 4)
-            out.extend(_LINK.pack(b"\x49\xbb", key, _LINK_CALL, site - (here + _LINK_SITE)))
+            extend(_LINK.pack(b"\x49\xbb", key, _LINK_CALL, site - (here + _LINK_SITE)))
         for site, target in breaks:
             _i32(out, site, len(out) - site - 4)
-            out.extend(_LOAD_PAGE + b"\x4d\x8d\x92" + target.to_bytes(4, "little") + _BRK_JUMP)
+            extend(_LOAD_PAGE + b"\x4d\x8d\x92" + target.to_bytes(4, "little") + _BRK_JUMP)
         for site, target in far:
             _i32(out, site, len(out) - site - 4)
-            out.extend(self._long(lowering, target))
+            extend(self._long(lowering, target))
         total = len(out)
         self.code[start : start + total] = out
         self.pos = start + (total + 15 & ~15)
-        block = Block(own, pa, size, pa2, start, start + entry, start + total, live, marks)
+        block = Block(own, pa, draft.size, draft.pa2, start, start + entry, start + total, live, marks)
         self._register(block)
-        self.instructions += len(items)
+        self.instructions += len(draft.items)
         return block
 
     def _template(
@@ -614,7 +678,7 @@ class Cache:
         known = self._prologues[mode & 15, live] = (a.code(0), second, brk, page)
         return known
 
-    def _span(self, out: bytearray, mode: int, offset: int, pa2: int, far: list[tuple[int, int]]) -> None:
+    def _span(self, out: bytearray, mode: int, offset: int, pa2: int) -> None:
         """Make sure that the second page is still mapped where it was; the TLB's execute tag knows."""
         a = Assembler()
         bad, good = a.label(), a.label()

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 from iced_x86 import (
     Code,
@@ -39,6 +40,7 @@ from iced_x86 import (
     OpAccess,
     OpKind,
     Register,
+    Register_,
     RegisterExt,
     RflagsBits,
 )
@@ -95,6 +97,8 @@ class Template:
     """(offset, what to put there, what to add to it)"""
     copies: tuple[tuple[int, int, int], ...] = ()
     """(offset, offset in the guest's instruction, bytes): displacement and immediate where the form leaves them open"""
+    open: bool = False
+    """There is anything of the three above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,7 @@ class Form:
     cond: int = 0
     relative: bool = False  # has a RIP-relative operand, blanked in the key
     emulate: bool = False
+    memory: bool = False  # may have checks
     open: Open = Open()
     templates: list[Template | None] = field(default_factory=lambda: [None, None])
 
@@ -135,8 +140,8 @@ _NAMES = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{i}" for 
 _FULL = {getattr(Register, n): i for i, n in enumerate(_NAMES)}
 _HIGH = {Register.AH: Register.AL, Register.CH: Register.CL, Register.DH: Register.DL, Register.BH: Register.BL}
 _GENERAL: dict[int, tuple[int, int]] = {}  # register: (number, size)
-_BY_SIZE: dict[tuple[int, int], int] = {}  # (number, size): register
-for _r in {v for v in vars(Register).values() if isinstance(v, int)}:
+_BY_SIZE: dict[tuple[int, int], Register_] = {}  # (number, size): register
+for _r in cast("set[Register_]", {v for v in vars(Register).values() if isinstance(v, int)}):
     if RegisterExt.is_gpr(_r):
         _GENERAL[_r] = (_FULL[RegisterExt.full_register(_r)], RegisterExt.size(_r))
         if _r not in _HIGH:
@@ -209,6 +214,11 @@ _SHIFTS = frozenset(_BY_CL)
 """Their count decides which flags they change."""
 _BORROWED = (RBX, RBP, RSI, RDI, R8, Reg(12), Reg(13), Reg(14), Reg(15), RDX, RCX, RAX)
 
+_GENERAL_SPECIAL = frozenset(
+    getattr(Mnemonic, n) for n in "PUSH POP CALL JMP RET LEAVE PUSHFQ POPFQ STI CLI SWAPGS STAC CLAC INVLPG".split()
+) | frozenset(_STRINGS) - {Mnemonic.MOVSD}
+"""Besides the integer instructions: those whose lowering no CR0, CR4 or XCR0 setting changes."""
+
 TLB_MASK = (TLB_ENTRIES - 1) * TLB_ENTRY
 
 
@@ -244,10 +254,10 @@ class Lowering:
         self.emulated = Form(keeps=0, reads=ALL_FLAGS, ends=Ends.YES, emulate=True)
         self.dispatch_code = self._fragment(self.dispatch)
         self.done_code = self._fragment(lambda: self.a.jmp(state("done_exit")))
-        self.holes = []
+        self.holes: list[tuple[int, int, int]] = []
         self.a = Assembler()
         self.emulate()
-        self.emulated_template = Template(self.a.code(0), (), tuple(self.holes))
+        self.emulated_template = Template(self.a.code(0), (), tuple(self.holes), (), True)
 
     def _fragment(self, build: Callable[[], None]) -> bytes:
         self.a = Assembler()
@@ -263,7 +273,8 @@ class Lowering:
         if self._is_python(ins):
             return self.emulated
         form = Form(relative=relative)
-        modified = ins.rflags_modified
+        form.memory = self._memory_operand(ins) or ins.is_stack_instruction or ins.is_string_instruction
+        modified: int = ins.rflags_modified
         if m in _BY_CL and ins.op_kind(ins.op_count - 1) == OpKind.REGISTER:
             modified = 0  # a count of zero leaves every flag
         form.keeps = ALL_FLAGS & ~modified
@@ -423,6 +434,12 @@ class Lowering:
     def _size(ins: Instruction) -> int:
         return MemorySizeExt.size(ins.memory_size)
 
+    @staticmethod
+    def is_general(ins: Instruction) -> bool:
+        """Whether the form is the same in every legality class."""
+        m = ins.mnemonic
+        return m in _INTEGER or m in _GENERAL_SPECIAL
+
     # Templates
 
     def opens(self, ins: Instruction, decoder: Decoder) -> Open:
@@ -448,7 +465,7 @@ class Lowering:
         self.copies: list[tuple[int, int, int]] = []
         self.a = Assembler()
         self.checks: list[tuple[int, int, int, bool]] = []
-        self.holes: list[tuple[int, int, int]] = []
+        self.holes = []
         self.live = live
         self.count = 0
         self.bounce = bounce
@@ -464,7 +481,10 @@ class Lowering:
                 pass
             else:
                 self.generic(ins, data)
-        return Template(self.a.code(0), tuple(self.checks), tuple(self.holes), tuple(self.copies))
+        open_parts = bool(self.checks or self.holes or self.copies)
+        return Template(
+            self.a.code(0), tuple(self.checks), tuple(self.holes), tuple(self.copies), open_parts
+        )
 
     def emulate(self) -> None:
         """Leave: Python has this one."""
@@ -638,7 +658,7 @@ class Lowering:
                 access = READ_WRITE
         return access
 
-    def reencode(self, ins: Instruction, registers: list[tuple[int, int]], memory: bool) -> None:
+    def reencode(self, ins: Instruction, registers: list[tuple[int, Register_]], memory: bool) -> None:
         """Emit ``ins`` with [r10] for its memory operand and host registers for the guest's."""
         a = self.a
         info = self._info.info(ins)
