@@ -226,7 +226,7 @@ def test_bad_settings(key: str, value: str, message: str) -> None:
 
 def test_more_memory_than_the_host_has() -> None:
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with pytest.raises(HostError, match=r"^memory.size: \d+ MiB are more than this host's \d+ MiB$"):
+    with pytest.raises(HostError, match=r"^memory.size: \d+ MiB are more than this host's \d+ MiB; ask for less$"):
         check_settings(Tree({"memory.size": str(host + 4096)}))
 
 

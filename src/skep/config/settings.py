@@ -60,5 +60,5 @@ def check_settings(tree: Tree) -> Settings:
         raise UserError(f"{memory} bytes are not whole pages of {_PAGE}", "memory.size")
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if memory > host:
-        raise HostError(f"{memory >> 20} MiB are more than this host's {host >> 20} MiB", "memory.size")
+        raise HostError(f"{memory >> 20} MiB are more than this host's {host >> 20} MiB", "memory.size", "ask for less")
     return settings
