@@ -361,8 +361,10 @@ class Cache:
                 if items:
                     break
                 if end - at < 15 and room <= MAX_BYTES:
-                    pa2, data, n = self._second_page(data, room, bits, offset, next_page)
-                    end = n
+                    pa2, data = self._with_second_page(data, room, bits, offset, next_page)
+                    decoder = Decoder(bits, data, ip=offset)
+                    decoder.decode_out(ins)
+                    end = n = ins.len
             b = data[at]
             kind = _BRANCH_BYTES[b]
             if kind and (kind == 1 or data[at + 1] & 0xF0 == 0x80):
@@ -416,11 +418,11 @@ class Cache:
                 break
         return self._emit(_Draft(pa, mode, at, items, ends, shadow, pa2, lowering, data))
 
-    def _second_page(
+    def _with_second_page(
         self, data: bytes, room: int, bits: int, offset: int, next_page: Callable[[], int]
-    ) -> tuple[int | None, bytes, int]:
+    ) -> tuple[int | None, bytes]:
         """For an instruction that does not decode within its page: the page behind it if the instruction goes on there,
-        the bytes with those of that page, and the instruction's length."""
+        and the bytes with those of that page."""
         pa2: int | None
         first = Decoder(bits, data, ip=offset)
         ins = first.decode()
@@ -428,11 +430,11 @@ class Cache:
             pa2 = next_page()
         except Exception:
             if ins.len and first.last_error != DecoderError.NO_MORE_BYTES:  # #UD comes before the second page's #PF
-                return None, data, ins.len
+                return None, data
             raise
         data += bytes(self.memory.view(pa2, 15))
         n = Decoder(bits, data, ip=offset).decode().len
-        return (pa2 if n > room else None), data, n
+        return (pa2 if n > room else None), data
 
     def _needs(self, draft: _Draft) -> tuple[list[bool], int]:
         """For each instruction, last first, whether flags must survive its checks; and which flags the block reads.
