@@ -168,6 +168,10 @@ class CodeBuffer:
         self.rw = ctypes.addressof(self._pin)
         self.rx = _address_of(self._rx)
 
+    def relax(self) -> None:
+        """Let go of the writable alias's page-table entries: else every page of code counts twice as resident."""
+        self._rw.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         self.view.release()
         del self._pin
@@ -611,6 +615,8 @@ class Cache:
         total = len(out)
         self.code[start : start + total] = out
         self.pos = start + (total + 15 & ~15)
+        if start >> 20 != self.pos >> 20:
+            self.buffer.relax()
         block = Block(own, pa, draft.size, draft.pa2, start, start + entry, start + total, live, marks)
         self._register(block)
         self.instructions += len(draft.items)
