@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from skep.boot.files import BootFile
 from skep.engine.amd64.registers import Attr, CpuState, Cr0, Cr4, Efer, Pte, Rflags, Segment
 from skep.errors import UserError
 from skep.memory import GuestMemory
@@ -28,6 +29,7 @@ BOOT_CS, BOOT_DS = 0x10, 0x18  # __BOOT_CS, __BOOT_DS
 _MAPPED = 4 << 30  # identity-mapped
 
 _HEADER = 0x1F1  # of the file and of the zero page alike
+_HEADER_MAX = 0x290  # there the zero page goes on
 _OLDEST = 0x20C  # protocol 2.12: xloadflags
 _XLF_KERNEL_64 = 1 << 0
 _LOADER_UNDEFINED = 0xFF
@@ -68,21 +70,29 @@ class LinuxImage:
     """The files of one boot, read once and checked; :meth:`load` may be called for each reset."""
 
     def __init__(self, kernel: str | Path, initrd: str | Path | None = None, cmdline: str = "") -> None:
-        self.kernel_path = kernel
-        self.initrd_path = initrd
-        self._kernel = _read(kernel, "kernel")
-        self.header = parse_header(self._kernel, kernel)
-        self._initrd = b"" if initrd is None else _read(initrd, "initrd")
+        self._kernel = BootFile(kernel, "kernel")
+        self._initrd: BootFile | None = None
         try:
-            self.cmdline = cmdline.encode()
+            self.header = parse_header(self._kernel.read(_HEADER_MAX), self._kernel.size, kernel)
+            if initrd is not None:
+                self._initrd = BootFile(initrd, "initrd")
+            self.cmdline = self._encoded(cmdline)
+        except BaseException:
+            self.close()
+            raise
+
+    def _encoded(self, cmdline: str) -> bytes:
+        try:
+            line = cmdline.encode()
         except UnicodeEncodeError:
             raise UserError("the kernel's command line is not text", "boot.cmdline") from None
-        if b"\0" in self.cmdline:
+        if b"\0" in line:
             raise UserError("the kernel's command line contains a NUL", "boot.cmdline")
         longest = min(self.header.cmdline_size or 255, CMDLINE_MAX - 1)
-        if len(self.cmdline) > longest:
-            what = f"the kernel's command line has {len(self.cmdline)} bytes, this kernel takes {longest}"
+        if len(line) > longest:
+            what = f"the kernel's command line has {len(line)} bytes, this kernel takes {longest}"
             raise UserError(what, "boot.cmdline")
+        return line
 
     def load(self, memory: GuestMemory, e820: Sequence[E820], rsdp: int) -> CpuState:
         """Put everything into RAM and say how the first CPU starts."""
@@ -91,9 +101,8 @@ class LinuxImage:
         end = load + header.init_size
         if end > memory.low_size:
             what = f"the kernel needs {(end + 0xFFFFF) >> 20} MiB of memory, the guest has {memory.size >> 20}"
-            raise UserError(what, self.kernel_path, "give it more with --memory")
-        setup = (header.setup_sects + 1) * 512
-        memory.write(load, memoryview(self._kernel)[setup : setup + header.syssize * 16])
+            raise UserError(what, self._kernel.path, "give it more with --memory")
+        self._kernel.load(memory, load, (header.setup_sects + 1) * 512, header.syssize * 16)
         initrd = self._place_initrd(memory, end)
         memory.write(CMDLINE, self.cmdline + b"\0")
         memory.write(ZERO_PAGE, self._zero_page(initrd, e820, rsdp))
@@ -103,15 +112,16 @@ class LinuxImage:
 
     def _place_initrd(self, memory: GuestMemory, above: int) -> int:
         """As high as the kernel allows, so that it is out of the decompressor's way."""
-        if not self._initrd:
+        initrd = self._initrd
+        if initrd is None:
             return 0
         top = min(memory.low_size, self.header.initrd_addr_max + 1)
-        start = (top - len(self._initrd)) & ~0xFFF
+        start = (top - initrd.size) & ~0xFFF
         if start < above:
-            mib = (len(self._initrd) + 0xFFFFF) >> 20
+            mib = (initrd.size + 0xFFFFF) >> 20
             what = f"the initrd has {mib} MiB and does not fit into {memory.size >> 20} MiB of memory"
-            raise UserError(what, self.initrd_path, "give the guest more with --memory")
-        memory.write(start, self._initrd)
+            raise UserError(what, initrd.path, "give the guest more with --memory")
+        initrd.load(memory, start, 0, initrd.size)
         return start
 
     def _zero_page(self, initrd: int, e820: Sequence[E820], rsdp: int) -> bytes:
@@ -119,16 +129,22 @@ class LinuxImage:
         page[_HEADER : _HEADER + len(self.header.raw)] = self.header.raw
         struct.pack_into("<Q", page, 0x070, rsdp)  # acpi_rsdp_addr
         page[0x210] = _LOADER_UNDEFINED  # type_of_loader
-        struct.pack_into("<II", page, 0x218, initrd, len(self._initrd))  # ramdisk_image, ramdisk_size
+        size = 0 if self._initrd is None else self._initrd.size
+        struct.pack_into("<II", page, 0x218, initrd, size)  # ramdisk_image, ramdisk_size
         struct.pack_into("<I", page, 0x228, CMDLINE)  # cmd_line_ptr
         page[0x1E8] = len(e820)  # e820_entries
         for i, entry in enumerate(e820):
             struct.pack_into("<QQI", page, 0x2D0 + 20 * i, *entry)  # e820_table
         return bytes(page)
 
+    def close(self) -> None:
+        self._kernel.close()
+        if self._initrd is not None:
+            self._initrd.close()
 
-def parse_header(image: bytes, where: object) -> Header:
-    """Check that a file is a bzImage with a 64-bit entry, and whole."""
+
+def parse_header(image: bytes, size: int, where: object) -> Header:
+    """Check that a file of ``size`` bytes, which begins with ``image``, is a bzImage with a 64-bit entry, and whole."""
     if len(image) < 0x268 or image[0x202:0x206] != b"HdrS" or image[0x1FE:0x200] != b"\x55\xaa":
         raise UserError("not a Linux kernel (bzImage)", where, "pass a vmlinuz file")
     setup_sects, _, syssize = struct.unpack_from("<BHI", image, _HEADER)
@@ -141,8 +157,8 @@ def parse_header(image: bytes, where: object) -> Header:
         raise UserError("the kernel has no 64-bit entry", where, "use an x86-64 kernel")
     setup_sects = setup_sects or 4  # "for backwards compatibility, if the setup_sects field contains 0, the value is 4"
     whole = (setup_sects + 1) * 512 + syssize * 16
-    if len(image) + 15 < whole:  # syssize counts in 16 bytes
-        raise UserError(f"the kernel is truncated: {len(image)} bytes of {whole}", where)
+    if size + 15 < whole:  # syssize counts in 16 bytes
+        raise UserError(f"the kernel is truncated: {size} bytes of {whole}", where)
     if pref_address < 1 << 20 or pref_address + init_size > _MAPPED:
         raise UserError(f"the kernel wants to be loaded at {pref_address:#x}", where, "it cannot be")
     return Header(
@@ -152,21 +168,8 @@ def parse_header(image: bytes, where: object) -> Header:
         cmdline_size=cmdline_size,
         pref_address=pref_address,
         init_size=init_size,
-        raw=image[_HEADER : min(0x202 + image[0x201], 0x290)],  # its own end; at 0x290 the zero page goes on
+        raw=image[_HEADER : min(0x202 + image[0x201], _HEADER_MAX)],  # its own end
     )
-
-
-def _read(path: str | Path, what: str) -> bytes:
-    try:
-        data = Path(path).read_bytes()
-    except IsADirectoryError:
-        raise UserError("is a directory", path, f"pass the {what}'s file") from None
-    except (OSError, ValueError) as e:
-        reason = e.strerror.lower() if isinstance(e, OSError) and e.strerror else str(e)
-        raise UserError(f"cannot read the {what}: {reason}", path) from None
-    if not data:
-        raise UserError(f"the {what} is empty", path)
-    return data
 
 
 def _gdt() -> bytes:

@@ -29,7 +29,7 @@ def run(tree: Tree, verbose: bool) -> int:
             vm.start()
             outcome = vm.wait()
     assert outcome is not None, "a wait without a timeout"
-    # Here the terminal is the user's again.
+    messages.end = "\n"  # the terminal is the user's again
     if outcome.error is not None:
         raise outcome.error
     if outcome.end is End.TRIPLE_FAULT:
@@ -46,10 +46,10 @@ class Messages:
 
     def __init__(self) -> None:
         self._said: set[str] = set()
-        self._end = "\r\n" if sys.stderr.isatty() else "\n"
+        self.end = "\r\n" if sys.stderr.isatty() else "\n"
 
     def say(self, line: str) -> None:
-        print(f"skep: {line}", file=sys.stderr, end=self._end, flush=True)
+        print(f"skep: {line}", file=sys.stderr, end=self.end, flush=True)
 
     def say_once(self, line: str) -> None:
         if line not in self._said:

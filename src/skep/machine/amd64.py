@@ -238,6 +238,7 @@ class Amd64Board:
         for device in self.devices:
             device.close()
         self.devices.clear()
+        self._image.close()
 
     # Processors.
 

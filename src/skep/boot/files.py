@@ -1,0 +1,95 @@
+"""The files of a boot, as they were when the VM was made: a reset loads them again, whatever became of them since."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from skep.errors import UserError
+from skep.memory import GuestMemory
+
+_CHUNK = 1 << 20
+
+
+class BootFile:
+    """A copy of a file, in a file without a name that ends with us.
+
+    Not in our memory: a kernel and its initramfs are tens of megabytes that are read once a boot. The copy is in
+    TMPDIR or /var/tmp, where the kernel can write it out, or in a memfd where that cannot be.
+    """
+
+    def __init__(self, path: str | Path, what: str) -> None:
+        """``what`` it is, for the messages. Raises UserError where it cannot be read, or is empty."""
+        self.path = path
+        self.size = 0
+        self._fd = -1
+        self._fd = _nameless()
+        try:
+            self._copy(what)
+            if not self.size:
+                raise UserError(f"the {what} is empty", path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _copy(self, what: str) -> None:
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                while data := file.read(_CHUNK):
+                    self._append(data)
+        except IsADirectoryError:
+            raise UserError("is a directory", self.path, f"pass the {what}'s file") from None
+        except (OSError, ValueError) as e:
+            reason = e.strerror.lower() if isinstance(e, OSError) and e.strerror else str(e)
+            raise UserError(f"cannot read the {what}: {reason}", self.path) from None
+
+    def _append(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                n = os.pwrite(self._fd, view, self.size)
+            except OSError:  # a full disk, most likely
+                self._to_memory()
+                continue
+            self.size += n
+            view = view[n:]
+
+    def _to_memory(self) -> None:
+        """Go on in a memfd; what that does not take, nothing will."""
+        old, self._fd = self._fd, os.memfd_create("skep-boot")
+        try:
+            at = 0
+            while at < self.size:
+                at += os.pwrite(self._fd, os.pread(old, _CHUNK, at), at)
+        finally:
+            os.close(old)
+
+    def read(self, n: int) -> bytes:
+        """Its first n bytes, or all of it."""
+        return os.pread(self._fd, n, 0)
+
+    def load(self, memory: GuestMemory, gpa: int, start: int, n: int) -> None:
+        """Put n bytes from ``start``, or as many as there are, into guest memory at ``gpa``."""
+        n = min(n, self.size - start)
+        with memory.view(gpa, n) as view:
+            at = 0
+            while at < n:
+                at += os.preadv(self._fd, [view[at:]], start + at)
+        memory.dma_write(gpa, n)
+
+    def close(self) -> None:
+        """It can be called again, and comes by itself with the last reference."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _nameless() -> int:
+    directory = os.environ.get("TMPDIR") or "/var/tmp"
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:  # no such directory, no right to it, a file system that cannot do it
+        return os.memfd_create("skep-boot")
