@@ -253,8 +253,11 @@ class Context:
         return self.st.bytes[FSW + 1] >> 3 & 7
 
     def enter_mmx(self) -> None:
-        """What every MMX instruction but EMMS does: all x87 registers valid, top of stack 0 (SDM 1, 9.5.1)."""
+        """What every MMX instruction but EMMS does: all x87 registers valid, top of stack 0 (SDM 1, 9.5.1). Before it
+        comes #MF for an x87 exception that waits."""
         area = self.st.bytes
+        if area[FSW] & 0x80:
+            raise GuestFault(Vector.MF)
         top = self._top
         slots = bytes(area[MMX : MMX + 128])
         at = -16 * top % 128

@@ -163,6 +163,7 @@ def mnemonics(names: frozenset[str]) -> frozenset[int]:
 
 
 _INTEGER, _X87, _SSE, _AVX = map(mnemonics, (allowed.INTEGER, allowed.X87, allowed.SSE, allowed.AVX))
+_X87_WAITING = _X87 - mnemonics(frozenset(n for n in allowed.X87 if n.startswith("FN")))
 _NOTHING = mnemonics(allowed.NO_OPERATION)
 _SYSTEM_REGISTERS = frozenset(
     v
@@ -220,6 +221,13 @@ _GENERAL_SPECIAL = frozenset(
 """Besides the integer instructions: those whose lowering no CR0, CR4 or XCR0 setting changes."""
 
 TLB_MASK = (TLB_ENTRIES - 1) * TLB_ENTRY
+
+
+def _waits(ins: Instruction) -> bool:
+    """Whether it raises #MF for an x87 exception that is pending: x87 and MMX instructions."""
+    return ins.mnemonic in _X87_WAITING or any(
+        ins.op_kind(i) == OpKind.REGISTER and RegisterExt.is_mm(ins.op_register(i)) for i in range(ins.op_count)
+    )
 
 
 def _signed(value: int, bits: int) -> int:
@@ -645,6 +653,8 @@ class Lowering:
             return
         info = self._info.info(ins)
         if memory:
+            if _waits(ins):
+                self.a.raw(b"\x9b")  # an exception that waits comes before what the operand raises
             self.address(ins)
             self.check(self._size(ins), self._access(info), self._aligned(ins))
         self.reencode(ins, registers, memory)
@@ -1191,9 +1201,10 @@ class Lowering:
         self.address(ins)
         self.check(832 if self.legality & Legality.AVX else 576, READ_WRITE if saving else READ)
         skip = a.label()
-        a.mov(state("t0"), RAX)
+        a.mov(state("t0"), RAX)  # should it fault, vcpu.py takes these three back from here
         a.mov(state("t1"), RDX)
         a.pushfq()
+        a.pop(state("t2"))
         a.and_(RAX, state("xcr0"), size=32)
         a.xor(RDX, RDX, size=32)
         self._at_r10(ins)
@@ -1203,6 +1214,7 @@ class Lowering:
             a.mov(Mem(R10, disp=8), 0)
             a.mov(Mem(R10, disp=16), 0)
             a.bind(skip)
+        a.push(state("t2"))
         a.popfq()
         a.mov(RAX, state("t0"))
         a.mov(RDX, state("t1"))

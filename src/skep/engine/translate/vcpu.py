@@ -630,6 +630,8 @@ class TranslateVcpu:
             at = st.va - self.cache.buffer.rx
             raise _Unsupported(f"host {fault} at {at:#x} of the code buffer, guest page {st.page:#x}")
         st.rip = st.page | offset
+        if fault.vector == Vector.GP and self._instruction().mnemonic in _MASKED_BY_XCR0:
+            st.rax, st.rdx, st.flags = st.t0, st.t1, st.t2 & 0xCD5 | 2
         if fault.vector == Vector.XM and not st.cr4 & Cr4.OSXMMEXCPT:
             return GuestFault(Vector.UD)
         error = 0 if fault.vector == Vector.GP else None
@@ -790,6 +792,7 @@ _STATE = (
     Mnemonic.XSAVEOPT,
     Mnemonic.XSAVEOPT64,
 )
+_MASKED_BY_XCR0 = set(_STATE) - set(_FX)
 _COMPARES = tuple(getattr(Mnemonic, op + size) for op in ("CMPS", "SCAS") for size in "BWDQ")
 _IRETS = (Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
 
