@@ -66,7 +66,7 @@ from skep.engine.translate.layout import (
 from skep.engine.translate.stubs import field as state
 from skep.engine.translate.stubs import jump_set, restore_flags, save_flags
 
-ALL_FLAGS = RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF | RflagsBits.PF
+ALL_FLAGS: int = RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF | RflagsBits.PF
 READ, WRITE, READ_WRITE = 0, 1, 2
 HOLE_IP, HOLE_NEXT, HOLE_TARGET = 0, 1, 2
 """What a hole is filled with: the instruction's offset in its page, the next one's, its RIP-relative operand's."""
