@@ -1,8 +1,8 @@
 """The instruction forms that random sequences are drawn from, out of iced-x86's tables.
 
 A form is one :class:`iced_x86.Code`, that is one encoding with its operand kinds. Left out are what only a kernel may
-do, what gives another answer at each call (time, random numbers, the machine's own tables), and what the generator
-makes on purpose as a snippet of its own (branches, string instructions, gathers, saves of the FPU's state).
+do, what gives another answer at each call or on each machine (time, random numbers, CPUID, XCR0), and what the
+generator makes on purpose as a snippet of its own (branches, string instructions, gathers, saves of the FPU's state).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BASELINE = (INTEGER | X87 | SSE | _names("FXSR")) - _names("MOVBE LZCNT BMI1 BMI
 _LEFT_OUT = re.compile(
     r"^(INT3|INT1|INT_|INTO|INT|IN_|OUT|INS[BWD]|OUTS[BWD]|IRET|SYS|HLT|CLI|STI|CLTS|INVD|WBINVD|LGDT|LIDT|SGDT|SIDT"
     r"|SLDT|STR|LLDT|LTR|SMSW|LMSW|LAR|LSL|VERR|VERW|LFS|LGS|LSS|MOV_SREG|POP[WQ]_[FG]S|MOV_(CR|DR|TR)|MOV_R\d+_(CR|DR)"
-    r"|ARPL|RSM|RDMSR|WRMSR|RDPMC|RDTSC|CPUID"
+    r"|ARPL|RSM|RDMSR|WRMSR|RDPMC|RDTSC|CPUID|XGETBV"
     r"|CALL|JMP|J[A-Z]+_REL|LOOP|RET|ENTER|PUSHF|POPF|UD[012]|INVLPG|SWAPGS|MONITOR|MWAIT|RESERVEDNOP|F?N?SAVE|FN?STENV|FRSTOR|FLDENV"
     r"|F?XSAVE|F?XRSTOR|FNSAVE|MASKMOV|VEX_VMASKMOVDQU|LODS|STOS|MOVS[BWDQ]_M|CMPS[BWDQ]_M|SCAS"
     r"|STORE|LOADALL|ZERO_BYTES|CMPXCHG486|XBTS|IBTS|MOV_R(32|64)M16_SREG|FSTDW|FSTSG|FRINT2|FRINEAR|FRICHOP|FTSTP|FN?DISI|FN?ENI|F(CLEX|INIT|STCW|STSW)_?|FNSETPM|JMPE)"

@@ -118,6 +118,11 @@ def comparable_fpu(xsave: bytes) -> bytes:
     return struct.pack("<HHBI", fcw, fsw, ftw, mxcsr) + registers + sse + avx
 
 
+def status_word(fpu: bytes) -> int:
+    """The x87 status word in :func:`comparable_fpu`'s result."""
+    return int.from_bytes(fpu[2:4], "little")
+
+
 def fpu_field(offset: int) -> str:
     """What stands at ``offset`` of :func:`comparable_fpu`'s result, for messages."""
     if offset < 9:
