@@ -68,7 +68,7 @@ _FIELDS = (
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
     "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "span_exit", "port_exit",
-    "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs",
+    "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs", "rep_cmps",
     "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link",  # counters
 )
 

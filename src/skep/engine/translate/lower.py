@@ -188,7 +188,7 @@ _SHORT_INC = {
 }  # fmt: skip
 _STRINGS = {
     getattr(Mnemonic, op + suffix): (op, shift)
-    for op in ("STOS", "MOVS", "LODS")
+    for op in ("STOS", "MOVS", "LODS", "CMPS", "SCAS")
     for shift, suffix in enumerate("BWDQ")
 }  # fmt: skip
 _XSAVE = {Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64}
@@ -217,7 +217,7 @@ _BORROWED = (RBX, RBP, RSI, RDI, R8, Reg(12), Reg(13), Reg(14), Reg(15), RDX, RC
 
 _GENERAL_SPECIAL = frozenset(
     getattr(Mnemonic, n) for n in "PUSH POP CALL JMP RET LEAVE PUSHFQ POPFQ STI CLI SWAPGS STAC CLAC INVLPG".split()
-) | frozenset(_STRINGS) - {Mnemonic.MOVSD}
+) | frozenset(_STRINGS) - {Mnemonic.MOVSD, Mnemonic.CMPSD}
 """Besides the integer instructions: those whose lowering no CR0, CR4 or XCR0 setting changes."""
 
 TLB_MASK = (TLB_ENTRIES - 1) * TLB_ENTRY
@@ -283,7 +283,7 @@ class Lowering:
         form = Form(relative=relative)
         form.memory = self._memory_operand(ins) or ins.is_stack_instruction or ins.is_string_instruction
         modified: int = ins.rflags_modified
-        if m in _BY_CL and ins.op_kind(ins.op_count - 1) == OpKind.REGISTER:
+        if ins.is_string_instruction or (m in _BY_CL and ins.op_kind(ins.op_count - 1) == OpKind.REGISTER):
             modified = 0  # a count of zero leaves every flag
         form.keeps = ALL_FLAGS & ~modified
         form.reads = ins.rflags_read & ALL_FLAGS
@@ -410,6 +410,8 @@ class Lowering:
             if not self.wide or self._address_size(ins) != 8:
                 return False
             op, _ = _STRINGS[m]
+            if op in ("CMPS", "SCAS"):
+                return True
             return not (ins.has_rep_prefix or ins.has_repne_prefix) or (op != "LODS" and not ins.has_repne_prefix)
         if m in _XSAVE or m in _XRSTOR:
             return bool(self.legality & Legality.OSXSAVE and self.legality & Legality.X87)
@@ -1137,23 +1139,25 @@ class Lowering:
 
     def _string(self, ins: Instruction) -> None:
         if not ins.is_string_instruction:
-            self._plain(ins)  # MOVSD of SSE2
+            self._plain(ins)  # MOVSD, CMPSD of SSE2
             return
         a = self.a
         op, shift = _STRINGS[ins.mnemonic]
         source = ins.memory_segment if op != "STOS" else Register.NONE
         base = {Register.FS: "fs_base", Register.GS: "gs_base"}.get(source)
-        if ins.has_rep_prefix or ins.has_repe_prefix:
-            if op == "MOVS":
+        repeated = ins.has_rep_prefix or ins.has_repne_prefix
+        if repeated or op in ("CMPS", "SCAS"):
+            if op in ("MOVS", "CMPS"):
                 if base:
                     a.mov(R11, state(base))
                     a.mov(state("t7"), R11)
                 else:
                     a.mov(state("t7"), 0)
             a.raw(b"\x68")
-            self.holes.append((len(a), HOLE_IP, self.array << 24 | shift << 12))
+            how = (op == "SCAS") << 14 | ins.has_repne_prefix << 15 | (not repeated) << 16
+            self.holes.append((len(a), HOLE_IP, self.array << 24 | how | shift << 12))
             a.raw(bytes(4))
-            a.call(state("rep_stos" if op == "STOS" else "rep_movs"))
+            a.call(state({"STOS": "rep_stos", "MOVS": "rep_movs"}.get(op, "rep_cmps")))
             return
         size = 1 << shift
         opcode = (b"\x66" if size == 2 else b"\x48" if size == 8 else b"") + bytes(

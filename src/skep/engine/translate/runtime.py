@@ -969,6 +969,84 @@ def rep_down(desc: int, array: int) -> int:
 
 
 @inline
+def element(host: int, shift: int) -> int:
+    if shift == 0:
+        value = ld8(host)
+    elif shift == 1:
+        value = ld16(host)
+    elif shift == 2:
+        value = ld32(host)
+    else:
+        value = ld64(host)
+    return value
+
+
+def subtract_flags(a: int, b: int, bits: int) -> int:
+    """The arithmetic flags of ``a - b`` in ``bits`` bits, to ``st.flags``."""
+    result = (a - b) & (UPPER >> (64 - bits))
+    flags = (a ^ b ^ result) & 0x10
+    if a < b:
+        flags = flags | 1
+    parity = result & 0xFF
+    parity = parity ^ (parity >> 4)
+    parity = parity ^ (parity >> 2)
+    parity = parity ^ (parity >> 1)
+    if parity & 1 == 0:
+        flags = flags | 4
+    if result == 0:
+        flags = flags | 0x40
+    flags = flags | ((result >> (bits - 1)) << 7)
+    flags = flags | ((((a ^ b) & (a ^ result)) >> (bits - 1)) << 11)
+    st.flags = (st.flags & ~0x8D5) | flags
+    return 2
+
+
+def rep_compare(desc: int, array: int) -> int:
+    """CMPS and (bit 14 of ``desc``) SCAS: repeated while equal, while not equal (bit 15), or done once (bit 16)."""
+    shift = (desc >> 12) & 3
+    size = 1 << shift
+    scan = (desc >> 14) & 1
+    until = (desc >> 15) & 1
+    once = (desc >> 16) & 1
+    step = size
+    if st.flags & 0x400:
+        step = 0 - size
+    if once == 0 and st.rcx == 0:
+        return 2
+    a = 0
+    b = 0
+    while True:
+        if once == 0 and ld16(st.self_ + BRK):
+            st.rip = st.page + (desc & 4095)
+            st.kind = Kind.BREAK
+            return 0
+        host = operand(st.rdi, size, 0, array, desc & 4095)
+        if host < 2:
+            return host  # the flags are those from before the instruction (SDM 2, REP)
+        b = element(host, shift)
+        a = st.rax & (UPPER >> (64 - size * 8))
+        if scan == 0:
+            source = operand(st.rsi + st.t7, size, 0, array, desc & 4095)
+            if source < 2:
+                return source
+            a = element(source, shift)
+        st.rdi = st.rdi + step
+        if scan == 0:
+            st.rsi = st.rsi + step
+        if once:
+            break
+        st.rcx = st.rcx - 1
+        if st.rcx == 0:
+            break
+        if until:
+            if a == b:
+                break
+        elif a != b:
+            break
+    return subtract_flags(a, b, size * 8)
+
+
+@inline
 def down_elements(va: int, shift: int, most: int) -> int:
     """Whole elements from ``va`` down to the page's start, at least one and ``most`` at most."""
     n = ((va & 4095) >> shift) + 1
@@ -983,5 +1061,5 @@ ROUTINES = [
     walk, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault, fill, to_python,
     fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, lookup, link, load_cr3,
     descriptor_at, interrupt_return, system_call, system_return, operand, rep_store, mask_at_host, rep_move, rep_down,
-    down_elements, empty_entry, lines, is_code, mask_at, jump_set, elements,
+    subtract_flags, rep_compare, element, down_elements, empty_entry, lines, is_code, mask_at, jump_set, elements,
 ]  # fmt: skip

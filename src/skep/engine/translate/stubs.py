@@ -16,7 +16,7 @@ brk_exit               ``jmp``: r10 is the guest address to go on at
 emu_exit               ``jmp``: r10 is the address of an instruction for Python
 iret, syscall, sysret  ``jmp``: r10 is the instruction's address
 cr3_load, invlpg       ``push offset; call``: r10 is the operand
-rep_stos, rep_movs     ``push desc; call``
+rep_stos, rep_movs, rep_cmps  ``push desc; call``
 =====================  ==========================================================================
 """
 
@@ -314,13 +314,18 @@ class Stubs:
             a.bind(leave)
             a.lea(RSP, Mem(RSP, disp=16))
             a.jmp(self._exit_saved())
-        for name, routine in (("rep_stos", "rep_store"), ("rep_movs", "rep_move")):
+        for name, routine in (
+            ("rep_stos", "rep_store"),
+            ("rep_movs", "rep_move"),
+            ("rep_cmps", "rep_compare"),
+        ):
             self._begin(name)
             down, done, leave, fault = a.label(), a.label(), a.label(), a.label()
             self._save(a)
             a.mov(RDI, Mem(RSP, disp=8), size=32)
-            a.test(field("flags"), 0x400, size=32)
-            a.jcc(Cond.NE, down)
+            if routine != "rep_compare":
+                a.test(field("flags"), 0x400, size=32)
+                a.jcc(Cond.NE, down)
             a.mov(RSI, RDI, size=32)
             a.shr(RSI, 24, size=32)
             a.and_(RSI, 3, size=32)
@@ -336,6 +341,8 @@ class Stubs:
             a.jmp(self._exit_saved())
             a.bind(fault)
             self._jump_out(a)
+            if routine == "rep_compare":
+                continue
             a.bind(down)
             a.mov(RSI, RDI, size=32)
             a.shr(RSI, 24, size=32)

@@ -255,6 +255,7 @@ class TranslateVcpu:
         if not self._closed:
             self._closed = True
             self.st.close()
+            del self.emulator  # it knows us: without this the garbage collector would have to find out
 
     # The loop
 
