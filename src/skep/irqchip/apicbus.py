@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from skep.irqchip.ioapic import IoApic
-    from skep.irqchip.lapic import LocalApic
     from skep.locks import Lock
 
 MSI_BASE = 0xFEE0_0000
@@ -40,13 +38,33 @@ class Message(NamedTuple):
     """A 32-bit destination, from an x2APIC; all others have 8 bits."""
 
 
+class Listener(Protocol):
+    """A local APIC, as the bus sees it. Everything is called under the board lock."""
+
+    @property
+    def enabled(self) -> bool:
+        """By IA32_APIC_BASE."""
+
+    def is_addressed(self, message: Message) -> bool: ...
+
+    def processor_priority(self) -> int: ...
+
+    def accept(self, delivery: int, vector: int, level: bool) -> None: ...
+
+
+class EoiListener(Protocol):
+    """An IOAPIC, as the bus sees it."""
+
+    def end_of_interrupt(self, vector: int) -> None: ...
+
+
 class ApicBus:
     """All APICs of a board. Implements :class:`skep.contracts.io.MsiSink`."""
 
     def __init__(self, lock: Lock) -> None:
         self.lock = lock
-        self.locals: list[LocalApic] = []
-        self.ioapics: list[IoApic] = []
+        self.locals: list[Listener] = []
+        self.ioapics: list[EoiListener] = []
 
     def signal(self, address: int, data: int) -> None:
         """A device's MSI, from any thread. What is not addressed to the APICs is lost, as on a board."""

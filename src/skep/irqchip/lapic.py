@@ -496,8 +496,12 @@ class LocalApic(Fields):
                 self._send_fixed_to(self, vector)
         else:
             for apic in self._apics.locals:
-                if apic._enabled and (apic is not self or shorthand == 2):
+                if apic.enabled and (apic is not self or shorthand == 2):
                     apic.accept(delivery, vector, level)
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
 
     def _send_fixed_to(self, apic: LocalApic, vector: int) -> None:
         if vector < 16:
