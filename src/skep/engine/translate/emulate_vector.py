@@ -117,9 +117,9 @@ def gather(e: Context, i: Instruction) -> None:
         try:
             data = e.cpu.read(e.linear(segment, place, size), size)
         except GuestFault:
-            if loaded:  # what is loaded stays, and is not loaded again; what is above it is cleared at the end only
-                above = e.get_ymm(RegisterExt.number(to))[count * size :]
-                e.put_vector(to, bytes(result[: count * size]) + above)
+            if loaded:  # what is loaded stays, and is not loaded again; the half without elements is cleared at the end
+                rest = e.get_ymm(RegisterExt.number(to))[count * size : length]
+                e.put_vector(to, bytes(result[: count * size]) + rest)
             e.put_vector(mask_register, bytes(mask))
             raise
         result[at : at + size] = data
