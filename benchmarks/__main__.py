@@ -84,6 +84,7 @@ def measure(payload: Payload, count: int, timeout: float, qemu: bool) -> dict[st
     return {
         "boots": {name: [asdict(b) for b in done] for name, done in boots.items()},
         "median": {name: statistics.median(b.boot for b in done) for name, done in boots.items()},
+        "cpu": {name: statistics.median(b.cpu for b in done) for name, done in boots.items()},
         "resident": watched.resident,
         "version": version_times(5),
     }
@@ -118,6 +119,8 @@ def report(result: dict[str, Any]) -> None:
     print(f"boot to /init, medians: {line}")
     if "qemu" in median:
         print(f"skep / qemu: {median['skep'] / median['qemu']:.2f}")
+    line = ", ".join(f"{name} {value:.2f} s" for name, value in result["cpu"].items())
+    print(f"CPU time to the end, medians: {line}")
     print(f"resident memory that is not the guest's, peak: {result['resident'] / 2**20:.0f} MiB")
     print(f"skep --version: {1000 * statistics.median(result['version']):.0f} ms")
 
