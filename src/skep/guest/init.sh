@@ -19,10 +19,14 @@ mount -t devtmpfs dev /dev
 mkdir -p /dev/pts
 mount -t devpts pts /dev/pts
 
-# NAME.order lists a driver's modules, those that others need first.
+# NAME.order lists a driver's modules, those that others need first; drivers share some.
+loaded=' '
 load() {
     while read -r module; do
-        insmod "/lib/modules/$module"
+        case $loaded in
+            *" $module "*) ;;
+            *) insmod "/lib/modules/$module"; loaded="$loaded$module " ;;
+        esac
     done < "/lib/modules/$1.order"
 }
 
