@@ -288,3 +288,11 @@ class TestPorts:
         assert frame is not None and (frame.vector, frame.cr2) == (14, 0x400000)
         assert guest.reg("rcx") == 3 and guest.memory.read(0x300FFE, 2) == b"\x77\x77"
         assert len(guest.io.log) == 2  # nothing was taken from the port that had nowhere to go
+
+
+def test_code_in_a_device(boot: Boot) -> None:
+    """Instructions fetched from outside RAM: slow, but they run, a CALL there and its RET included."""
+    guest = boot("start: mov rbx, MMIO\nmov ecx, 5\ncall rbx\nhlt")
+    guest.io.device[:6] = bytes.fromhex("48 01 c9 ff c1 c3")  # add rcx, rcx; inc ecx; ret
+    at_end(guest)
+    assert guest.reg("rcx") == 11

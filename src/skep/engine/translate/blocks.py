@@ -267,8 +267,8 @@ class Cache:
         if open_.imm_size:
             shape[open_.imm : open_.imm + open_.imm_size] = b"immediat"[: open_.imm_size]
         if relative:
-            where = decoder.get_constant_offsets(ins).displacement_offset
-            shape[where : where + 4] = b"rip!"
+            where = decoder.get_constant_offsets(ins)
+            shape[where.displacement_offset : where.displacement_offset + 4] = b"rip!"
         shapes = self._shapes[lowering.mode]
         name = (bytes(shape), open_)
         form = shapes.get(name)
@@ -279,6 +279,7 @@ class Cache:
                 form = lowering.form(ins, relative)
                 if not form.emulate:
                     form.open = open_
+                    form.plain = relative and not where.has_immediate
                     if lowering.is_general(ins):
                         self._general[general] = form
             shapes[name] = form
@@ -386,7 +387,12 @@ class Cache:
                 form = get(key)
                 if form is None:
                     relative = ins.is_ip_rel_memory_operand
-                    form = self._shape(lowering, key, ins, decoder, relative)
+                    if relative:
+                        form = get(b"rip" + key[:-4])
+                    if form is None:
+                        form = self._shape(lowering, key, ins, decoder, relative)
+                        if relative and form.plain:
+                            forms[b"rip" + key[:-4]] = form
                     if relative:
                         extra = ins.memory_displacement
                         if extra >= half:

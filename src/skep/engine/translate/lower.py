@@ -122,6 +122,7 @@ class Form:
     relative: bool = False  # has a RIP-relative operand, blanked in the key
     emulate: bool = False
     memory: bool = False  # may have checks
+    plain: bool = False  # its displacement, relative to RIP, is its end: there is no immediate
     open: Open = Open()
     templates: list[Template | None] = field(default_factory=lambda: [None, None])
 

@@ -61,6 +61,11 @@ _ON_THREAD = threading.local()
 """Whose state block the thread's GS is."""
 _DR6_BS = 1 << 14
 _LAST_EXITS = 16
+_BRK, _IRQ, _IFLAG, _SYSFL, _KIND, _RIP, _SITE, _TARGET, _INFO, _RAX, _RDX = (
+    OFFSETS[name] >> 3
+    for name in ("brk", "irq", "iflag", "sysfl", "kind", "rip", "site", "target", "info", "rax", "rdx")
+)
+"""Fields of the state block as indices of its words, where every exit comes by."""
 _NEAR = 256
 """An instruction that writes code this near may be in the block it overwrites, and be translated again and again."""
 
@@ -261,19 +266,21 @@ class TranslateVcpu:
 
     def run(self) -> Exit:
         self._arrive()
+        st = self.st
+        q = st.q  # a property costs three times as much
+        counts, exits = self.counts, self._exits
         while True:
-            st = self.st
             try:
-                if (st.brk & 0xFFFF or (st.irq and st.iflag)) and self._service():
+                if (q[_BRK] & 0xFFFF or (q[_IRQ] and q[_IFLAG])) and self._service():
                     return Exit(ExitReason.KICKED)
-                if st.sysfl & Rflags.TF:
+                if q[_SYSFL] & 0x100:  # TF
                     if self._step_and_trap():
                         return self._halted()
                     continue
                 self._go()
-                kind = st.kind
-                self.counts[kind] += 1
-                self._exits.append((kind, st.rip))
+                kind = q[_KIND]
+                counts[kind] += 1
+                exits.append((kind, q[_RIP]))
                 if kind == Kind.EMULATE:
                     if self._emulate():
                         return self._halted()
@@ -350,35 +357,37 @@ class TranslateVcpu:
 
     def _go(self) -> None:
         """Enter guest code at rip, translating what is not there."""
-        st = self.st
+        q = self.st.q
         with self._gate:
             if self._generation != self.cache.generation:
                 self._generation = self.cache.generation
                 self._empty_jumps()
-                st.site = 0
-            site = st.site if st.kind == Kind.JUMP else 0
-            st.site = 0
-            target = 0 if site else self._lookup(st.rip)
+                q[_SITE] = 0
+            site = q[_SITE] if q[_KIND] == Kind.JUMP else 0
+            q[_SITE] = 0
+            target = 0 if site else self._lookup(q[_RIP])
             if not target:
-                if not site and st.kind != Kind.JUMP:
+                if not site and q[_KIND] != Kind.JUMP:
                     return  # lookup left with something else to do
                 target = self._translate(site)
-                if not target:
-                    return
-            st.target = target
-            self._inside = True
-        self._enter()
-        self._inside = False
+            if target:
+                q[_TARGET] = target
+                self._inside = True
+        if target:
+            self._enter()
+            self._inside = False
+        else:
+            self._alone()
+            q[_KIND] = Kind.BREAK  # all is done for this round
 
     def _translate(self, site: int) -> int:
-        """Find or make the block at rip and give its plain entry's host address; patch the jump at ``site`` to it."""
+        """Find or make the block at rip and give its plain entry's host address; patch the jump at ``site`` to it.
+        0 where rip is outside RAM."""
         st = self.st
         cache = self.cache
         va = st.rip
         pa = self._code_address(va)
         if pa is None:
-            self._alone()
-            st.kind = Kind.BREAK  # nothing more to do for this round
             return 0
         mode = st.mode
         key = pa << 12 | mode
@@ -611,16 +620,16 @@ class TranslateVcpu:
 
     def _port(self) -> None:
         """IN or OUT with a port that the privilege allows."""
-        st = self.st
-        info = st.info
+        q = self.st.q
+        info = q[_INFO]
         size = info & 0xF
-        port = info >> 16 if info & 0x20 else st.rdx & 0xFFFF
+        port = info >> 16 if info & 0x20 else q[_RDX] & 0xFFFF
         mask = (1 << 8 * size) - 1
         if info & 0x10:
-            self.io.port_write(port, size, st.rax & mask)
+            self.io.port_write(port, size, q[_RAX] & mask)
         else:
             value = self.io.port_read(port, size) & mask
-            st.rax = value if size == 4 else st.rax & ~mask | value
+            q[_RAX] = value if size == 4 else q[_RAX] & ~mask | value
 
     def _host_fault(self) -> GuestFault:
         """The host CPU faulted in translated code: which exception of the guest's that is."""
