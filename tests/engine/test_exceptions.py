@@ -211,6 +211,31 @@ class TestSingleStep:
         assert stops == (*(p[x] for x in "abccdefg"),)
         assert guest.reg("rbp") & 1 << 14  # DR6.BS
 
+    def test_ports_and_returns_trap(self, boot: Boot) -> None:
+        """IN, OUT and IRETQ leave translated code in ways of their own."""
+        text = """
+            start: mov dx, 0x80
+            push 0x102
+            popfq
+            out dx, al
+            a: in al, dx
+            b: mov rax, rsp
+            c: push 0x18
+            d: push rax
+            e: push 2
+            f: push 0x10
+            g: lea rax, [rip + end]
+            h: push rax
+            i: iretq
+            end: hlt
+            handler: inc ebx
+            iretq
+        """
+        guest = boot(text, handlers={1: "handler"})
+        at_end(guest)
+        assert guest.reg("rbx") == 10
+        assert [kind for kind, *_ in guest.io.log] == ["out", "in"]
+
     def test_rep_traps_after_each_iteration(self, boot: Boot) -> None:
         text = """
             start: mov ecx, 3

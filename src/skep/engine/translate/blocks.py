@@ -49,6 +49,7 @@ MAX_INSTRUCTIONS = 48
 MAX_BRANCHES = 6
 MAX_BYTES = 192
 MAX_BLOCKS = (1 << HASH_BITS) * 5 // 8
+MAX_SINGLES = 1024
 GIVE_UP = 200
 """A code page that is written this often is forgotten whole, so that data beside dead code is cheap again."""
 
@@ -234,6 +235,7 @@ class Cache:
         word = ctypes.c_uint64
         self._insert = ctypes.CFUNCTYPE(word, word, word, word)(self.routines["insert"])
         self._clear_write_tags = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)(self.routines["clear_write_tags"])
+        self._singles: dict[tuple[object, ...], bytes] = {}
         self._second = [self.stubs[f"second{array_}"] for array_ in range(3)]
         self._brk_exit = self.stubs["brk_exit"]
         self.instructions = 0
@@ -759,11 +761,23 @@ class Cache:
 
     def single(self, data: bytes, offset: int, mode: int, bounce: dict[int, int]) -> int:
         """Host address of code that runs the one instruction in ``data`` (at ``offset`` of its page) and leaves by
-        done_exit. Not remembered: it lies behind the last block and is overwritten by what comes next."""
-        lowering, _ = self.mode(mode)
-        ins = Decoder(64 if lowering.wide else 32, data, ip=offset).decode()
+        done_exit. It lies behind the last block and is overwritten by what comes next; its bytes are remembered, for
+        drivers that talk to a device's memory."""
         if self.pos + (64 << 10) > self.buffer.size:
             self.forget_all()
+        key = (data, offset, mode, *bounce.items())
+        code = self._singles.get(key)
+        if code is None:
+            if len(self._singles) >= MAX_SINGLES:
+                self._singles.clear()
+            code = self._singles[key] = self._single(data, offset, mode, bounce)
+        at = self.pos
+        self.code[at : at + len(code)] = code
+        return self.buffer.rx + at
+
+    def _single(self, data: bytes, offset: int, mode: int, bounce: dict[int, int]) -> bytes:
+        lowering, _ = self.mode(mode)
+        ins = Decoder(64 if lowering.wide else 32, data, ip=offset).decode()
         form = lowering.form(ins, False)
         t = lowering.template(ins, data[: ins.len], True, bounce)
         out = bytearray()
@@ -801,9 +815,7 @@ class Cache:
                 out.extend(_RESTORE)
                 here += len(_RESTORE)
             out.extend(_SLOW.pack(0x68, desc | offset, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))
-        at = self.pos
-        self.code[at : at + len(out)] = out
-        return self.buffer.rx + at
+        return bytes(out)
 
     # Forgetting
 

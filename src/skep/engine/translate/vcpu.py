@@ -531,12 +531,18 @@ class TranslateVcpu:
         delivery.trap(self, Vector.DB, st.rip)
         return halted
 
-    def _alone(self) -> bool:
-        """Run the one instruction at rip, looking for nothing before or after it. True: it was HLT."""
+    def _alone(self, missed: bool = False) -> bool:
+        """Run the one instruction at rip, looking for nothing before or after it. True: it was HLT. ``missed``: its access
+        in ``st.desc`` is known to need a buffer."""
         st = self.st
         data, offset = self._bytes_at_rip()
+        ins = Decoder(self._bits, data, ip=offset).decode()
+        if ins.mnemonic in _LEAVING or (missed and ins.is_string_instruction):
+            return self._emulate()
         buffers: dict[int, int] = {}
         pending: dict[int, tuple[int, int]] = {}
+        if missed:
+            self._fill_bounce(st.desc >> 26 & 3, buffers, pending)
         while True:
             with self._gate:
                 st.target = self.cache.single(data, offset, st.mode, buffers)
@@ -555,10 +561,13 @@ class TranslateVcpu:
                 if st.mode & Mode.CODE32:
                     st.rip &= 0xFFFFFFFF
                 return False
+            if kind == Kind.PORT:
+                self._port()
+                return False
             st.rip = start
             if kind == Kind.MEM:
                 number = st.desc >> 26 & 3
-                if number in buffers or Decoder(self._bits, data, ip=offset).decode().is_string_instruction:
+                if number in buffers or ins.is_string_instruction:
                     return self._emulate()
                 self._fill_bounce(number, buffers, pending)
             elif kind == Kind.PAIR:
@@ -616,7 +625,7 @@ class TranslateVcpu:
                     with self._gate:
                         self.cache.written(gpa, size)
                     return
-        self._alone()
+        self._alone(missed=True)
 
     def _port(self) -> None:
         """IN or OUT with a port that the privilege allows."""
@@ -803,6 +812,8 @@ _STATE = (
     Mnemonic.XSAVEOPT64,
 )
 _MASKED_BY_XCR0 = set(_STATE) - set(_FX)
+_LEAVING = (Mnemonic.IRETQ, Mnemonic.SYSCALL, Mnemonic.SYSRETQ)
+"""In translated code these go on in the guest."""
 _COMPARES = tuple(getattr(Mnemonic, op + size) for op in ("CMPS", "SCAS") for size in "BWDQ")
 _IRETS = (Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
 
