@@ -49,6 +49,9 @@ MAX_INSTRUCTIONS = 48
 MAX_BRANCHES = 6
 MAX_BYTES = 192
 MAX_BLOCKS = (1 << HASH_BITS) * 5 // 8
+MAX_USED = (1 << HASH_BITS) * 3 // 4
+MAX_FORMS = 1 << 17
+"""Instructions whose bytes are remembered, by mode: what a guest can make us keep has a bound."""
 MAX_SINGLES = 1024
 GIVE_UP = 200
 """A code page that is written this often is forgotten whole, so that data beside dead code is cheap again."""
@@ -235,6 +238,8 @@ class Cache:
         word = ctypes.c_uint64
         self._insert = ctypes.CFUNCTYPE(word, word, word, word)(self.routines["insert"])
         self._clear_write_tags = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)(self.routines["clear_write_tags"])
+        self._used = 0
+        """Places of the block table that are not free, at most."""
         self._singles: dict[tuple[object, ...], bytes] = {}
         self._second = [self.stubs[f"second{array_}"] for array_ in range(3)]
         self._brk_exit = self.stubs["brk_exit"]
@@ -272,6 +277,11 @@ class Cache:
             where = decoder.get_constant_offsets(ins)
             shape[where.displacement_offset : where.displacement_offset + 4] = b"rip!"
         shapes = self._shapes[lowering.mode]
+        forms = self._modes[lowering.mode][1]
+        if len(forms) >= MAX_FORMS or len(shapes) >= MAX_FORMS or len(self._general) >= MAX_FORMS:
+            forms.clear()
+            shapes.clear()
+            self._general.clear()
         name = (bytes(shape), open_)
         form = shapes.get(name)
         if form is None:
@@ -341,6 +351,8 @@ class Cache:
         an instruction on two pages; what it raises goes through. The caller has seen that there is no such block."""
         if self.pos + (64 << 10) > self.buffer.size or len(self.blocks) >= MAX_BLOCKS:
             self.forget_all()
+        elif self._used >= MAX_USED:
+            self._rehash()
         offset = pa & 4095
         page = pa - offset
         if self.wmapped[pa >> 12]:
@@ -727,6 +739,7 @@ class Cache:
         self._order.append(block)
         rx = self.buffer.rx
         self._insert(block.key, rx + block.start, rx + block.entry)
+        self._used += 1
         pa = block.pa
         first = min(block.size, 4096 - (pa & 4095))
         self._cover(pa, first, block)
@@ -838,6 +851,14 @@ class Cache:
         self._jump(block.start, self.stubs[f"dead{block.mode & 3}"])
         self.killed += 1
 
+    def _rehash(self) -> None:
+        """Make the block table anew, without the places of blocks that are gone: a search ends at a free one."""
+        self._tables[0].madvise(mmap.MADV_DONTNEED)
+        rx = self.buffer.rx
+        for block in self.blocks.values():
+            self._insert(block.key, rx + block.start, rx + block.entry)
+        self._used = len(self.blocks)
+
     def _unhash(self, key: int) -> None:
         """As runtime.remove, which needs the GS of a vCPU's thread."""
         number = (key * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 64 - HASH_BITS
@@ -915,6 +936,7 @@ class Cache:
         self._order.clear()
         self._tables[0].madvise(mmap.MADV_DONTNEED)
         self.pos = self.first
+        self._used = 0
         self.generation += 1
 
     generation = 0

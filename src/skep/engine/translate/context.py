@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from iced_x86 import Instruction, MemorySizeExt, OpKind, Register, Register_, RegisterExt
+from iced_x86 import CodeSize, Instruction, MemorySizeExt, OpKind, Register, Register_, RegisterExt
 
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
@@ -42,6 +42,7 @@ def _general() -> dict[Register_, tuple[int, int, int]]:
 GENERAL = _general()
 SEGMENT_NAME = {getattr(Register, name.upper()): name for name in SEGMENTS}
 
+_STACK_BASES = (Register.RSP, Register.RBP, Register.ESP, Register.EBP)
 _IMMEDIATES = frozenset(getattr(OpKind, name) for name in dir(OpKind) if name.startswith("IMMEDIATE"))
 _STRING_INDEX = {
     OpKind.MEMORY_SEG_SI: (RSI, 2), OpKind.MEMORY_SEG_ESI: (RSI, 4), OpKind.MEMORY_SEG_RSI: (RSI, 8),
@@ -55,6 +56,14 @@ YMM_HIGH = XSAVE_AREA + 576
 MMX = XSAVE_AREA + 32
 FSW, FTW = XSAVE_AREA + 2, XSAVE_AREA + 4
 X87_INITIAL = (0x37F).to_bytes(24, "little")
+
+
+def operand_segment(i: Instruction) -> Register_:
+    """The segment of a memory operand. In 64-bit code prefixes for ES, CS, SS and DS say nothing: RSP and RBP as the
+    base mean SS, all else DS (SDM 1, 3.7.4)."""
+    if i.code_size == CodeSize.CODE64 and i.memory_segment not in (Register.FS, Register.GS):
+        return Register.SS if i.memory_base in _STACK_BASES else Register.DS
+    return i.memory_segment if i.memory_segment != Register.NONE else Register.DS
 
 
 class Context:
@@ -167,7 +176,7 @@ class Context:
     def address(self, i: Instruction, size: int, *, write: bool = False, plus: int = 0) -> int:
         """The linear address of the memory operand, ``plus`` bytes further on."""
         offset = self.offset(i) + plus & MASK[self.address_size(i)]
-        return self.linear(SEGMENT_NAME[i.memory_segment], offset, size, write=write)
+        return self.linear(SEGMENT_NAME[operand_segment(i)], offset, size, write=write)
 
     def read(self, i: Instruction, size: int, plus: int = 0) -> bytes:
         return self.cpu.read(self.address(i, size, plus=plus), size)

@@ -10,10 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from iced_x86 import Instruction, Mnemonic, OpKind, Register
+from iced_x86 import Instruction, Mnemonic, OpKind
 
 from skep.engine.amd64.registers import Rflags, Vector
-from skep.engine.translate.context import M32, MASK, RAX, RCX, RDI, RDX, RSI, SEGMENT_NAME, Context, Handler
+from skep.engine.translate.context import (
+    M32,
+    MASK,
+    RAX,
+    RCX,
+    RDI,
+    RDX,
+    RSI,
+    SEGMENT_NAME,
+    Context,
+    Handler,
+    operand_segment,
+)
 from skep.engine.translate.emulate_integer import subtract_flags
 from skep.engine.translate.emulate_system import check_port
 from skep.engine.translate.port import GuestFault
@@ -158,8 +170,8 @@ _STRINGS: dict[int, tuple[Operation, int]] = {
 def _element(e: Context, i: Instruction, size: int) -> Element:
     operands = (k for k in range(i.op_count) if i.op_kind(k) not in (OpKind.REGISTER,))
     _, address_size = e.string_index(i, next(operands))
-    segment = i.memory_segment if i.memory_segment != Register.NONE else Register.DS
-    return Element(size, address_size, -size if e.st.flags & Rflags.DF else size, SEGMENT_NAME[segment])
+    segment = SEGMENT_NAME[operand_segment(i)]
+    return Element(size, address_size, -size if e.st.flags & Rflags.DF else size, segment)
 
 
 def _truncate(e: Context, operation: Operation) -> None:

@@ -14,7 +14,7 @@ from skep.engine.amd64.cpuid import Feature
 from skep.engine.amd64.msrs import EFER
 from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Rflags, SystemType, Vector, Xcr0, canonical
 from skep.engine.translate import segments
-from skep.engine.translate.context import M32, M64, RAX, RBX, RCX, RDX, SEGMENT_NAME, Context, Handler
+from skep.engine.translate.context import M32, M64, RAX, RBX, RCX, RDX, SEGMENT_NAME, Context, Handler, operand_segment
 from skep.engine.translate.port import GuestFault
 
 CR3_NO_FLUSH = 1 << 63
@@ -302,7 +302,7 @@ def str_(e: Context, i: Instruction) -> None:
 
 def invlpg(e: Context, i: Instruction) -> None:
     e.require_cpl0()
-    segment = SEGMENT_NAME[i.memory_segment]
+    segment = SEGMENT_NAME[operand_segment(i)]
     base = segments.held(e.st, segment).base if e.bits != 64 or segment in ("fs", "gs") else 0
     address = e.offset(i) + base & (M64 if e.bits == 64 else M32)
     if canonical(address):  # no fault otherwise: there is nothing to drop

@@ -11,7 +11,7 @@ from iced_x86 import Instruction, Mnemonic, OpKind, Register, Register_, Registe
 
 from skep.engine.amd64.cpuid import Feature
 from skep.engine.amd64.registers import Cr0, Cr4, Vector, Xcr0
-from skep.engine.translate.context import GENERAL, M64, MASK, SEGMENT_NAME, Context, Handler
+from skep.engine.translate.context import GENERAL, M64, MASK, SEGMENT_NAME, Context, Handler, operand_segment
 from skep.engine.translate.port import GuestFault
 
 
@@ -66,7 +66,7 @@ def maskmov(e: Context, i: Instruction) -> None:
     source, mask = _vector(e, i.op1_register), _vector(e, i.op2_register)
     number, address_size = e.string_index(i, 0)
     start = e.st.q[number] & MASK[address_size]
-    segment = SEGMENT_NAME[i.memory_segment]
+    segment = SEGMENT_NAME[operand_segment(i)]
     if i.mnemonic == Mnemonic.MASKMOVQ:
         e.enter_mmx()
     addresses = [e.linear(segment, start + n & MASK[address_size], 1, write=True) for n in range(len(mask))]
@@ -105,7 +105,7 @@ def gather(e: Context, i: Instruction) -> None:
     mask = bytearray(b"".join((b"\xff" if top >> 7 else b"\0") * size for top in old_mask[size - 1 :: size]))
     count = min(len(result) // size, len(index) // index_size)
     loaded = False
-    segment = SEGMENT_NAME[i.memory_segment]
+    segment = SEGMENT_NAME[operand_segment(i)]
     base = e.get(i.memory_base) if i.memory_base in GENERAL else 0
     address_mask = MASK[e.address_size(i)]
     for n in range(count):

@@ -25,6 +25,7 @@ from skep.engine.amd64.tsc import tsc_hz
 from skep.engine.contract import Exit, ExitReason
 from skep.engine.translate import allowed, delivery
 from skep.engine.translate.blocks import Cache
+from skep.engine.translate.context import operand_segment
 from skep.engine.translate.emulate import Emulator
 from skep.engine.translate.faults import CATCHER, HostFault
 from skep.engine.translate.layout import (
@@ -606,7 +607,7 @@ class TranslateVcpu:
         """Whether the instruction's access goes through SS, whose non-canonical addresses are #SS."""
         ins = self._instruction()
         if number == 0 and any(ins.op_kind(i) == OpKind.MEMORY for i in range(ins.op_count)):
-            return bool(ins.memory_segment == Register.SS)
+            return operand_segment(ins) == Register.SS
         return bool(ins.is_stack_instruction)
 
     def _finish_access(self) -> None:
