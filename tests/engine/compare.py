@@ -38,7 +38,7 @@ _OWN_AFFAIR: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = (
     # which of its pushes are in memory when a later one faults
     (re.compile(r"ENTER"), ("page", "memory")),
     # ten bytes, which some CPUs store in two pieces: the first may be there when the second faults
-    (re.compile(r"FBSTP"), ("page", "memory")),
+    (re.compile(r"FB?STP_M80"), ("page", "memory")),
     # whether the conversion's exceptions are noted before its store
     (re.compile(r"VEX_VCVTPS2PH"), ("mxcsr",)),
     # whether the x87 registers are MMX registers already (SDM 1, 9.5.1)
