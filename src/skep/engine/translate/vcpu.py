@@ -533,8 +533,8 @@ class TranslateVcpu:
         return halted
 
     def _alone(self, missed: bool = False) -> bool:
-        """Run the one instruction at rip, looking for nothing before or after it. True: it was HLT. ``missed``: its access
-        in ``st.desc`` is known to need a buffer."""
+        """Run the one instruction at rip, looking for nothing before or after it. True: it was HLT. ``missed``: its
+        access in ``st.desc`` is known to need a buffer."""
         st = self.st
         data, offset = self._bytes_at_rip()
         ins = Decoder(self._bits, data, ip=offset).decode()
