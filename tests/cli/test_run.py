@@ -141,6 +141,27 @@ def test_halting_for_good_is_said_once(run: Start) -> None:
     assert vm.end() == (0, b"B", "")
 
 
+@pytest.mark.parametrize(("redirection", "printed"), [("<&-", b"B"), (">&-", b""), ("2>&-", b"Bab")])
+def test_a_standard_descriptor_that_is_closed_is_nobody_elses(
+    engine: str, kernel: Path, redirection: str, printed: bytes
+) -> None:
+    """No file of ours takes its number, so that nothing else gets into the guest or out of it."""
+    words = (*SKEP, "run", "--memory", "16M", "--kernel", str(kernel), "--engine", engine)
+    process = subprocess.Popen(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    if redirection == "<&-":
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(b"" if redirection == "<&-" else b"abq", timeout=WAIT)
+    assert (process.returncode, output, errors) == (0, printed, b"")
+
+
 # Signals
 
 

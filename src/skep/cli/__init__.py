@@ -5,6 +5,7 @@ Nothing is imported before it is needed: ``skep --version`` has 100 ms, and ever
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +18,21 @@ EXIT_INTERRUPTED = 130
 """128 and SIGINT, as shells have it: Ctrl-C before there was a VM to stop."""
 
 
+def _occupy_standard_descriptors() -> None:
+    """Where we were started without one of them, the next file we open would take its number: guest memory for standard
+    output, say."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    # Python has None for them then, which `print` takes for standard output.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; ours and the user's mistakes end here."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -24,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"skep {__version__}")
         return 0
     try:
+        _occupy_standard_descriptors()
         from skep.cli.parser import run_command
 
         status = run_command(arguments)
