@@ -26,6 +26,7 @@ from iced_x86 import Decoder, DecoderError, Instruction, OpKind
 
 from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
 from skep.engine.translate.compiler import CompiledUnit, compile_functions
+from skep.engine.translate.forms import ALL_FLAGS, TLB_MASK, Ends, Form, Open, Template
 from skep.engine.translate.layout import (
     HASH_BITS,
     HASH_ENTRY,
@@ -38,7 +39,7 @@ from skep.engine.translate.layout import (
     TLB_HOST,
     Mode,
 )
-from skep.engine.translate.lower import ALL_FLAGS, TLB_MASK, Ends, Form, Lowering, Open, Template
+from skep.engine.translate.lower import Lowering
 from skep.engine.translate.runtime import ROUTINES
 from skep.engine.translate.stubs import Stubs, restore_flags, save_flags
 from skep.engine.translate.stubs import field as state

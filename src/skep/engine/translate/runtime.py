@@ -386,7 +386,7 @@ def page_fault(va: int, rip: int) -> int:
 def fill(va: int, desc: int) -> int:
     """What a failed TLB check calls: the host address of the operand at ``va``, however it has to be made.
 
-    ``desc`` is the access descriptor (lower.py): instruction offset, size, kind, array, number. 0 leaves for Python; 1
+    ``desc`` is the access descriptor (emitter.py): instruction offset, size, kind, array, number. 0 leaves for Python; 1
     enters the guest at ``st.target`` instead of going on.
     """
     size = (desc >> 12) & 1023
@@ -577,7 +577,7 @@ def set_mode() -> int:
 
 @inline
 def jump_set(va: int) -> int:
-    """The jump cache's set for a target; the same function stands inline in every indirect jump (lower.py)."""
+    """The jump cache's set for a target; the same function stands inline in every indirect jump (stubs.jump_set)."""
     return ((va >> 14) + va) & (JC_SETS - 1)
 
 

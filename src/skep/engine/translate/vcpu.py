@@ -28,6 +28,7 @@ from skep.engine.translate.blocks import Cache
 from skep.engine.translate.context import operand_segment
 from skep.engine.translate.emulate import Emulator
 from skep.engine.translate.faults import CATCHER, HostFault
+from skep.engine.translate.forms import Legality, mnemonics
 from skep.engine.translate.layout import (
     BOUNCE,
     BOUNCE_SIZE,
@@ -43,7 +44,6 @@ from skep.engine.translate.layout import (
     Mode,
     StateBlock,
 )
-from skep.engine.translate.lower import Legality, mnemonics
 from skep.engine.translate.modelspecific import ModelSpecific
 from skep.engine.translate.port import GuestFault, TripleFault
 from skep.errors import HostError, UserError
