@@ -1,0 +1,377 @@
+"""The pieces that every template is made of: addresses, checks, jumps, and an instruction with its operands moved.
+
+Each access to guest memory is a *check*: r10 has the address, and behind the check the operand's host address. The way
+out when the TLB does not match stands behind the block (blocks.py), pushes the access descriptor and calls the stub
+``slow``:
+
+======  ====================================================
+bits    access descriptor
+======  ====================================================
+0-11    the instruction's offset in its page (added by blocks.py)
+12-21   operand size in bytes
+22-23   0 read, 1 write, 2 read and write
+24-25   TLB array: supervisor, user, supervisor with AC
+26-27   which access of the instruction this is
+28      it belongs to a REP string instruction
+29      an operand that is not aligned is #GP, before any page fault
+======  ====================================================
+"""
+
+from __future__ import annotations
+
+from iced_x86 import (
+    Encoder,
+    EncodingKind,
+    Instruction,
+    InstructionInfoFactory,
+    MemorySizeExt,
+    Mnemonic,
+    OpAccess,
+    OpKind,
+    Register,
+    Register_,
+    RegisterExt,
+)
+
+from skep.engine.translate.asm import R9, R10, R11, Assembler, Mem, Reg, gs
+from skep.engine.translate.forms import (
+    BORROWED,
+    GPR,
+    GPR_BY_SIZE,
+    HIGH_BYTES,
+    HOLE_IP,
+    HOLE_TARGET,
+    MOFFS,
+    NOTHING_OPEN,
+    PLAIN_WRITE,
+    READ,
+    READ_WRITE,
+    REGISTERS_64,
+    SHORT_INC,
+    SSE,
+    TAG32,
+    TLB_MASK,
+    UNALIGNED,
+    VEX_ALIGNED,
+    WRITE,
+    WRITES,
+    Open,
+    Template,
+    Unsupported,
+    home,
+    sign_extend,
+    waits,
+)
+from skep.engine.translate.layout import (
+    BOUNCE,
+    BOUNCE_SIZE,
+    JC,
+    JC_ARRAY,
+    TLB,
+    TLB_ARRAY,
+    TLB_HOST,
+    TLB_READ,
+    TLB_WRITE,
+    Mode,
+)
+from skep.engine.translate.stubs import field as state
+from skep.engine.translate.stubs import jump_set, restore_flags, save_flags
+
+
+class Emitter:
+    """Writes one template at a time, for one mode."""
+
+    def __init__(self, mode: int) -> None:
+        self.mode = mode
+        self.array = mode & 3
+        self.user = bool(mode & Mode.USER)
+        self.wide = not mode & (Mode.CODE32 | Mode.CODE16)
+        self.legality = mode >> Mode.CLASS_SHIFT
+        self.info = InstructionInfoFactory()
+        self.encoder = Encoder(64)
+        self._checks: dict[tuple[int, bool, bool], tuple[bytes, int]] = {}
+        self.begin(b"", False, None, NOTHING_OPEN)
+
+    def begin(self, data: bytes, live: bool, bounce: dict[int, int] | None, open_: Open) -> None:
+        """A new template, for the instruction whose bytes are ``data``; the rest is as for Lowering.template."""
+        self.a = Assembler()
+        self.data = data
+        self.live = live
+        self.bounce = bounce
+        self.open = open_
+        self.count = 0
+        self.checks: list[tuple[int, int, int, bool]] = []
+        self.holes: list[tuple[int, int, int]] = []
+        self.copies: list[tuple[int, int, int]] = []
+
+    def finish(self) -> Template:
+        open_parts = bool(self.checks or self.holes or self.copies)
+        return Template(self.a.code(0), tuple(self.checks), tuple(self.holes), tuple(self.copies), open_parts)
+
+    def emulate(self) -> None:
+        """Leave: Python has this one."""
+        self.page_plus(R10, HOLE_IP)
+        self.a.jmp(state("emu_exit"))
+
+    def page_plus(self, reg: int, what: int) -> None:
+        """``reg`` = the page's address + a hole."""
+        self.a.mov(reg, state("page"))
+        self.a.raw(bytes((0x4D if reg > 7 else 0x48, 0x8D, 0x80 | (reg & 7) << 3 | (reg & 7))))
+        self.holes.append((len(self.a), what, 0))
+        self.a.raw(bytes(4))
+
+    def hole_push(self) -> None:
+        """Push the instruction's offset in its page."""
+        self.a.raw(b"\x68")
+        self.holes.append((len(self.a), HOLE_IP, 0))
+        self.a.raw(bytes(4))
+
+    def dispatch(self) -> None:
+        """Go to the guest address in r10, through the jump cache (runtime.jump_set is the same function)."""
+        a = self.a
+        if self.bounce is not None:
+            a.jmp(state("done_exit"))
+            return
+        if not self.wide:
+            a.mov(R11, TAG32)
+            a.lea(R10, Mem(R10, R11))
+        jump_set(a)
+        a.jmp(Mem(R11, disp=JC + self.array * JC_ARRAY + 8, gs=True))
+
+    @staticmethod
+    def memory_operand(ins: Instruction) -> bool:
+        return any(ins.op_kind(i) == OpKind.MEMORY for i in range(ins.op_count))
+
+    @staticmethod
+    def size(ins: Instruction) -> int:
+        return MemorySizeExt.size(ins.memory_size)
+
+    def _aligned(self, ins: Instruction) -> bool:
+        """Whether the instruction checks its operand's alignment, which comes before page faults."""
+        m = ins.mnemonic
+        if ins.encoding == EncodingKind.VEX:
+            return m in VEX_ALIGNED
+        return (m in SSE and self.size(ins) == 16 and m not in UNALIGNED) or m == Mnemonic.CMPXCHG16B
+
+    def check(self, size: int, access: int, aligned: bool = False) -> None:
+        """r10: guest address to host address of ``size`` bytes that may be read or written."""
+        a = self.a
+        number = self.count
+        self.count += 1
+        if self.bounce is not None and number in self.bounce:
+            a.mov(R10, state("self_"))
+            a.lea(R10, Mem(R10, disp=BOUNCE + number * BOUNCE_SIZE + self.bounce[number]))
+            return
+        key = (size, bool(access), self.live)
+        known = self._checks.get(key)
+        if known is None:
+            known = self._checks[key] = self._check_code(*key)
+        start = len(a)
+        a.raw(known[0])
+        descriptor = aligned << 29 | number << 26 | self.array << 24 | access << 22 | size << 12
+        self.checks.append((start + known[1], len(a), descriptor, self.live))
+
+    def _check_code(self, size: int, write: bool, live: bool) -> tuple[bytes, int]:
+        """The check, and where the displacement of its way out stands."""
+        a = Assembler()
+        base = TLB + self.array * TLB_ARRAY
+        if live:
+            save_flags(a)
+        a.mov(R11, R10, size=32)
+        a.shr(R11, 7, size=32)
+        a.and_(R11, TLB_MASK, size=32)
+        a.xor(R10, Mem(R11, disp=base + (TLB_WRITE if write else TLB_READ), gs=True))
+        a.cmp(R10, 4096 - size)
+        a.raw(b"\x0f\x87")
+        jump = len(a)
+        a.raw(bytes(4))
+        a.add(R10, Mem(R11, disp=base + TLB_HOST, gs=True))
+        if live:
+            restore_flags(a)
+        return a.code(0), jump
+
+    def load(self, reg: int, number: int) -> None:
+        """``reg`` = a guest register."""
+        h = home(number)
+        if h is None:
+            self.a.mov(reg, gs(number * 8))
+        else:
+            self.a.mov(reg, Reg(h))
+
+    def address(self, ins: Instruction) -> None:
+        """r10 = the linear address of the memory operand. No flag changes."""
+        a = self.a
+        base, index = ins.memory_base, ins.memory_index
+        disp = ins.memory_displacement
+        narrow = not self.wide
+        if base in (Register.RIP, Register.EIP):
+            self.page_plus(R10, HOLE_TARGET)
+            narrow = base == Register.EIP
+        elif base == Register.NONE and index == Register.NONE:
+            size = self.open.disp_size
+            if size:
+                a.raw(b"\x49\xba" if size == 8 else b"\x49\xc7\xc2")  # mov r10, imm64 or imm32
+                self.copies.append((len(a), self.open.disp, size))
+                a.raw(bytes(size))
+            else:
+                a.mov(R10, disp)
+        else:
+            if RegisterExt.is_vector_register(index):
+                raise Unsupported
+            size = RegisterExt.size(base if base != Register.NONE else index)
+            narrow = size == 4
+            hb: int | None = None
+            hi: int | None = None
+            if base != Register.NONE:
+                n = GPR[base][0]
+                hb = home(n)
+                if hb is None:
+                    a.mov(R10, gs(n * 8))
+                    hb = R10
+            if index != Register.NONE:
+                n = GPR[index][0]
+                hi = home(n)
+                if hi is None:
+                    a.mov(R11, gs(n * 8))
+                    hi = R11
+            d = sign_extend(disp & 0xFFFFFFFF, 32)
+            n = self.open.disp_size
+            if n:
+                a.lea(R10, Mem(hb, hi, ins.memory_index_scale, 0x11 if n == 1 and hb is not None else 0x11111111))
+                self.copies.append((len(a) - n, self.open.disp, n))
+            elif hi is None and d == 0 and hb is not None:
+                if hb != R10:
+                    a.mov(R10, Reg(hb))
+            else:
+                a.lea(R10, Mem(hb, hi, ins.memory_index_scale, d))
+            if size == 2:
+                a.movzx(R10, R10, 16)
+        if narrow:
+            a.mov(R10, R10, size=32)
+        self.segment(ins)
+
+    def segment(self, ins: Instruction) -> None:
+        """Add the segment's base to r10. In 64-bit code only FS and GS have one; flat 32-bit code has no others."""
+        seg = ins.memory_segment
+        if seg in (Register.FS, Register.GS):
+            self.a.mov(R11, state("fs_base" if seg == Register.FS else "gs_base"))
+            self.a.lea(R10, Mem(R10, R11))
+            if not self.wide:
+                self.a.mov(R10, R10, size=32)
+
+    def generic(self, ins: Instruction, data: bytes) -> None:
+        """An instruction of the allow-list: the same on the host, with its operands where they are here."""
+        memory = self.memory_operand(ins)
+        registers = [
+            (i, ins.op_register(i))
+            for i in range(ins.op_count)
+            if ins.op_kind(i) == OpKind.REGISTER and ins.op_register(i) in GPR
+        ]
+        moved = [(i, r) for i, r in registers if home(GPR[r][0]) != GPR[r][0]]
+        if not memory and not moved and self.wide:
+            if self.open.imm_size:
+                self.copies.append((len(self.a) + self.open.imm, self.open.imm, self.open.imm_size))
+            self.a.raw(data)
+            return
+        info = self.info.info(ins)
+        if memory:
+            if waits(ins):
+                self.a.raw(b"\x9b")  # an exception that waits comes before what the operand raises
+            self.address(ins)
+            self.check(self.size(ins), self._access(info), self._aligned(ins))
+        self.reencode(ins, registers, memory)
+
+    def _access(self, info: object) -> int:
+        access = READ
+        for used in info.used_memory():  # type: ignore[attr-defined]
+            if used.access in PLAIN_WRITE and access == READ:
+                access = WRITE
+            elif used.access in WRITES:
+                access = READ_WRITE
+        return access
+
+    def reencode(self, ins: Instruction, registers: list[tuple[int, Register_]], memory: bool) -> None:
+        """Emit ``ins`` with [r10] for its memory operand and host registers for the guest's."""
+        a = self.a
+        info = self.info.info(ins)
+        y = ins.copy()
+        if memory:
+            y.memory_base = Register.R10
+            y.memory_index = Register.NONE
+            y.memory_index_scale = 1
+            y.memory_displacement = 0
+            y.memory_displ_size = 0
+            y.segment_prefix = Register.NONE
+        if ins.code in MOFFS:
+            y.code = MOFFS[ins.code]
+        elif ins.code in SHORT_INC:
+            y.code = SHORT_INC[ins.code]
+        temporaries = [11] if memory else [10, 11]
+        borrowed: list[tuple[int, str]] = []
+        place: dict[int, int] = {}
+        store: list[tuple[int, int]] = []
+        exchange: int | None = None
+        rex = memory or any(home(GPR[r][0]) != GPR[r][0] for _, r in registers)
+        used = {RegisterExt.full_register(u.register) for u in info.used_registers()}
+        for i, r in registers:
+            number, size = GPR[r]
+            access = info.op_access(i)
+            if r in HIGH_BYTES:
+                if not rex:
+                    continue
+                if access == OpAccess.READ:  # AH..DH cannot be named beside a REX prefix
+                    t = temporaries.pop(0)
+                    a.rorx(t, Reg(number), 8, size=32)
+                    y.set_op_register(i, GPR_BY_SIZE[t, 1])
+                else:
+                    exchange = number
+                    y.set_op_register(i, HIGH_BYTES[r])
+                continue
+            h = home(number)
+            if h is not None:
+                y.set_op_register(i, GPR_BY_SIZE[h, size])
+                continue
+            if number not in place:
+                if temporaries:
+                    t = temporaries.pop(0)
+                else:
+                    t = next(b for b in BORROWED if REGISTERS_64[b] not in used and b not in place.values())
+                    spill = f"t{len(borrowed)}"
+                    a.mov(state(spill), Reg(t))
+                    borrowed.append((t, spill))
+                place[number] = t
+                a.mov(t, gs(number * 8))
+            y.set_op_register(i, GPR_BY_SIZE[place[number], size])
+            if access in WRITES and (place[number], number) not in store:
+                store.append((place[number], number))
+        if exchange is not None:
+            a.raw(bytes((0x86, 0xE0 | exchange | exchange << 3)))  # xchg of the register's two low bytes
+        self.encoder.encode(y, 0)
+        a.raw(self.encoder.take_buffer())
+        if self.open.imm_size:  # an immediate is an instruction's end
+            self.copies.append((len(a) - self.open.imm_size, self.open.imm, self.open.imm_size))
+        if exchange is not None:
+            a.raw(bytes((0x86, 0xE0 | exchange | exchange << 3)))
+        for t, number in store:
+            a.mov(gs(number * 8), Reg(t))
+        for t, spill in borrowed:
+            a.mov(Reg(t), state(spill))
+
+    def at_r10(self, ins: Instruction) -> None:
+        y = ins.copy()
+        y.memory_base = Register.R10
+        y.memory_index = Register.NONE
+        y.memory_index_scale = 1
+        y.memory_displacement = 0
+        y.memory_displ_size = 0
+        y.segment_prefix = Register.NONE
+        self.encoder.encode(y, 0)
+        self.a.raw(self.encoder.take_buffer())
+
+    @property
+    def word(self) -> int:
+        """Bytes of a stack slot."""
+        return 8 if self.wide else 4
+
+    def stack_at(self, reg: int, disp: int) -> None:
+        self.a.lea(reg, Mem(R9, disp=disp), size=64 if self.wide else 32)

@@ -1,0 +1,211 @@
+"""What is known of instructions: how they end a block, what they do to flags, where registers are, which case they are.
+
+:class:`Form` and :class:`Template` are what lower.py makes and blocks.py puts together; the tables below name the
+instructions that are not simply copied. Numbers of general registers are those that encode them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+from iced_x86 import (
+    Code,
+    Instruction,
+    Mnemonic,
+    OpAccess,
+    OpKind,
+    Register,
+    Register_,
+    RegisterExt,
+    RflagsBits,
+)
+
+from skep.engine.translate import allowed
+from skep.engine.translate.asm import R8, RAX, RBP, RBX, RCX, RDI, RDX, RSI, Reg
+from skep.engine.translate.layout import (
+    TLB_ENTRIES,
+    TLB_ENTRY,
+)
+
+ALL_FLAGS: int = RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF | RflagsBits.PF
+READ, WRITE, READ_WRITE = 0, 1, 2
+HOLE_IP, HOLE_NEXT, HOLE_TARGET = 0, 1, 2
+"""What a hole is filled with: the instruction's offset in its page, the next one's, its RIP-relative operand's."""
+TAG32 = 1 << 62
+"""In jump-cache tags of 32-bit code."""
+
+
+class Ends:
+    """How an instruction ends its block."""
+
+    NO = 0
+    YES = 1  # the template leaves by itself
+    JCC = 2
+    JMP = 3
+    CALL = 4  # the template pushes the return address; the block goes on at the target
+    LOOP = 5  # LOOP, LOOPcc, JCXZ: short forms only, that touch no flag
+    SHADOW = 6  # STI: one more instruction, then look for interrupts
+    MODE = 7  # STAC, CLAC: goes on in another mode
+    LOOK = 8  # POPF: goes on behind itself after looking for interrupts
+
+
+@dataclass(slots=True)
+class Template:
+    code: bytes
+    checks: tuple[tuple[int, int, int, bool], ...] = ()
+    """(offset of the ja's displacement, offset to come back to, descriptor, flags are saved at the ja)"""
+    holes: tuple[tuple[int, int, int], ...] = ()
+    """(offset, what to put there, what to add to it)"""
+    copies: tuple[tuple[int, int, int], ...] = ()
+    """(offset, offset in the guest's instruction, bytes): displacement and immediate where the form leaves them open"""
+    open: bool = False
+    """There is anything of the three above."""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Where in its bytes an instruction has constants that its form leaves open; 0 bytes: none."""
+
+    disp: int = 0
+    disp_size: int = 0
+    imm: int = 0
+    imm_size: int = 0
+
+
+NOTHING_OPEN = Open()
+
+
+@dataclass(slots=True)
+class Form:
+    """What is known of an instruction's bytes in one mode. Instructions that differ only in open constants share it."""
+
+    keeps: int = ALL_FLAGS  # mask of flags that it certainly leaves as they were
+    reads: int = 0
+    ends: int = Ends.NO
+    cond: int = 0
+    relative: bool = False  # has a RIP-relative operand, blanked in the key
+    emulate: bool = False
+    memory: bool = False  # may have checks
+    plain: bool = False  # its displacement, relative to RIP, is its end: there is no immediate
+    open: Open = Open()
+    templates: list[Template | None] = field(default_factory=lambda: [None, None])
+
+
+class Legality:
+    """Bits of the legality class (Mode.CLASS_SHIFT): which CR0, CR4 and XCR0 settings code was translated for."""
+
+    X87 = 1  # CR0.EM and CR0.TS clear
+    SSE = 2  # and CR4.OSFXSR set
+    AVX = 4  # and CR4.OSXSAVE set with SSE and AVX in XCR0
+    TSC = 8  # CR4.TSD clear: RDTSC is the user's too
+    OSXSAVE = 16
+
+
+_NAMES = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{i}" for i in range(8, 16)))
+FULL_REGISTERS = {getattr(Register, n): i for i, n in enumerate(_NAMES)}
+HIGH_BYTES = {Register.AH: Register.AL, Register.CH: Register.CL, Register.DH: Register.DL, Register.BH: Register.BL}
+GPR: dict[int, tuple[int, int]] = {}  # register: (number, size)
+GPR_BY_SIZE: dict[tuple[int, int], Register_] = {}  # (number, size): register
+for _r in cast("set[Register_]", {v for v in vars(Register).values() if isinstance(v, int)}):
+    if RegisterExt.is_gpr(_r):
+        GPR[_r] = (FULL_REGISTERS[RegisterExt.full_register(_r)], RegisterExt.size(_r))
+        if _r not in HIGH_BYTES:
+            GPR_BY_SIZE[GPR[_r]] = _r
+IN_STATE = (9, 10, 11)
+"""Guest registers without a host register; guest rsp (4) is in host r9."""
+HOST_RSP = 9
+
+
+def home(number: int) -> int | None:
+    """The host register of a guest register, None for those in the state block."""
+    if number == 4:
+        return HOST_RSP
+    return None if number in IN_STATE else number
+
+
+def mnemonics(names: frozenset[str]) -> frozenset[int]:
+    return frozenset(getattr(Mnemonic, n) for n in names)
+
+
+INTEGER, X87, SSE, AVX = map(mnemonics, (allowed.INTEGER, allowed.X87, allowed.SSE, allowed.AVX))
+X87_WAITING = X87 - mnemonics(frozenset(n for n in allowed.X87 if n.startswith("FN")))
+NO_OPERATION = mnemonics(allowed.NO_OPERATION)
+SYSTEM_REGISTERS = frozenset(
+    v
+    for n, v in vars(Register).items()
+    if isinstance(v, int)
+    and (n in ("ES", "CS", "SS", "DS", "FS", "GS") or (n[:2] in ("CR", "DR", "TR") and n[2:].isdigit()))
+)
+SREG_FIELD = {getattr(Register, n.upper()): f"{n}_sel" for n in ("es", "cs", "ss", "ds", "fs", "gs")}
+BIT_TESTS = (Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC)
+BY_CL = (
+    Mnemonic.SHL, Mnemonic.SHR, Mnemonic.SAR, Mnemonic.SAL, Mnemonic.ROL, Mnemonic.ROR, Mnemonic.RCL, Mnemonic.RCR,
+    Mnemonic.SHLD, Mnemonic.SHRD,
+)  # fmt: skip
+MOFFS = {
+    Code.MOV_AL_MOFFS8: Code.MOV_R8_RM8, Code.MOV_AX_MOFFS16: Code.MOV_R16_RM16,
+    Code.MOV_EAX_MOFFS32: Code.MOV_R32_RM32, Code.MOV_RAX_MOFFS64: Code.MOV_R64_RM64,
+    Code.MOV_MOFFS8_AL: Code.MOV_RM8_R8, Code.MOV_MOFFS16_AX: Code.MOV_RM16_R16,
+    Code.MOV_MOFFS32_EAX: Code.MOV_RM32_R32, Code.MOV_MOFFS64_RAX: Code.MOV_RM64_R64,
+}  # fmt: skip
+SHORT_INC = {
+    Code.INC_R16: Code.INC_RM16, Code.INC_R32: Code.INC_RM32, Code.DEC_R16: Code.DEC_RM16, Code.DEC_R32: Code.DEC_RM32,
+}  # fmt: skip
+STRINGS = {
+    getattr(Mnemonic, op + suffix): (op, shift)
+    for op in ("STOS", "MOVS", "LODS", "CMPS", "SCAS")
+    for shift, suffix in enumerate("BWDQ")
+}  # fmt: skip
+XSAVE = {Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64}
+XRSTOR = {Mnemonic.XRSTOR, Mnemonic.XRSTOR64}
+FXSAVE = {Mnemonic.FXSAVE, Mnemonic.FXSAVE64}
+FXRSTOR = {Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64}
+WRITES = (OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
+PLAIN_WRITE = (OpAccess.WRITE,)
+LOOP16 = frozenset(
+    v
+    for n, v in vars(Code).items()
+    if n.startswith(("LOOP", "JCXZ")) and n.endswith(("_CX", "JCXZ_REL8_32")) and isinstance(v, int)
+)
+"""Those of 32-bit code that count in CX."""
+UNALIGNED = frozenset(
+    getattr(Mnemonic, n)
+    for n in """MOVUPS MOVUPD MOVDQU LDDQU PCMPESTRI PCMPESTRM PCMPISTRI PCMPISTRM PCMPESTRI64 PCMPESTRM64""".split()
+)
+VEX_ALIGNED = frozenset(
+    getattr(Mnemonic, n) for n in "VMOVAPS VMOVAPD VMOVDQA VMOVNTPS VMOVNTPD VMOVNTDQ VMOVNTDQA".split()
+)
+FLUSHES = (Mnemonic.CLFLUSH, Mnemonic.CLFLUSHOPT, Mnemonic.CLWB)
+SHIFTS = frozenset(BY_CL)
+"""Their count decides which flags they change."""
+BORROWED = (RBX, RBP, RSI, RDI, R8, Reg(12), Reg(13), Reg(14), Reg(15), RDX, RCX, RAX)
+
+GENERAL_SPECIAL = frozenset(
+    getattr(Mnemonic, n) for n in "PUSH POP CALL JMP RET LEAVE PUSHFQ POPFQ STI CLI SWAPGS STAC CLAC INVLPG".split()
+) | frozenset(STRINGS) - {Mnemonic.MOVSD, Mnemonic.CMPSD}
+"""Besides the integer instructions: those whose lowering no CR0, CR4 or XCR0 setting changes."""
+
+TLB_MASK = (TLB_ENTRIES - 1) * TLB_ENTRY
+
+
+def waits(ins: Instruction) -> bool:
+    """Whether it raises #MF for an x87 exception that is pending: x87 and MMX instructions."""
+    return ins.mnemonic in X87_WAITING or any(
+        ins.op_kind(i) == OpKind.REGISTER and RegisterExt.is_mm(ins.op_register(i)) for i in range(ins.op_count)
+    )
+
+
+def sign_extend(value: int, bits: int) -> int:
+    return value - (1 << bits) if value >> (bits - 1) & 1 else value
+
+
+def u32(value: int) -> bytes:
+    return (value & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+class Unsupported(Exception):
+    """This form is not lowered: it becomes Python's."""
+
+
+REGISTERS_64 = {i: r for r, i in FULL_REGISTERS.items()}
