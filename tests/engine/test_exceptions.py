@@ -312,6 +312,13 @@ class TestProcessorState:
         at_end(guest)
         assert (guest.reg("rbx"), guest.reg("rcx")) == (2, 1)
 
+    def test_a_refused_xrstor_changes_no_register(self, boot: Boot) -> None:
+        text = "mov rax, 0xf\nmov rdx, 1\nmov qword [rip + area + 520], 1\nstc\nxrstor [rip + area]\nhlt\nalign 64\n"
+        guest = boot(text + "area: space 1024")
+        frame = fault(guest)
+        assert (frame.vector, guest.reg("rax"), guest.reg("rdx")) == (13, 0xF, 1)
+        assert frame.rflags & 0x8D5 == 1
+
     def test_x87_error(self, boot: Boot) -> None:
         guest = boot("fldcw [rip + w]\nfldz\nfldz\nfdivp st1, st0\nwhere: fnop\nhlt\nw: dw 0x37e")
         frame = fault(guest)

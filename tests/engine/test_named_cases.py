@@ -226,6 +226,10 @@ def test_high_byte_registers(host: Oracle, guest: GuestCpu, text: str) -> None:
     # an element in the middle faults: those before it are done, their mask bits clear
     "vmovdqu ymm1, [rbx + 512]\nvpcmpeqd ymm2, ymm2, ymm2\nmov rdi, HOLE - 256\nvpgatherdd ymm3, [rdi + ymm1*4], ymm2",
     "vmovdqu xmm1, [rbx + 0x200]\nvpcmpeqd ymm2, ymm2, ymm2\nmov rdi, HOLE - 8\nvpgatherdq ymm3, [rdi + xmm1*8], ymm2",
+    # and what lies above the elements is cleared at once, or at the end only
+    "vmovdqu xmm1, [rbx + 512]\nvpcmpeqd ymm2, ymm2, ymm2\nmov rdi, HOLE - 256\nvpgatherdd xmm3, [rdi + xmm1*4], xmm2",
+    "vmovdqu ymm1, [rbx + 0x240]\nvpcmpeqd ymm2, ymm2, ymm2\nmov rdi, HOLE - 16\nvgatherqps xmm3, [rdi + ymm1*8], xmm2",
+    "vmovdqu xmm1, [rbx + 0x240]\nvpcmpeqd ymm2, ymm2, ymm2\nmov rdi, HOLE - 16\nvgatherqps xmm3, [rdi + xmm1*8], xmm2",
     "vpcmpeqd ymm2, ymm2, ymm2\nvpgatherdd ymm2, [rdi + ymm1*4], ymm2",  # not distinct: #UD
     "vpcmpeqd ymm2, ymm2, ymm2\nvpgatherdd ymm1, [rdi + ymm1*4], ymm2",
     "vmovdqu ymm1, [rbx + 0x200]\nvpcmpeqd ymm2, ymm2, ymm2\nmov rax, 1 << 63\nvpgatherdd ymm3, [rax + ymm1*4], ymm2",
@@ -543,6 +547,17 @@ def test_encodings_and_addressing(host: Oracle, guest: GuestCpu, text: str) -> N
     "fldcw [rip + w]\nfldz\nfldz\nfdivp st1, st0\nwait\nud2\nw: dw 0x37e",
     "fldcw [rip + w]\nfldz\nfldz\nfdivp st1, st0\nfnstsw ax\nfnclex\nfld1\nud2\nw: dw 0x37e",
     "fldcw [rip + w]\nfldz\nfldz\nfdivp st1, st0\nmovq mm0, rax\nud2\nw: dw 0x37e",
+    # an exception that waits comes before the operand's #PF
+    "fldcw [rip + w]\nfldz\nfldz\nfdivp st1, st0\nmov rax, HOLE\nfld qword [rax]\nud2\nw: dw 0x37e",
+    "fldcw [rip + w]\nfldz\nfldz\nfdivp st1, st0\nmov rax, HOLE\nfistp dword [rax]\nud2\nw: dw 0x37e",
+    "fldcw [rip + w]\nfldz\nfldz\nfdivp st1, st0\nmov rax, HOLE\npaddb mm0, [rax]\nud2\nw: dw 0x37e",
+    "fldcw [rip + w]\nfldz\nfldz\nfdivp st1, st0\nmov rdi, HOLE\nmaskmovq mm0, mm1\nud2\nw: dw 0x37e",
+    "fldcw [rip + w]\nfldz\nfldz\nfdivp st1, st0\nmaskmovq mm0, mm1\nud2\nw: dw 0x37e",
+    # in 64-bit code RSP and RBP as the base mean SS, prefixes for DS and SS say nothing
+    "mov rax, 1 << 63\ndb 0x36, 0x48, 0x8b, 0x08",
+    "mov rbp, 1 << 63\ndb 0x3e, 0x48, 0x8b, 0x4d, 0",
+    "mov rax, 1 << 63\ndb 0x36, 0x48, 0x0f, 0xbb, 0x08",
+    "mov rbp, 1 << 63\nmov rcx, fs:[rbp]",
     "ldmxcsr [rip + m]\nmovsd xmm1, [rbx + 0xa0]\ndivsd xmm0, xmm1\nud2\nm: dd 0x1d80",
     "ldmxcsr [rip + m]\nmovsd xmm1, [rbx + 0xa0]\nvdivsd xmm3, xmm1, [rbx + 0xa0]\nud2\nm: dd 0x1f00",
     "ldmxcsr [rip + m]\naddps xmm1, [RO - D + rbx + 4096]\nud2\nm: dd 0",
