@@ -386,8 +386,8 @@ def page_fault(va: int, rip: int) -> int:
 def fill(va: int, desc: int) -> int:
     """What a failed TLB check calls: the host address of the operand at ``va``, however it has to be made.
 
-    ``desc`` is the access descriptor (emitter.py): instruction offset, size, kind, array, number. 0 leaves for Python; 1
-    enters the guest at ``st.target`` instead of going on.
+    ``desc`` is the access descriptor (emitter.py): instruction offset, size, kind, array, number. 0 leaves for Python;
+    1 enters the guest at ``st.target`` instead of going on.
     """
     size = (desc >> 12) & 1023
     kind = (desc >> 22) & 3
