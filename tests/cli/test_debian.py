@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from skep.errors import UserError
+from benchmarks.console import boot
 from skep.guest import debian
 from tests.on_terminal import OnTerminal
 
 BOOT = 300.0
 """Seconds; an idle machine takes less than ten."""
-
-
-@pytest.fixture(scope="module")
-def guest() -> debian.Guest:
-    try:
-        return debian.obtain()
-    except UserError as error:
-        pytest.skip(f"no guest to boot: {error}")
 
 
 def test_a_shell_in_this_terminal(guest: debian.Guest) -> None:
@@ -44,3 +39,49 @@ def test_a_shell_in_this_terminal(guest: debian.Guest) -> None:
 def test_the_example(guest: debian.Guest) -> None:
     hello = runpy.run_path(str(Path("examples/hello_vm.py")))["hello"]
     assert hello(str(guest.kernel), str(guest.initrd), "echo $((6 * 7))") == "42\n"
+
+
+def command(guest: debian.Guest, cmdline: str) -> list[str]:
+    files = ("--kernel", str(guest.kernel), "--initrd", str(guest.initrd))
+    return [
+        sys.executable,
+        "-m",
+        "skep.cli",
+        "run",
+        *files,
+        "--memory",
+        "512M",
+        "--cmdline",
+        f"console=ttyS0 {cmdline}",
+    ]
+
+
+def test_memory_that_is_not_the_guests(guest: debian.Guest) -> None:
+    """With all the kernel's messages, at its peak: at most 200 MiB."""
+    environment = {**os.environ, "PYTHONPATH": str(Path("src").absolute())}
+    measured = boot(command(guest, "skep.poweroff"), BOOT, environment, watch=True)
+    assert measured.resident is not None
+    assert 20 << 20 < measured.resident <= 200 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cmdline", "typed", "status", "printed", "said"),
+    [
+        ("quiet", "uname -s; exit\n", 0, "\r\nLinux\r\n", ""),
+        ("quiet", "reboot -f\n", 0, "Restarting system", ""),
+        ("quiet reboot=t", "reboot -f\n", 3, "Restarting system", "skep: the guest had a triple fault\n"),
+    ],
+)
+def test_how_a_linux_ends(guest: debian.Guest, cmdline: str, typed: str, status: int, printed: str, said: str) -> None:
+    done = subprocess.run(
+        [*command(guest, cmdline), "--no-reboot"],
+        input=typed.encode(),
+        capture_output=True,
+        timeout=BOOT,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path("src").absolute())},
+    )
+    assert done.returncode == status
+    assert printed in done.stdout.decode()
+    assert done.stderr.decode().startswith(said) and bool(done.stderr) == bool(said)
