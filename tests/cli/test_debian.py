@@ -72,6 +72,7 @@ def test_memory_that_is_not_the_guests(guest: debian.Guest) -> None:
         ("quiet", "reboot -f\n", 0, "Restarting system", ""),
         ("quiet reboot=t", "reboot -f\n", 3, "Restarting system", "skep: the guest had a triple fault\n"),
     ],
+    ids=["power-off", "reboot", "triple fault"],
 )
 def test_how_a_linux_ends(guest: debian.Guest, cmdline: str, typed: str, status: int, printed: str, said: str) -> None:
     done = subprocess.run(
