@@ -22,7 +22,7 @@ class OracleError(Exception):
 class Oracle:
     """A context manager around one worker process (see :mod:`tests.engine.native`)."""
 
-    def __init__(self, timeout: float = 30.0) -> None:
+    def __init__(self, timeout: float = 10.0) -> None:
         self.timeout = timeout
         self._worker: subprocess.Popen[bytes] | None = None
 
