@@ -576,6 +576,11 @@ class Generator:
         ins = build(code, (), 64 if wide else 32)
         assert ins is not None
         if rng.random() < 0.7:
+            low = {register for register in (_RSI, _RDI) if self.known[register] < DATA}
+            if "MOVS" in str(ins).upper() and len(low) == 1:
+                # One page under two addresses: fast string operations see an overlap of addresses, not one of frames.
+                (register,) = low
+                self._load(register, self.known[register] - LOW_DATA + DATA)
             self._load(_RCX, rng.choice((0, 1, 2, 3, rng.randrange(64), rng.randrange(700))))
             ins.has_rep_prefix = True
             if "CMPS" in str(ins).upper() or "SCAS" in str(ins).upper():
