@@ -31,5 +31,9 @@ class HostError(UserError):
     """This host lacks something that was asked for: a CPU feature, a device node, memory."""
 
 
+class EngineLimit(SkepError):
+    """The guest did what its engine cannot do yet; the VM has ended. One line; exit status 4."""
+
+
 class InternalError(SkepError):
     """Ours: Skep is wrong, whatever the user and the guest did. Exit status 4."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from skep.config import Tree, check_settings
 from skep.config.sugar import add_disk
 from skep.engine.contract import Engine, EngineVm, Exit, ExitReason, Vcpu
-from skep.errors import InternalError, SkepError, UserError
+from skep.errors import EngineLimit, InternalError, SkepError, UserError
 from skep.machine import Board, Events, build, choose_engine
 from skep.memory import GuestMemory
 
@@ -620,7 +620,7 @@ class _Processor:
                 exits = tuple(str(line) for line in exit_.detail.get("exits", ()))
                 self._over(Outcome(End.TRIPLE_FAULT, vcpu.get_state(), exits))
             case ExitReason.FAILED:
-                self._fail(InternalError(str(exit_.detail.get("message", "the engine gave no reason"))))
+                self._fail(EngineLimit(str(exit_.detail.get("message", "the engine gave no reason"))))
 
     def _fail(self, error: BaseException) -> None:
         self._over(_failure(error, f"processor {self.index}"))

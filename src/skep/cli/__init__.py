@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from skep import __version__
-from skep.errors import UserError
+from skep.errors import EngineLimit, UserError
 
 EXIT_USER = 2
 EXIT_OURS = 4
@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"skep: {error}", file=sys.stderr)
         return EXIT_USER
+    except EngineLimit as error:
+        print(f"skep: {error}", file=sys.stderr)
+        return EXIT_OURS
     except BrokenPipeError:
         # Whoever read our output has enough. Python would complain once more when it flushes at exit.
         sys.stdout = None
