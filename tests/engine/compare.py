@@ -43,8 +43,6 @@ _OWN_AFFAIR: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = (
     (re.compile(r"VEX_VCVTPS2PH"), ("mxcsr",)),
     # whether the x87 registers are MMX registers already (SDM 1, 9.5.1)
     (re.compile(r".*_MMM?(\d|_|$)"), ("st", "fsw", "ftw")),
-    # "as before the instruction" (SDM 2, REP), and an interrupt between two elements begins it anew
-    (re.compile(r"(CMPS|SCAS)[BWDQ]_"), ("rflags",)),
 )
 """What an instruction that faults on its operand leaves to the CPU: which instruction, and what then does not count."""
 _X87_STORE = re.compile(r"(FISTT?P?|FSTP?|FBSTP)_M")
