@@ -8,6 +8,7 @@ with ``st.kind`` saying why.
 
 from __future__ import annotations
 
+from skep.engine.amd64.registers import Cr0, Cr4, Efer, PfError, Pte, Rflags
 from skep.engine.translate.compiler import (
     cas64,
     copy8,
@@ -61,32 +62,18 @@ from skep.engine.translate.layout import (
     Mode,
 )
 
-# CR0, CR4, EFER, RFLAGS
-WP = 1 << 16
-PG = 1 << 31
-PGE = 1 << 7
-PCIDE = 1 << 17
-SMEP = 1 << 20
-SMAP = 1 << 21
-SCE = 1
-LMA = 1 << 10
-NXE = 1 << 11
-TF = 0x100
-IF = 0x200
-NT = 0x4000
-RF = 0x10000
-VM = 0x20000
-AC = 0x40000
-
-# Page-table entries (Intel SDM 3, 4.5)
-P, RW, US, ACCESSED, DIRTY, PS, GLOBAL = 1, 2, 4, 0x20, 0x40, 0x80, 0x100
-FRAME = 0x000FFFFFFFFFF000
-RESERVED = 0x000FFF0000000000  # MAXPHYADDR is 40 (cpuid.PHYSICAL_BITS)
+WP, PG = Cr0.WP, Cr0.PG
+PGE, PCIDE, SMEP, SMAP = Cr4.PGE, Cr4.PCIDE, Cr4.SMEP, Cr4.SMAP
+SCE, LMA, NXE = Efer.SCE, Efer.LMA, Efer.NXE
+TF, IF, NT, RF, VM, AC = Rflags.TF, Rflags.IF, Rflags.NT, Rflags.RF, Rflags.VM, Rflags.AC
+P, RW, US, ACCESSED, DIRTY, PS, GLOBAL = Pte.P, Pte.RW, Pte.US, Pte.A, Pte.D, Pte.PS, Pte.G
+FRAME = Pte.ADDRESS
+RESERVED = 0x000FFF0000000000  # MAXPHYADDR is 40 (engine/amd64/cpuid.py)
 UPPER = 0xFFFFFFFFFFFFFFFF
 
 # Access kinds of walk, and the page-fault error code's bits
 WRITE, FETCH = 1, 2
-PF_P, PF_W, PF_U, PF_RSVD, PF_I = 1, 2, 4, 8, 16
+PF_P, PF_W, PF_U, PF_RSVD, PF_I = PfError.P, PfError.W, PfError.U, PfError.RSVD, PfError.FETCH
 
 ALIGNED = 1 << 29  # in a descriptor: the operand's alignment is checked first
 STRING = 1 << 28  # in a descriptor: a REP string instruction's
