@@ -42,12 +42,12 @@ from skep.engine.translate.forms import (
     HOLE_IP,
     HOLE_TARGET,
     MOFFS,
+    NARROW_CODES,
     NOTHING_OPEN,
     PLAIN_WRITE,
     READ,
     READ_WRITE,
     REGISTERS_64,
-    SHORT_INC,
     SSE,
     TAG32,
     TLB_MASK,
@@ -57,7 +57,6 @@ from skep.engine.translate.forms import (
     WRITES,
     Open,
     Template,
-    Unsupported,
     home,
     sign_extend,
     waits,
@@ -216,8 +215,6 @@ class Emitter:
             else:
                 a.mov(R10, disp)
         else:
-            if RegisterExt.is_vector_register(index):
-                raise Unsupported
             size = RegisterExt.size(base if base != Register.NONE else index)
             narrow = size == 4
             hb: int | None = None
@@ -304,8 +301,8 @@ class Emitter:
             y.segment_prefix = Register.NONE
         if ins.code in MOFFS:
             y.code = MOFFS[ins.code]
-        elif ins.code in SHORT_INC:
-            y.code = SHORT_INC[ins.code]
+        elif ins.code in NARROW_CODES:
+            y.code = NARROW_CODES[ins.code]
         temporaries = [11] if memory else [10, 11]
         borrowed: list[tuple[int, str]] = []
         place: dict[int, int] = {}

@@ -149,9 +149,14 @@ MOFFS = {
     Code.MOV_MOFFS8_AL: Code.MOV_RM8_R8, Code.MOV_MOFFS16_AX: Code.MOV_RM16_R16,
     Code.MOV_MOFFS32_EAX: Code.MOV_RM32_R32, Code.MOV_MOFFS64_RAX: Code.MOV_RM64_R64,
 }  # fmt: skip
-SHORT_INC = {
+NARROW_CODES = {
     Code.INC_R16: Code.INC_RM16, Code.INC_R32: Code.INC_RM32, Code.DEC_R16: Code.DEC_RM16, Code.DEC_R32: Code.DEC_RM32,
+    **{
+        getattr(Code, f"{op}_RM8_IMM8_82"): getattr(Code, f"{op}_RM8_IMM8")
+        for op in ("ADD", "OR", "ADC", "SBB", "AND", "SUB", "XOR", "CMP")
+    },
 }  # fmt: skip
+"""Encodings that 64-bit code does not have, and those that do the same."""
 STRINGS = {
     getattr(Mnemonic, op + suffix): (op, shift)
     for op in ("STOS", "MOVS", "LODS", "CMPS", "SCAS")
@@ -198,14 +203,6 @@ def waits(ins: Instruction) -> bool:
 
 def sign_extend(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) & 1 else value
-
-
-def u32(value: int) -> bytes:
-    return (value & 0xFFFFFFFF).to_bytes(4, "little")
-
-
-class Unsupported(Exception):
-    """This form is not lowered: it becomes Python's."""
 
 
 REGISTERS_64 = {i: r for r, i in FULL_REGISTERS.items()}

@@ -49,7 +49,6 @@ from skep.engine.translate.layout import (
     LARGE_PAGES_SIZE,
     NG_LIST,
     NG_MAX,
-    OFFSETS,
     TLB,
     TLB_ARRAY,
     TLB_ENTRIES,
@@ -80,7 +79,6 @@ STRING = 1 << 28  # in a descriptor: a REP string instruction's
 SUPERVISOR, USER, SUPERVISOR_AC = 0, 1, 2
 ATTR_CODE64 = 0xA09B
 ATTR_UNUSABLE = 0x10000
-REGS_RSP = OFFSETS["rsp"]
 
 
 def walk(va: int, access: int, array: int) -> int:
