@@ -69,13 +69,11 @@ def _frag(build: Callable[[Assembler], None]) -> bytes:
     return a.code(0)
 
 
-_ESC = b"\x65"
 _LINK_CALL = _frag(lambda a: a.call(state("link")))
 _SLOW_CALL = _frag(lambda a: a.call(state("slow")))
 _LOAD_PAGE = _frag(lambda a: a.mov(R10, state("page")))
 _BRK_JUMP = _frag(lambda a: a.jmp(state("brk_exit")))
 _RESTORE = _frag(restore_flags)
-_SAVE = _frag(save_flags)
 _SLOW = struct.Struct(f"<Bi{len(_SLOW_CALL)}sBi")
 _SLOW_SIZE = _SLOW.size
 _slow_pack = _SLOW.pack

@@ -291,14 +291,7 @@ class Emitter:
         """Emit ``ins`` with [r10] for its memory operand and host registers for the guest's."""
         a = self.a
         info = self.info.info(ins)
-        y = ins.copy()
-        if memory:
-            y.memory_base = Register.R10
-            y.memory_index = Register.NONE
-            y.memory_index_scale = 1
-            y.memory_displacement = 0
-            y.memory_displ_size = 0
-            y.segment_prefix = Register.NONE
+        y = self.moved(ins) if memory else ins.copy()
         if ins.code in MOFFS:
             y.code = MOFFS[ins.code]
         elif ins.code in NARROW_CODES:
@@ -354,7 +347,9 @@ class Emitter:
         for t, spill in borrowed:
             a.mov(Reg(t), state(spill))
 
-    def at_r10(self, ins: Instruction) -> None:
+    @staticmethod
+    def moved(ins: Instruction) -> Instruction:
+        """A copy of ``ins`` whose memory operand is [r10]."""
         y = ins.copy()
         y.memory_base = Register.R10
         y.memory_index = Register.NONE
@@ -362,7 +357,10 @@ class Emitter:
         y.memory_displacement = 0
         y.memory_displ_size = 0
         y.segment_prefix = Register.NONE
-        self.encoder.encode(y, 0)
+        return y
+
+    def at_r10(self, ins: Instruction) -> None:
+        self.encoder.encode(self.moved(ins), 0)
         self.a.raw(self.encoder.take_buffer())
 
     @property

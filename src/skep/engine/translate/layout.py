@@ -30,7 +30,7 @@ _FIELDS = (
     "site",  # host address of a jump to be patched, or 0
     "host_rsp",
     "host_mxcsr",
-    "t0", "t1", "t2", "t3", "t4", "t5", "t6", "t7",  # temporaries of one instruction
+    "t0", "t1", "t2", "t6", "t7",  # temporaries of one instruction
     *(f"{s}_sel" for s in SEGMENTS),
     *(f"{s}_base" for s in SEGMENTS),
     *(f"{s}_limit" for s in SEGMENTS),  # in bytes, granularity applied

@@ -202,7 +202,7 @@ class Lowering(Special):
             return self.wide
         if m in STRINGS:
             if not ins.is_string_instruction:
-                return self._sse_movsd(ins)
+                return bool(self.legality & Legality.SSE)  # MOVSD, CMPSD of SSE2
             if not self.wide or self._address_size(ins) != 8:
                 return False
             op, _ = STRINGS[m]
@@ -220,9 +220,6 @@ class Lowering(Special):
         if m in (Mnemonic.FNSTENV, Mnemonic.FNSAVE):
             return bool(self.legality & Legality.X87)
         return True
-
-    def _sse_movsd(self, ins: Instruction) -> bool:
-        return bool(self.legality & Legality.SSE)
 
     @staticmethod
     def _address_size(ins: Instruction) -> int:

@@ -820,15 +820,20 @@ def elements(va: int, shift: int) -> int:
     return n
 
 
+def interrupted(desc: int) -> int:
+    """Somebody wants the vCPU in the middle of a REP instruction, which goes on when it is run again."""
+    st.rip = st.page + (desc & 4095)
+    st.kind = Kind.BREAK
+    return 0
+
+
 def rep_store(desc: int, array: int) -> int:
     """REP STOS with DF clear; ``desc``: instruction offset, element shift at bit 12. 2: done; else as fill."""
     shift = (desc >> 12) & 3
     size = 1 << shift
     while st.rcx != 0:
         if ld16(st.self_ + BRK):
-            st.rip = st.page + (desc & 4095)
-            st.kind = Kind.BREAK
-            return 0
+            return interrupted(desc)
         va = st.rdi
         host = operand(va, size, 1, array, desc & 4095)
         if host < 2:
@@ -865,9 +870,7 @@ def rep_move(desc: int, array: int) -> int:
     size = 1 << shift
     while st.rcx != 0:
         if ld16(st.self_ + BRK):
-            st.rip = st.page + (desc & 4095)
-            st.kind = Kind.BREAK
-            return 0
+            return interrupted(desc)
         to = st.rdi
         source_va = st.rsi + st.t7
         source = operand(source_va, size, 0, array, desc & 4095)
@@ -905,9 +908,7 @@ def rep_down(desc: int, array: int) -> int:
     size = 1 << shift
     while st.rcx != 0:
         if ld16(st.self_ + BRK):
-            st.rip = st.page + (desc & 4095)
-            st.kind = Kind.BREAK
-            return 0
+            return interrupted(desc)
         host = 0
         source = 0
         n = st.rcx
@@ -1002,9 +1003,7 @@ def rep_compare(desc: int, array: int) -> int:
     b = 0
     while True:
         if once == 0 and ld16(st.self_ + BRK):
-            st.rip = st.page + (desc & 4095)
-            st.kind = Kind.BREAK
-            return 0
+            return interrupted(desc)
         host = operand(st.rdi, size, 0, array, desc & 4095)
         if host < 2:
             return host  # the flags are those from before the instruction (SDM 2, REP)
@@ -1045,6 +1044,7 @@ def down_elements(va: int, shift: int, most: int) -> int:
 ROUTINES = [
     walk, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault, fill, to_python,
     fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, lookup, link, load_cr3,
-    descriptor_at, interrupt_return, system_call, system_return, operand, rep_store, mask_at_host, rep_move, rep_down,
+    descriptor_at, interrupt_return, system_call, system_return, operand,
+    interrupted, rep_store, mask_at_host, rep_move, rep_down,
     subtract_flags, rep_compare, element, down_elements, empty_entry, lines, is_code, mask_at, jump_set, elements,
 ]  # fmt: skip

@@ -428,13 +428,7 @@ class Special(Emitter):
         a.shlx(R11, R11, RCX)
         a.shrx(R11, R11, RCX)
         a.pop(RCX)
-        y = ins.copy()
-        y.memory_base = Register.R10
-        y.memory_index = Register.NONE
-        y.memory_index_scale = 1
-        y.memory_displacement = 0
-        y.memory_displ_size = 0
-        y.segment_prefix = Register.NONE
+        y = self.moved(ins)
         y.op1_register = GPR_BY_SIZE[11, size]
         self.encoder.encode(y, 0)
         a.raw(self.encoder.take_buffer())

@@ -212,9 +212,20 @@ class Stubs:
     def _call(self, a: Assembler, routine: str) -> None:
         a.call_abs(self._routines[routine])
 
+    def _not_done(self, a: Assembler, leave: Label) -> None:
+        """At ``leave``, with the flags of fill's result compared with 1: equal enters the guest at st.target, below
+        leaves for Python. Either way the template that called is not gone back to."""
+        fault = a.label()
+        a.bind(leave)
+        a.lea(RSP, Mem(RSP, disp=16))
+        a.jcc(Cond.E, fault)
+        a.jmp(self._exit_saved())
+        a.bind(fault)
+        self._jump_out(a)
+
     def _slow(self, a: Assembler) -> None:
         self._begin("slow")
-        leave, fault = a.label(), a.label()
+        leave = a.label()
         self._save(a)
         a.mov(RSI, Mem(RSP, disp=8), size=32)
         a.mov(RAX, RSI, size=32)
@@ -234,12 +245,7 @@ class Stubs:
         a.mov(R10, RAX)
         self._restore(a)
         a.ret(8)
-        a.bind(leave)
-        a.lea(RSP, Mem(RSP, disp=16))
-        a.jcc(Cond.E, fault)
-        a.jmp(self._exit_saved())
-        a.bind(fault)
-        self._jump_out(a)
+        self._not_done(a, leave)
 
     def _jumps(self, a: Assembler) -> None:
         self._begin("link")
@@ -320,33 +326,25 @@ class Stubs:
             ("rep_cmps", "rep_compare"),
         ):
             self._begin(name)
-            down, done, leave, fault = a.label(), a.label(), a.label(), a.label()
+            down, done, leave = a.label(), a.label(), a.label()
             self._save(a)
             a.mov(RDI, Mem(RSP, disp=8), size=32)
-            if routine != "rep_compare":
-                a.test(field("flags"), 0x400, size=32)
-                a.jcc(Cond.NE, down)
             a.mov(RSI, RDI, size=32)
             a.shr(RSI, 24, size=32)
             a.and_(RSI, 3, size=32)
+            if routine != "rep_compare":
+                a.test(field("flags"), 0x400, size=32)
+                a.jcc(Cond.NE, down)
             self._call(a, routine)
             a.bind(done)
             a.cmp(RAX, 1)
             a.jcc(Cond.BE, leave)
             self._restore(a)
             a.ret(8)
-            a.bind(leave)
-            a.lea(RSP, Mem(RSP, disp=16))
-            a.jcc(Cond.E, fault)
-            a.jmp(self._exit_saved())
-            a.bind(fault)
-            self._jump_out(a)
+            self._not_done(a, leave)
             if routine == "rep_compare":
                 continue
             a.bind(down)
-            a.mov(RSI, RDI, size=32)
-            a.shr(RSI, 24, size=32)
-            a.and_(RSI, 3, size=32)
             if routine == "rep_move":
                 a.or_(RDI, 1 << 14)
             self._call(a, "rep_down")
