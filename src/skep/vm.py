@@ -250,6 +250,11 @@ class Vm:
         if self._board is not None and self.state not in (State.ENDED, State.CLOSED):
             self._board.power_button()
 
+    def nmi(self) -> None:
+        """Press the NMI button: a guest that hears nothing else says where it is, if it was told to."""
+        if self._board is not None and self.state not in (State.ENDED, State.CLOSED):
+            self._board.nmi()
+
     def stop(self) -> None:
         """Ask for the end, whatever the guest does; ``wait`` tells when it came."""
         self._tell(_Request(Step.END, Outcome(End.STOPPED)))

@@ -175,6 +175,16 @@ def test_starting_another_processor_is_told(made: Made) -> None:
     assert made.told.events == ["stop 1", "start 1"]
 
 
+def test_the_nmi_button_is_heard_by_who_listens_at_lint1(made: Made) -> None:
+    board = made.board
+    board.nmi()
+    assert board.wakes(0, False) and not board.wakes(1, False), "the others leave reset with LINT1 masked"
+    assert board.interrupts(0).take_nmi() and not board.interrupts(0).take_nmi()
+    board.lapics[0].write(0x360, 4, 0x1_0400)
+    board.nmi()
+    assert not board.wakes(0, False)
+
+
 def test_time_and_devices_stand_still_while_paused(made: Made) -> None:
     board = made.board
     board.pause()

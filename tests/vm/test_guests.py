@@ -44,6 +44,8 @@ GUEST = """
         je memory
         cmp al, 'a'
         je another
+        cmp al, 'n'
+        je nmi
         hlt
 
 off:    mov dx, 0x604
@@ -108,6 +110,26 @@ wait:   sti
         lea rsi, [rip + ticked]
         call print
         jmp off
+nmi:                                    ; halted with interrupts off, which only an NMI ends
+        lidt [rip + idt]
+        lea rax, [rip + struck]
+        mov rdi, 0x60000 + 2 * 16
+        mov [rdi], ax
+        mov word [rdi + 2], 0x10
+        mov word [rdi + 4], 0x8e00
+        shr rax, 16
+        mov [rdi + 6], ax
+        shr rax, 16
+        mov [rdi + 8], eax
+        lea rsi, [rip + hello]
+        call print
+        cli
+        hlt
+        jmp off
+struck: lea rsi, [rip + ticked]
+        call print
+        iretq
+
 tick:   push rax
         inc ebx
         mov al, 0x20
@@ -174,7 +196,7 @@ Make = Callable[..., Vm]
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = GUEST
-    for letter in "orthseimqa":
+    for letter in "orthseimqan":
         text = text.replace(f"'{letter}'", str(ord(letter)))
     code = bytes(assemble(text, LOAD + 0x200).code)
     path = tmp_path_factory.mktemp("guest") / "vmlinuz"
@@ -260,6 +282,15 @@ def test_a_spinning_guest_can_be_frozen_and_goes_on(make: Make) -> None:
             time.sleep(0.001)
     vm.stop()
     assert ended(vm) is End.STOPPED
+
+
+def test_an_nmi_wakes_a_guest_that_has_interrupts_off(make: Make) -> None:
+    vm = make("n")
+    vm.console.expect("Hi\n", timeout=20)
+    vm.nmi()
+    vm.console.expect("Ticked\n", timeout=20)
+    assert ended(vm) is End.POWERED_OFF
+    vm.nmi()
 
 
 def test_the_console_both_ways(make: Make) -> None:

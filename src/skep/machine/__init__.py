@@ -61,6 +61,9 @@ class Board(Protocol):
 
     def power_button(self) -> None: ...
 
+    def nmi(self) -> None:
+        """Press the button that interrupts even a guest that has interrupts off."""
+
     def pause(self) -> None:
         """No processor is running. Time stops, and nothing of the board changes when it returns."""
 

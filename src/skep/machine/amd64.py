@@ -259,6 +259,13 @@ class Amd64Board:
         with self.lock:
             self.pm.press_power_button()
 
+    def nmi(self) -> None:
+        """The wire of a PC's NMI button is LINT1 of every processor (MADT); the guest chooses which of them listens."""
+        with self.lock:
+            for apic in self.lapics:
+                apic.set_lint(1, True)
+                apic.set_lint(1, False)
+
 
 class _Seats:
     """The I/O space of several processors: each sees its own local APIC, and is known by its thread."""
