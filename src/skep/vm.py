@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from skep.contracts.chardev import CharBackend
 
 PROGRAM = "program"
-"""The ``lpc.com1.path`` of a serial port whose other end is :attr:`Vm.console`."""
+"""The ``path`` of a serial port whose other end is the program's: see :meth:`Vm.serial`."""
 _PATIENCE = 30.0
 """Seconds after which a processor that does not answer is ours to explain."""
 
@@ -184,8 +184,8 @@ class Vm:
         """The guest asked for its end or a reset, and may well halt for good until that comes."""
         self._said_hopeless = False
         self._loop: Loop | None = None
-        self._console: Console | None = None
-        self._backend: CharBackend | None = None
+        self._consoles: dict[str, Console] = {}
+        self._backends: list[CharBackend] = []
         self._memory: GuestMemory | None = None
         self._board: Board | None = None
         self._thread: threading.Thread | None = None
@@ -216,9 +216,13 @@ class Vm:
     @property
     def console(self) -> Console:
         """The other end of the guest's first serial port: ``expect`` and ``send``."""
-        if self._console is None:
-            raise UserError("the VM's console belongs to something else", "lpc.com1.path", f"make it {PROGRAM}")
-        return self._console
+        return self.serial("com1")
+
+    def serial(self, name: str) -> Console:
+        """The other end of a serial port ("com1" to "com4") whose ``path`` in the tree is "program"."""
+        if name not in self._consoles:
+            raise UserError(f"the VM's {name} is not the program's", f"lpc.{name}.path", f"make it {PROGRAM}")
+        return self._consoles[name]
 
     def start(self) -> None:
         """Power on. Raises UserError where the kernel and its files cannot be loaded, or the engine cannot run here."""
@@ -398,8 +402,8 @@ class Vm:
 
     def _free(self) -> None:
         """Everything that __init__ made, as far as it came."""
-        if self._backend is not None:
-            self._backend.close()
+        for backend in self._backends:
+            backend.close()
         if self._loop is not None:
             self._loop.close()
         if self._board is not None:
@@ -449,28 +453,37 @@ class Vm:
 
     # Serial ports.
 
-    def _plug(self, path: str) -> CharBackend:
-        """The backend of the first serial port."""
-        from skep.chardev.loop import Loop
-
+    def _plug(self, name: str, path: str) -> CharBackend:
+        """The backend of serial port ``name``."""
+        where = f"lpc.{name}.path"
+        backend: CharBackend
         match path:
             case "none" | "":
                 from skep.chardev.null import Null
 
-                self._backend = Null()
+                backend = Null()
             case "stdio":
                 from skep.chardev.stdio import Stdio
 
-                self._loop = Loop(f"skep-{self.name}-loop", self._failed)
-                self._backend = Stdio(self._loop, self.stop)
+                if any(isinstance(other, Stdio) for other in self._backends):
+                    raise UserError("there is one stdio, and another serial port has it", where)
+                backend = Stdio(self._the_loop(), self.stop)
             case "program":
                 from skep.chardev.console import Console
 
-                self._loop = Loop(f"skep-{self.name}-loop", self._failed)
-                self._backend = self._console = Console(self._loop)
+                backend = self._consoles[name] = Console(self._the_loop())
             case _:
-                raise UserError(f"no such serial backend: {path!r}", "lpc.com1.path", f"use stdio, none or {PROGRAM}")
-        return self._backend
+                raise UserError(f"no such serial backend: {path!r}", where, f"use stdio, none or {PROGRAM}")
+        self._backends.append(backend)
+        return backend
+
+    def _the_loop(self) -> Loop:
+        """The VM's one loop, made when the first backend needs it."""
+        if self._loop is None:
+            from skep.chardev.loop import Loop
+
+            self._loop = Loop(f"skep-{self.name}-loop", self._failed)
+        return self._loop
 
 
 class _Processor:

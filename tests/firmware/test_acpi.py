@@ -33,7 +33,7 @@ def platform(cpus: int = 2) -> acpi.Platform:
         reset_value=6,
         s5_sleep_type=5,
         century=0x32,
-        serial=((0x3F8, 4),),
+        serial=(acpi.Serial(1, 0x3F8, 4), acpi.Serial(3, 0x3E8, 4)),
         pci=acpi.Pci(
             ecam=0xE0000000,
             last_bus=255,
@@ -129,6 +129,7 @@ def test_the_dsdt_says_what_the_platform_said(tmp_path: Path) -> None:
         'Name (_HID, "ACPI0007"',
         "Name (_S5, Package (0x04) { 0x05, 0x05, Zero, Zero })",
         "IO (Decode16, 0x03F8, 0x03F8, 0x01, 0x08, ) IRQNoFlags () {4}",
+        'Device (COM3) { Name (_HID, EisaId ("PNP0501")',
         "0xC0000000, 0xDFFFFFFF, 0x00000000, 0x20000000",
         "0x0000, 0x00FF, 0x0000, 0x0100",
         "Package (0x04) { 0x001FFFFF, 0x03, Zero, 0x12 }",

@@ -51,7 +51,7 @@ class Made:
         checked = check_settings(tree)
         self.told = Told()
         self.memory = GuestMemory(size)
-        self.board = Amd64Board(tree, checked, self.memory, self.told.all(), lambda path: Null())
+        self.board = Amd64Board(tree, checked, self.memory, self.told.all(), lambda name, path: Null())
         self.board.reset()
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import pytest
 from skep.config import Tree
 from skep.engine.contract import Exit, ExitReason
 from skep.errors import InternalError, UserError
-from skep.vm import TRANSITIONS, End, State, Step, Vm
+from skep.vm import PROGRAM, TRANSITIONS, End, State, Step, Vm
 from tests.boot.bzimage import CODE, LOAD, bzimage
 from tests.vm.scripted import HALTED, HALTED_FOR_GOOD, KICKED, ScriptedEngine, ScriptedVcpu
 
@@ -431,6 +431,20 @@ def test_the_console_belongs_to_the_program_only_where_it_says_so(make: Make) ->
         vm.console  # noqa: B018
 
 
+def test_every_serial_port_can_be_the_programs(make: Make) -> None:
+    vm = make(once(lambda cpu: cpu.io.port_write(0x2E8, 1, ord("4"))), config={"lpc.com4.path": PROGRAM})
+    vm.start()
+    vm.serial("com4").expect("4", timeout=10)
+    assert vm.console is vm.serial("com1") and vm.console.read() == ""
+    with pytest.raises(UserError, match=r"lpc\.com2\.path"):
+        vm.serial("com2")
+
+
+def test_there_is_one_stdio(kernel: Path) -> None:
+    with pytest.raises(UserError, match=r"lpc\.com2\.path: there is one stdio"):
+        Vm(kernel=kernel, console="stdio", config={"lpc.com2.path": "stdio"})
+
+
 def test_application_processors_start_by_init_and_sipi(make: Make) -> None:
     started = threading.Event()
 
@@ -530,7 +544,7 @@ def test_keyword_arguments_only_write_a_tree(make: Make, kernel: Path, tmp_path:
         ({"config": {"pci.0.32.0.device": "hostbridge"}}, "no such PCI place"),
         ({"config": {"pci.1.2.0.device": "hostbridge"}}, "no such PCI place"),
         ({"config": {"pci.0.2": "hostbridge"}}, "no such PCI place"),
-        ({"config": {"lpc.com9.path": "x"}}, "com1"),
+        ({"config": {"lpc.com9.path": "x"}}, "com4"),
         ({"config": {"memory.sise": "64M"}}, r"memory\.size"),
     ],
 )

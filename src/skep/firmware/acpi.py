@@ -28,6 +28,14 @@ class Pci(NamedTuple):
     """(slot, pin from 0 for INTA, GSI) of every interrupt pin."""
 
 
+class Serial(NamedTuple):
+    """COM port ``number``, counted from 1."""
+
+    number: int
+    port: int
+    irq: int
+
+
 class Platform(NamedTuple):
     """What the tables tell."""
 
@@ -49,8 +57,7 @@ class Platform(NamedTuple):
     s5_sleep_type: int
     century: int
     """The CMOS byte that holds the century."""
-    serial: tuple[tuple[int, int], ...]
-    """COM ports: (first port, IRQ)."""
+    serial: tuple[Serial, ...]
     pci: Pci
 
 
@@ -193,12 +200,12 @@ def dsdt(platform: Platform) -> bytes:
     )
     serial = [
         aml.device(
-            f"COM{i}",
+            f"COM{com.number}",
             aml.name("_HID", aml.eisa_id("PNP0501")),
-            aml.name("_UID", aml.integer(i)),
-            aml.name("_CRS", aml.resource_template(aml.io(port, 8), aml.irq_no_flags(irq))),
+            aml.name("_UID", aml.integer(com.number)),
+            aml.name("_CRS", aml.resource_template(aml.io(com.port, 8), aml.irq_no_flags(com.irq))),
         )
-        for i, (port, irq) in enumerate(platform.serial, 1)
+        for com in platform.serial
     ]
     processors = [
         aml.device(f"C{i:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(i)))

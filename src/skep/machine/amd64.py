@@ -14,16 +14,18 @@ Guest-physical addresses:
 4 GiB-                 RAM beyond 3 GiB
 =====================  ==========================================================================
 
-Ports: 0x20, 0xa0, 0x4d0 8259 pair; 0x40, 0x61 8254; 0x60, 0x64, 0x92 reset and A20; 0x70 RTC; 0x3f8 COM1; 0x600 ACPI
-PM1a and timer; 0xcf8-0xcff PCI, 0xcf9 reset; 0xc000-0xffff windows of PCI devices (I/O BARs).
+Ports: 0x20, 0xa0, 0x4d0 8259 pair; 0x40, 0x61 8254; 0x60, 0x64, 0x92 reset and A20; 0x70 RTC; 0x3f8, 0x2f8, 0x3e8,
+0x2e8 COM1 to COM4; 0x600 ACPI PM1a and timer; 0xcf8-0xcff PCI, 0xcf9 reset; 0xc000-0xffff windows of PCI devices (I/O
+BARs).
 
-Interrupts (GSIs): 0 8254 (pin 2 of the I/O APIC), 4 COM1, 8 RTC, 9 SCI; 16-23 the INTx pins of PCI slots.
+Interrupts (GSIs): 0 8254 (pin 2 of the I/O APIC), 3 COM2 and COM4, 4 COM1 and COM3, 8 RTC, 9 SCI; 16-23 the INTx pins
+of PCI slots.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -63,7 +65,8 @@ HIGH_MEMORY = 1 << 20
 PCI_MEMORY = range(0xC000_0000, 0xE000_0000)
 PCI_PORTS = range(0xC000, 0x1_0000)
 ECAM_BASE, ECAM_SIZE = 0xE000_0000, 1 << 20
-COM1_PORT, COM1_IRQ = 0x3F8, 4
+COM_PORTS = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
+"""First port and IRQ of COM1 to COM4."""
 RTC_IRQ, RTC_CENTURY = 8, 0x32
 
 
@@ -72,6 +75,9 @@ class LpcOptions:
     """What hangs on the board itself."""
 
     com1: str | None = option(values.text, None, key="com1.path", doc="the first serial port: stdio, none or program")
+    com2: str | None = option(values.text, None, key="com2.path", doc="the second, likewise")
+    com3: str | None = option(values.text, None, key="com3.path", doc="the third")
+    com4: str | None = option(values.text, None, key="com4.path", doc="the fourth")
 
 
 class Amd64Board:
@@ -96,11 +102,7 @@ class Amd64Board:
             self._interrupt_controllers(events)
             self._legacy_devices(settings, events)
             self._pci(tree)
-            if options.com1 is not None:
-                uart = Uart("com1", self.lines.source(COM1_IRQ), plug(options.com1), self.lock)
-                uart.attach(self.bus, COM1_PORT)
-                self.devices.insert(0, uart)
-            self._serial = ((COM1_PORT, COM1_IRQ),) if options.com1 is not None else ()
+            self._serial = self._serial_ports((options.com1, options.com2, options.com3, options.com4), plug)
             self._acpi = self._tables() if settings.acpi_tables else None
             undo.pop_all()
 
@@ -139,6 +141,18 @@ class Amd64Board:
         self.pm = pm.AcpiPm(self.clock, self.lines.source(pm.SCI_GSI), events.power_off, events.reset)
         self.pm.attach(self.bus)
         self.devices += [pit, rtc, keyboard, self.pm]
+
+    def _serial_ports(self, paths: Iterable[str | None], plug: PlugSerial) -> tuple[acpi.Serial, ...]:
+        """Those that the tree connects to something; the others are not there."""
+        found = []
+        for number, (path, (port, irq)) in enumerate(zip(paths, COM_PORTS, strict=True), 1):
+            if path is not None:
+                name = f"com{number}"
+                uart = Uart(name, self.lines.source(irq), plug(name, path), self.lock)
+                uart.attach(self.bus, port)
+                self.devices.insert(0, uart)
+                found.append(acpi.Serial(number, port, irq))
+        return tuple(found)
 
     def _pci(self, tree: Tree) -> None:
         self.pci = PciBus(self.bus, self.apics, self.lines.source, self.pm.reset_control)
