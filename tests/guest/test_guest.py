@@ -82,7 +82,7 @@ def test_without_apt_it_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_complete_cache_needs_no_package_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    home = tmp_path / "skep" / "guest" / f"debian-amd64-{debian._recipe()}"
+    home = tmp_path / "skep" / "guest" / f"debian-amd64-{debian.recipe()}"
     home.mkdir(parents=True)
     (home / "vmlinuz").write_bytes(b"k")
     (home / "initrd.img").write_bytes(b"i")
