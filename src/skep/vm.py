@@ -420,6 +420,7 @@ class Vm:
             start_cpu=lambda index, state: self._processors[index].begin(state),
             stop_cpu=lambda index: self._processors[index].hold(),
             failed=self._failed,
+            say=self.say,
         )
 
     def _guest_ends(self, outcome: Outcome) -> None:

@@ -16,6 +16,7 @@ import pytest
 from skep.boot.linux import ZERO_PAGE, RangeType
 from skep.chardev.null import Null
 from skep.config import Tree, check_settings
+from skep.devices.virtio.pci import VirtioPci
 from skep.machine import Events, amd64
 from skep.machine.amd64 import ECAM_BASE, PCI_MEMORY, Amd64Board
 from skep.memory import GuestMemory
@@ -30,6 +31,7 @@ class Told:
     def __init__(self) -> None:
         self.events: list[str] = []
         self.errors: list[BaseException] = []
+        self.said: list[str] = []
 
     def all(self) -> Events:
         return Events(
@@ -38,6 +40,7 @@ class Told:
             start_cpu=lambda index, state: self.events.append(f"start {index}"),
             stop_cpu=lambda index: self.events.append(f"stop {index}"),
             failed=self.errors.append,
+            say=self.said.append,
         )
 
 
@@ -107,6 +110,24 @@ def test_pci_functions_are_where_the_tree_says(made: Made) -> None:
     assert config(board, 0, 8, 4) >> 8 == 0x060000
     assert found[2] == 0x1042_1AF4
     assert config(board, 2, 0x3D, 1) == 1  # INTA
+
+
+def test_a_device_that_fails_is_one_line_and_the_board_goes_on(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = made.board.pci.functions[2, 0]
+    assert isinstance(device, VirtioPci)
+    worker = device.device.worker
+
+    def turn() -> bool:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(worker, "_turn", turn)
+    worker.release()
+    deadline = time.monotonic() + 10
+    while not made.told.said:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert made.told.said == ["virtio-blk 0.2.0: it stops, and needs a reset: RuntimeError: a mistake of ours"]
+    assert worker.held and not made.told.errors
 
 
 def test_windows_are_assigned_and_decoded(made: Made) -> None:

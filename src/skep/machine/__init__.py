@@ -29,7 +29,9 @@ class Events(NamedTuple):
     stop_cpu: Callable[[int], None]
     """Processor ``index`` leaves what it does and waits."""
     failed: Callable[[BaseException], None]
-    """A timer or a backend raised: ours."""
+    """A timer or a backend raised: ours, and the end of the VM."""
+    say: Callable[[str], None]
+    """One line for the user's eyes; the VM goes on."""
 
 
 class Board(Protocol):

@@ -101,7 +101,7 @@ class Amd64Board:
             self.bus = Bus(self.lock)
             self._interrupt_controllers(events)
             self._legacy_devices(settings, events)
-            self._pci(tree)
+            self._pci(tree, events)
             self._serial = self._serial_ports((options.com1, options.com2, options.com3, options.com4), plug)
             self._acpi = self._tables() if settings.acpi_tables else None
             undo.pop_all()
@@ -154,12 +154,12 @@ class Amd64Board:
                 found.append(acpi.Serial(number, port, irq))
         return tuple(found)
 
-    def _pci(self, tree: Tree) -> None:
+    def _pci(self, tree: Tree, events: Events) -> None:
         self.pci = PciBus(self.bus, self.apics, self.lines.source, self.pm.reset_control)
         self.pci.attach(ECAM_BASE, ECAM_SIZE)
         self.devices.append(self.pci)
         for slot, number, node in _places(tree):
-            device = self._pci_device(node)
+            device = self._pci_device(node, events)
             self.devices.insert(0, device)
             self.pci.add(device, slot, number)
         if (0, 0) not in self.pci.functions:
@@ -167,7 +167,7 @@ class Amd64Board:
             self.devices.append(bridge)
             self.pci.add(bridge, 0)
 
-    def _pci_device(self, node: Node) -> PciFunction:
+    def _pci_device(self, node: Node, events: Events) -> PciFunction:
         kind = node.get("device")
         match kind:
             case "hostbridge":
@@ -175,7 +175,8 @@ class Amd64Board:
             case "virtio-blk":
                 options = BlockOptions.from_node(node)
                 name = f"virtio-blk {node.path.removeprefix('pci.')}"
-                return VirtioPci(VirtioBlk(name, self.memory, self.lock, open_image(options), options))
+                failed = _stops(name, events)
+                return VirtioPci(VirtioBlk(name, self.memory, self.lock, open_image(options), options, failed))
             case None:
                 raise UserError("says nothing of its device", node.full("device"), "use virtio-blk")
             case _:
@@ -299,6 +300,15 @@ class _Seats:
 
     def mmio_write(self, gpa: int, size: int, value: int) -> None:
         self._of_thread[threading.get_ident()].mmio_write(gpa, size, value)
+
+
+def _stops(name: str, events: Events) -> Callable[[BaseException], None]:
+    """What a device's own thread calls when it fails: the fault is ours, but the rest of the machine goes on."""
+
+    def failed(error: BaseException) -> None:
+        events.say(f"{name}: it stops, and needs a reset: {type(error).__name__}: {error}")
+
+    return failed
 
 
 def _places(tree: Tree) -> list[tuple[int, int, Node]]:
