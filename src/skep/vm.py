@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from skep.config import Tree, check_settings
 from skep.config.sugar import add_disk
 from skep.engine.contract import Engine, EngineVm, Exit, ExitReason, Vcpu
+from skep.engine.exits import ExitRecord
 from skep.errors import EngineLimit, InternalError, SkepError, UserError
 from skep.machine import Board, Events, build, choose_engine
 from skep.memory import GuestMemory
@@ -61,7 +62,7 @@ class Outcome:
 
     end: End
     registers: dict[str, Any] = field(default_factory=dict)
-    exits: tuple[str, ...] = ()
+    exits: tuple[ExitRecord, ...] = ()
     error: BaseException | None = None
 
     @property
@@ -636,8 +637,7 @@ class _Processor:
                     self.hopeless = True
                     self._vm._processor_sleeps_for_good()
             case ExitReason.SHUTDOWN:
-                exits = tuple(str(line) for line in exit_.detail.get("exits", ()))
-                self._over(Outcome(End.TRIPLE_FAULT, vcpu.get_state(), exits))
+                self._over(Outcome(End.TRIPLE_FAULT, vcpu.get_state(), tuple(vcpu.exits.last())))
             case ExitReason.FAILED:
                 self._fail(EngineLimit(str(exit_.detail.get("message", "the engine gave no reason"))))
 

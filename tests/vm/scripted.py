@@ -12,6 +12,7 @@ from typing import Any
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.contract import Exit, ExitReason
+from skep.engine.exits import Exits
 from skep.memory import GuestMemory
 
 KICKED = Exit(ExitReason.KICKED)
@@ -26,6 +27,7 @@ class ScriptedVcpu:
         self.io = vm.io
         self.interrupts = interrupts
         self.state: dict[str, Any] = {}
+        self.exits = Exits()
         self.wanted = threading.Event()
         self.closed = False
         self.runs = 0

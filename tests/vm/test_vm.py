@@ -360,12 +360,15 @@ def test_reset_by_the_program_and_while_frozen(make: Make) -> None:
 
 
 def test_a_triple_fault_is_no_reboot(make: Make) -> None:
-    shutdown = Exit(ExitReason.SHUTDOWN, {"exits": ["page fault", "double fault"]})
-    vm = make(once(lambda cpu: shutdown))
+    def shutdown(cpu: ScriptedVcpu) -> Exit:
+        cpu.exits.note("fault", 8)
+        return Exit(ExitReason.SHUTDOWN)
+
+    vm = make(once(shutdown))
     vm.start()
     outcome = vm.wait(10)
     assert outcome is not None and outcome.end is End.TRIPLE_FAULT and outcome.exit_status == 3
-    assert outcome.registers["rip"] == LOAD + 0x200 and outcome.exits == ("page fault", "double fault")
+    assert outcome.registers["rip"] == LOAD + 0x200 and [str(one) for one in outcome.exits] == ["fault 0x8, 1 times"]
 
 
 def test_what_is_ours_is_said_to_be_ours(make: Make) -> None:

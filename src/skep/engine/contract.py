@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
+from skep.engine.exits import Exits
 from skep.memory import GuestMemory
 
 
@@ -25,7 +26,7 @@ class ExitReason(enum.Enum):
     HALTED = "halted"
     """HLT was executed; ``detail["interrupts"]`` is RFLAGS.IF. Run again when something is pending."""
     SHUTDOWN = "shutdown"
-    """Triple fault; ``detail["exits"]`` holds the last exits, as text."""
+    """Triple fault; what led to it is in :attr:`Vcpu.exits`."""
     FAILED = "failed"
     """The engine could not go on; ``detail["message"]`` says why. Ours, not the guest's."""
 
@@ -40,6 +41,8 @@ class Vcpu(Protocol):
     """One virtual processor. All but ``kick`` are called on, or while not running on, its own thread."""
 
     index: int
+    exits: Exits
+    """What it last left guest code for."""
 
     def run(self) -> Exit: ...
 

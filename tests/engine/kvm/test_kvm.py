@@ -13,6 +13,7 @@ import pytest
 from skep.engine.amd64.msrs import IA32_TSC_DEADLINE, LSTAR
 from skep.engine.amd64.tsc import read_tsc
 from skep.engine.contract import ExitReason
+from skep.engine.exits import ExitRecord
 from skep.engine.kvm import KvmEngine
 from skep.errors import HostError, UserError
 from skep.memory import GuestMemory
@@ -252,7 +253,7 @@ def test_a_triple_fault_tells_the_last_exits(boot: Callable[..., Tiny]) -> None:
     guest.set(idtr={"base": 0, "limit": 0})
     left = guest.run()
     assert left.reason is ExitReason.SHUTDOWN
-    assert left.detail["exits"] == ["out port 0x80, 1 bytes"]
+    assert guest.vcpu.exits.last() == [ExitRecord("out", 0x80, 1, 1, 7, None)]
 
 
 # State

@@ -235,8 +235,9 @@ def test_fault_on_a_benign_event_is_delivered_itself(cpu: PlainCpu) -> None:
 
 def test_fault_on_double_fault_is_a_triple_fault(cpu: PlainCpu) -> None:
     cpu.set_up()
-    with pytest.raises(TripleFault):
+    with pytest.raises(TripleFault) as raised:
         delivery.deliver_exception(cpu, GuestFault(Vector.UD))
+    assert [fault.vector for fault in raised.value.faults] == [Vector.UD, Vector.GP, Vector.DF]
     with pytest.raises(TripleFault):
         delivery.deliver_interrupt(cpu, 32)
 

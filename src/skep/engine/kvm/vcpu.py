@@ -16,7 +16,6 @@ import mmap
 import os
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from skep.engine.amd64 import msrs
 from skep.engine.amd64.cpuid import AVX_OFFSET, AVX_SIZE
 from skep.engine.amd64.registers import SEGMENTS, Rflags
 from skep.engine.contract import Exit, ExitReason
+from skep.engine.exits import Exits
 from skep.engine.kvm import abi
 from skep.engine.kvm.abi import ioctl
 
@@ -58,7 +58,7 @@ class KvmVcpu:
         self._thread: int | None = None
         self._exit_requested = False
         self._halted = False
-        self._last: deque[tuple[int, ...]] = deque(maxlen=16)
+        self.exits = Exits()
         self._handlers: dict[int, Callable[[], Exit | None]] = {
             abi.EXIT_IO: self._port,
             abi.EXIT_MMIO: self._mmio,
@@ -146,36 +146,48 @@ class KvmVcpu:
     def _port(self) -> None:
         io = self._run.io
         size, port = io.size, io.port
-        self._last.append((abi.EXIT_IO, io.direction, size, port))
         for at in range(io.data_offset, io.data_offset + io.count * size, size):
             if io.direction == abi.EXIT_IO_OUT:
-                self._io.port_write(port, size, int.from_bytes(self._bytes[at : at + size], "little"))
+                value = int.from_bytes(self._bytes[at : at + size], "little")
+                self.exits.note("out", port, size, value)
+                self._io.port_write(port, size, value)
             else:
-                self._bytes[at : at + size] = self._io.port_read(port, size).to_bytes(size, "little")
+                value = self._io.port_read(port, size)
+                self.exits.note("in", port, size, value)
+                self._bytes[at : at + size] = value.to_bytes(size, "little")
 
     def _mmio(self) -> None:
         """KVM cuts accesses at 8 bytes and at page ends, so ``len`` need not be a power of two; a device's size is."""
         mmio = self._run.mmio
-        self._last.append((abi.EXIT_MMIO, mmio.is_write, mmio.len, mmio.phys_addr))
         offset = 0
         while offset < mmio.len:
             left = mmio.len - offset
             size = 1 << left.bit_length() - 1
             gpa = mmio.phys_addr + offset
             if mmio.is_write:
-                self._io.mmio_write(gpa, size, int.from_bytes(bytes(mmio.data[offset : offset + size]), "little"))
+                value = int.from_bytes(bytes(mmio.data[offset : offset + size]), "little")
+                self.exits.note("write", gpa, size, value)
+                self._io.mmio_write(gpa, size, value)
             else:
-                mmio.data[offset : offset + size] = tuple(self._io.mmio_read(gpa, size).to_bytes(size, "little"))
+                value = self._io.mmio_read(gpa, size)
+                self.exits.note("read", gpa, size, value)
+                mmio.data[offset : offset + size] = tuple(value.to_bytes(size, "little"))
             offset += size
 
     def _read_msr(self) -> None:
         msr = self._run.msr
         value = self._interrupts.read_msr(msr.index)
+        self.exits.note("rdmsr", msr.index, 0, value)
+        if value is None:
+            self.exits.note_refused("rdmsr", msr.index)
         msr.error, msr.data = value is None, value or 0
 
     def _write_msr(self) -> None:
         msr = self._run.msr
+        self.exits.note("wrmsr", msr.index, 0, msr.data)
         msr.error = not self._interrupts.write_msr(msr.index, msr.data)
+        if msr.error:
+            self.exits.note_refused("wrmsr", msr.index)
 
     def _halt(self) -> Exit:
         self._halted = True
@@ -185,7 +197,7 @@ class KvmVcpu:
         return Exit(ExitReason.HALTED, {"interrupts": bool(self._run.if_flag)})
 
     def _shutdown(self) -> Exit:
-        return Exit(ExitReason.SHUTDOWN, {"exits": [_described(*one) for one in self._last]})
+        return Exit(ExitReason.SHUTDOWN)
 
     def _failed_entry(self) -> Exit:
         reason = self._run.fail_entry.hardware_entry_failure_reason
@@ -340,12 +352,6 @@ class KvmVcpu:
 
 def _go_on() -> None:
     return None
-
-
-def _described(reason: int, to_device: int, size: int, where: int) -> str:
-    if reason == abi.EXIT_IO:
-        return f"{'out' if to_device else 'in'} port {where:#x}, {size} bytes"
-    return f"{'write' if to_device else 'read'} {where:#x}, {size} bytes"
 
 
 def _segment(segment: abi.Segment) -> dict[str, int]:

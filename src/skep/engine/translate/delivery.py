@@ -66,6 +66,7 @@ def trap(cpu: CpuPort, vector: int, next_rip: int) -> None:
 
 
 def _deliver_nesting(cpu: CpuPort, event: Event, first: GuestFault | None) -> None:
+    faults = [] if first is None else [first]
     while True:
         if first is not None and first.vector == Vector.PF:
             cpu.st.cr2 = first.address or 0
@@ -74,12 +75,13 @@ def _deliver_nesting(cpu: CpuPort, event: Event, first: GuestFault | None) -> No
             return
         except GuestFault as second:
             if first is not None and first.vector == Vector.DF:
-                raise TripleFault from second
+                raise TripleFault(faults) from second
             if second.vector == Vector.PF:
                 cpu.st.cr2 = second.address or 0
             if first is not None and _doubles(first.vector, second.vector):
                 second = GuestFault(Vector.DF, 0)
             first = second
+            faults.append(first)
             event = Event(second.vector, second.error, resume=True)
 
 

@@ -28,6 +28,7 @@ DR7_GD = 1 << 13
 
 def cpuid(e: Context, i: Instruction) -> None:
     q = e.st.q
+    e.msrs.exits.note("cpuid", q[RAX] & M32, 0, q[RCX] & M32, e.st.rip)
     q[RAX], q[RBX], q[RCX], q[RDX] = e.cpuid.read(q[RAX] & M32, q[RCX] & M32, e.st.cr4, e.st.xcr0)
 
 

@@ -5,7 +5,6 @@ Some live in the state block, where machine code reads them; those of the local 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 from skep.contracts.interrupts import LocalInterrupts
@@ -13,6 +12,7 @@ from skep.engine.amd64 import msrs
 from skep.engine.amd64.cpuid import Cpuid
 from skep.engine.amd64.registers import Cr0, Efer, canonical
 from skep.engine.amd64.tsc import read_tsc
+from skep.engine.exits import Exits
 from skep.engine.translate.layout import StateBlock
 
 M64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -46,14 +46,13 @@ WORDS = frozenset((msrs.IA32_SYSENTER_CS, msrs.SFMASK, msrs.TSC_AUX))
 class ModelSpecific:
     """``read`` and ``write`` are RDMSR and WRMSR at privilege 0; None and False mean #GP(0)."""
 
-    def __init__(self, st: StateBlock, interrupts: LocalInterrupts, cpuid: Cpuid) -> None:
+    def __init__(self, st: StateBlock, interrupts: LocalInterrupts, cpuid: Cpuid, exits: Exits) -> None:
         self._st = st
         self._interrupts = interrupts
         self._cpuid = cpuid
         self._tsc_adjust = 0
         self._kept: dict[int, int] = {}
-        self.unknown: deque[str] = deque(maxlen=16)
-        """The last accesses to MSRs that do not exist, for diagnosis."""
+        self.exits = exits
         self._writers: dict[int, Callable[[int], bool]] = {
             msrs.IA32_TSC: self._write_tsc,
             msrs.IA32_TSC_ADJUST: self._write_tsc_adjust,
@@ -121,8 +120,9 @@ class ModelSpecific:
 
     def read(self, index: int) -> int | None:
         value = self._read(index)
+        self.exits.note("rdmsr", index, 0, value, self._st.rip)
         if value is None:
-            self.unknown.append(f"rdmsr {index:#x}")
+            self.exits.note_refused("rdmsr", index)
         return value
 
     def _read(self, index: int) -> int | None:
@@ -146,8 +146,9 @@ class ModelSpecific:
 
     def write(self, index: int, value: int) -> bool:
         done = self._write(index, value)
+        self.exits.note("wrmsr", index, 0, value, self._st.rip)
         if not done:
-            self.unknown.append(f"wrmsr {index:#x} {value:#x}")
+            self.exits.note_refused("wrmsr", index)
         return done
 
     def _write(self, index: int, value: int) -> bool:

@@ -20,7 +20,11 @@ class GuestFault(Exception):
 
 
 class TripleFault(Exception):
-    """Delivery of a double fault faulted."""
+    """Delivery of a double fault faulted; ``faults`` are those that led there, the first one first."""
+
+    def __init__(self, faults: list[GuestFault]) -> None:
+        super().__init__(faults)
+        self.faults = faults
 
 
 class CpuPort(Protocol):

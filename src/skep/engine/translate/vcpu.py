@@ -23,6 +23,7 @@ from skep.engine.amd64 import features
 from skep.engine.amd64.registers import GENERAL, SEGMENTS, SYSTEM_SEGMENTS, Cr0, Cr4, Efer, Rflags, Vector, canonical
 from skep.engine.amd64.tsc import tsc_hz
 from skep.engine.contract import Exit, ExitReason
+from skep.engine.exits import Exits
 from skep.engine.translate import allowed, delivery
 from skep.engine.translate.blocks import Cache
 from skep.engine.translate.context import operand_segment
@@ -61,7 +62,6 @@ _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _ON_THREAD = threading.local()
 """Whose state block the thread's GS is."""
 _DR6_BS = 1 << 14
-_LAST_EXITS = 16
 _BRK, _IRQ, _IFLAG, _SYSFL, _KIND, _RIP, _SITE, _TARGET, _INFO, _RAX, _RDX = (
     OFFSETS[name] >> 3
     for name in ("brk", "irq", "iflag", "sysfl", "kind", "rip", "site", "target", "info", "rax", "rdx")
@@ -194,7 +194,8 @@ class TranslateVcpu:
             if name in OFFSETS:
                 setattr(st, name, address)
         model = cpuid_models.make(vm.cpu_model, tsc_hz(), apic_id=index, cpus=vm.max_vcpus)
-        self.msrs = ModelSpecific(st, interrupts, model)
+        self.exits = Exits()
+        self.msrs = ModelSpecific(st, interrupts, model, self.exits)
         self.emulator = Emulator(self, model, self.msrs)
         self.msrs.set_tsc_offset(vm.tsc_offset)
         routines = cache.routines
@@ -217,7 +218,6 @@ class TranslateVcpu:
         self._nmi = False
         self._generation = cache.generation
         self._fresh = True
-        self._exits: deque[tuple[int, int]] = deque(maxlen=_LAST_EXITS)
         self.counts = [0] * 9
         self._empty_jumps()
         st.q[XSAVE_AREA >> 3] = 0x37F
@@ -269,7 +269,7 @@ class TranslateVcpu:
         self._arrive()
         st = self.st
         q = st.q  # a property costs three times as much
-        counts, exits = self.counts, self._exits
+        counts = self.counts
         while True:
             try:
                 if (q[_BRK] & 0xFFFF or (q[_IRQ] and q[_IFLAG])) and self._service():
@@ -281,7 +281,6 @@ class TranslateVcpu:
                 self._go()
                 kind = q[_KIND]
                 counts[kind] += 1
-                exits.append((kind, q[_RIP]))
                 if kind == Kind.EMULATE:
                     if self._emulate():
                         return self._halted()
@@ -302,14 +301,23 @@ class TranslateVcpu:
                     raise self._host_fault()
             except GuestFault as fault:
                 st.site = 0
+                self._note(fault)
                 try:
                     delivery.deliver_exception(self, fault)
-                except TripleFault:
-                    return Exit(ExitReason.SHUTDOWN, {"exits": self._last_exits(), "fault": repr(fault)})
-            except TripleFault:
-                return Exit(ExitReason.SHUTDOWN, {"exits": self._last_exits()})
+                except TripleFault as triple:
+                    return self._shutdown(triple.faults[1:])
+            except TripleFault as triple:
+                return self._shutdown(triple.faults)
             except _Unsupported as e:
-                return Exit(ExitReason.FAILED, {"message": str(e), "exits": self._last_exits()})
+                return Exit(ExitReason.FAILED, {"message": str(e)})
+
+    def _shutdown(self, faults: list[GuestFault]) -> Exit:
+        for fault in faults:
+            self._note(fault)
+        return Exit(ExitReason.SHUTDOWN)
+
+    def _note(self, fault: GuestFault) -> None:
+        self.exits.note("fault", fault.vector, 0, fault.error if fault.address is None else fault.address, self.st.rip)
 
     def _arrive(self) -> None:
         """Make this thread the vCPU's: its GS is the state block."""
@@ -636,9 +644,12 @@ class TranslateVcpu:
         port = info >> 16 if info & 0x20 else q[_RDX] & 0xFFFF
         mask = (1 << 8 * size) - 1
         if info & 0x10:
-            self.io.port_write(port, size, q[_RAX] & mask)
+            value = q[_RAX] & mask
+            self.exits.note("out", port, size, value, q[_RIP])
+            self.io.port_write(port, size, value)
         else:
             value = self.io.port_read(port, size) & mask
+            self.exits.note("in", port, size, value, q[_RIP])
             q[_RAX] = value if size == 4 else q[_RAX] & ~mask | value
 
     def _host_fault(self) -> GuestFault:
@@ -690,7 +701,9 @@ class TranslateVcpu:
                 out += self.memory.read(gpa, n)
             else:
                 for at, k in _words(gpa, n):
-                    out += self.io.mmio_read(at, k).to_bytes(k, "little")
+                    value = self.io.mmio_read(at, k)
+                    self.exits.note("read", at, k, value, self.st.rip)
+                    out += value.to_bytes(k, "little")
         return out
 
     def write(self, va: int, data: bytes, supervisor: bool = False) -> None:
@@ -702,7 +715,9 @@ class TranslateVcpu:
             else:
                 for address, k in _words(gpa, n):
                     i = address - gpa
-                    self.io.mmio_write(address, k, int.from_bytes(piece[i : i + k], "little"))
+                    value = int.from_bytes(piece[i : i + k], "little")
+                    self.exits.note("write", address, k, value, self.st.rip)
+                    self.io.mmio_write(address, k, value)
             at += n
 
     def check_write(self, va: int, size: int, supervisor: bool = False) -> None:
@@ -795,10 +810,6 @@ class TranslateVcpu:
         st.kind = Kind.BREAK
         st.site = 0
         self._fresh = True
-
-    def _last_exits(self) -> list[str]:
-        names = {v: k for k, v in vars(Kind).items() if isinstance(v, int)}
-        return [f"{names[kind].lower()} at {rip:#x}" for kind, rip in self._exits]
 
 
 _PLAIN = ("cr0", "cr2", "cr3", "cr4", "efer", "xcr0", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
