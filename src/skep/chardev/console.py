@@ -91,6 +91,9 @@ class Console:
         if not self._news.is_set():
             self._news.set()
 
+    def output_room(self) -> int:
+        return KEPT
+
     def room_available(self) -> None:
         if self._pump.waiting:
             self._loop.call(self._pump.run)

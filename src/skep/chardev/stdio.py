@@ -65,6 +65,7 @@ class Stdio:
 
     def connect(self, receiver: Receiver) -> None:
         self._pump.connect(receiver)
+        self._writer.drained = receiver.drained
         if self._terminal is not None:
             if not self._terminal.ours():
                 self._ended = True
@@ -74,6 +75,9 @@ class Stdio:
 
     def write(self, data: bytes) -> None:
         self._writer.write(data)
+
+    def output_room(self) -> int:
+        return self._writer.room()
 
     def room_available(self) -> None:
         if self._pump.waiting or self._always_ready:

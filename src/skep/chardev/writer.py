@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 BACKLOG = 1 << 20
 """Bytes kept for a reader that does not read; what comes beyond is dropped, as on a real line."""
@@ -22,6 +23,9 @@ class Writer:
 
     def __init__(self, fd: int, name: str) -> None:
         self._fd = fd
+        self.drained: Callable[[], None] | None = None
+        """Called on the writer's thread when there is room again, after ``room`` said 0."""
+        self._full = False
         self._chunks: deque[bytes] = deque()
         self._put = 0
         self._done = 0
@@ -43,6 +47,13 @@ class Writer:
         if not self._ready.is_set():
             self._ready.set()
 
+    def room(self) -> int:
+        """How many bytes ``write`` would take now. Of a broken descriptor any number: they are dropped and counted."""
+        self._full = True  # before looking: whoever makes room after the look sees it
+        room = BACKLOG if self._broken else max(BACKLOG - self._put + self._done, 0)
+        self._full = not room
+        return room
+
     def close(self, patience: float = 2.0) -> None:
         """Write what is left, but wait no longer than ``patience`` seconds for a reader that does not read."""
         self._closing = True
@@ -59,6 +70,9 @@ class Writer:
             data = b"".join(self._chunks.popleft() for _ in range(len(self._chunks)))
             self._write_all(data)
             self._done += len(data)
+            if self._full and self.drained is not None:
+                self._full = False
+                self.drained()
             if closing:
                 return
 

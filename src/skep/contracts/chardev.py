@@ -1,4 +1,4 @@
-"""The two ends of a serial line: the port that the guest sees, and what it is plugged into on the host."""
+"""The two ends of a line of characters: the port that the guest sees, and what it is plugged into on the host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Protocol
 
 
 class Receiver(Protocol):
-    """The guest's side, a UART. The backend calls both, from its own thread, holding no lock of its own."""
+    """The guest's side: a UART, a port of a virtio console. The backend calls all of it, from threads of its own,
+    holding no lock of its own."""
 
     def room(self) -> int:
         """How many bytes ``receive`` would take now; 0 makes the backend wait for ``room_available``."""
@@ -14,15 +15,43 @@ class Receiver(Protocol):
     def receive(self, data: bytes) -> None:
         """Bytes for the guest, never more than ``room`` said last: only the backend adds, so room only grows."""
 
+    def drained(self) -> None:
+        """Having said that it had no ``output_room``, the backend has some again."""
+
+    def attached(self, present: bool) -> None:
+        """Somebody is now, or is no longer, at the other end."""
+
+    def resized(self, columns: int, rows: int) -> None:
+        """The other end is a terminal of this size, from now on."""
+
+
+class PlainLine:
+    """The part of a receiver in which one has nothing to do that cannot make its guest wait, and has no way to say who
+    is at the other end."""
+
+    def drained(self) -> None:
+        """Output is written whether there is room or not."""
+
+    def attached(self, present: bool) -> None:
+        """The guest does not hear of it."""
+
+    def resized(self, columns: int, rows: int) -> None:
+        """The guest does not hear of it."""
+
 
 class CharBackend(Protocol):
     """The host's side. All of it may be called from any thread."""
 
     def connect(self, receiver: Receiver) -> None:
-        """Plug the line in, once. Bytes that came earlier were kept, and are delivered from now on."""
+        """Plug the line in, once. Bytes that came earlier were kept, and are delivered from now on. A backend to which
+        somebody has to come says ``attached`` when that happens; one that says nothing has somebody all the time."""
 
     def write(self, data: bytes) -> None:
-        """Bytes from the guest. Never raises; what nobody can take any more is dropped."""
+        """Bytes from the guest. Never raises, never waits; what nobody can take any more is dropped."""
+
+    def output_room(self) -> int:
+        """How many bytes ``write`` would take now without dropping any. Whoever can make its guest wait asks, and
+        having heard 0 waits for ``drained``."""
 
     def room_available(self) -> None:
         """The receiver's FIFO was drained: offer it the bytes that wait. Never calls the receiver back from

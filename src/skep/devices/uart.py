@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from skep.contracts.chardev import CharBackend
+from skep.contracts.chardev import CharBackend, PlainLine
 from skep.contracts.io import IoRegion, IrqLine
 from skep.state import Fields
 
@@ -37,7 +37,7 @@ _TRIGGERS = (1, 4, 8, 14)
 _BYTES = [bytes((value,)) for value in range(256)]
 
 
-class Uart(Fields):
+class Uart(PlainLine, Fields):
     """One port. Implements Device, IoRegion and :class:`skep.contracts.chardev.Receiver`."""
 
     state_fields: ClassVar[tuple[str, ...]] = (
