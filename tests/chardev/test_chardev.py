@@ -15,12 +15,12 @@ from skep.chardev.console import Console, ConsoleClosed, ConsoleTimeout
 from skep.chardev.loop import Loop
 from skep.chardev.stdio import Escape, Stdio
 from skep.chardev.writer import BACKLOG, Writer
-from skep.contracts.chardev import CharBackend
+from skep.contracts.chardev import CharBackend, PlainLine
 from skep.errors import InternalError
 from tests.on_terminal import OnTerminal
 
 
-class Fifo:
+class Fifo(PlainLine):
     """A receiver with a FIFO as small as a UART's."""
 
     def __init__(self, size: int = 16) -> None:
@@ -222,13 +222,33 @@ def test_escape_commands_also_when_cut(cut: int) -> None:
     assert stopped == [True]
 
 
+def test_a_full_writer_says_when_it_has_room_again() -> None:
+    reader, sink = os.pipe()
+    writer = Writer(sink, "writer")
+    drained = threading.Event()
+    writer.drained = drained.set
+    assert writer.room() == BACKLOG
+    writer.write(bytes(BACKLOG))
+    assert writer.room() == 0 and not drained.is_set()
+    left = BACKLOG
+    while left:
+        left -= len(os.read(reader, 1 << 16))
+    assert drained.wait(20) and writer.room() == BACKLOG and not writer.dropped
+    os.close(reader)
+    writer.write(b"x")
+    writer.close()
+    assert writer.room() == BACKLOG, "what is broken holds nobody up"
+    os.close(sink)
+
+
 # A terminal
 
 ON_A_TERMINAL = """
 import os, sys, time
 from skep.chardev.loop import Loop
 from skep.chardev.stdio import Stdio
-class Guest:
+from skep.contracts.chardev import PlainLine
+class Guest(PlainLine):
     def room(self): return int(sys.argv[1])
     def receive(self, data): os.write(1, b"<" + data.hex().encode() + b">")
 loop = Loop("loop")
