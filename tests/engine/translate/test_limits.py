@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 
-from skep.engine.translate import TranslateEngine, blocks
+from skep.engine.translate import TranslateEngine, blocks, catalog
 from tests.engine.tiny import Tiny
 
 ROUNDS = 600
@@ -26,12 +28,18 @@ SUM = sum(i & 0xFF for i in range(ROUNDS))
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("MAX_USED", 16), ("MAX_BLOCKS", 8), ("MAX_FORMS", 4), ("MAX_SINGLES", 1), ("GIVE_UP", 3)],
+    ("module", "name", "value"),
+    [
+        (blocks, "MAX_USED", 16),
+        (blocks, "MAX_BLOCKS", 8),
+        (catalog, "MAX_FORMS", 4),
+        (blocks, "MAX_SINGLES", 1),
+        (blocks, "GIVE_UP", 3),
+    ],
 )
-def test_small_bounds(monkeypatch: pytest.MonkeyPatch, name: str, value: int) -> None:
+def test_small_bounds(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, value: int) -> None:
     """A function is rewritten and run 600 times; whatever is dropped on the way is made again."""
-    monkeypatch.setattr(blocks, name, value)
+    monkeypatch.setattr(module, name, value)
     with Tiny(TranslateEngine(), TEXT) as guest:
         guest.run()
         assert guest.exception is None

@@ -1,5 +1,5 @@
 """The translator: an engine that needs no hardware virtualization (docs/engine.md)."""
 
-from skep.engine.translate.vcpu import TranslateEngine
+from skep.engine.translate.engine import TranslateEngine
 
 __all__ = ["TranslateEngine"]

@@ -501,7 +501,7 @@ class Special(Emitter):
         self.address(ins)
         self.check(832 if self.legality & Legality.AVX else 576, READ_WRITE if saving else READ)
         skip = a.label()
-        a.mov(state("t0"), RAX)  # should it fault, vcpu.py takes these three back from here
+        a.mov(state("t0"), RAX)  # should it fault, alone.py takes these three back from here
         a.mov(state("t1"), RDX)
         a.pushfq()
         a.pop(state("t2"))

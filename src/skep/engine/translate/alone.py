@@ -1,0 +1,243 @@
+"""Instructions run one at a time: those that are Python's, those with an operand that machine code cannot reach, and
+those under RFLAGS.TF."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from iced_x86 import Decoder, Mnemonic, OpKind, Register
+
+from skep.contracts.interrupts import LocalInterrupts
+from skep.engine.amd64.registers import Cr0, Cr4, Vector
+from skep.engine.translate import allowed, delivery
+from skep.engine.translate.access import WRITE, Access, Unsupported
+from skep.engine.translate.blocks import Cache
+from skep.engine.translate.context import operand_segment
+from skep.engine.translate.emulate import Emulator
+from skep.engine.translate.faults import HostFault
+from skep.engine.translate.forms import mnemonics
+from skep.engine.translate.layout import BOUNCE, BOUNCE_SIZE, OFFSETS, Kind, Mode
+from skep.engine.translate.modelspecific import ModelSpecific
+from skep.engine.translate.pairs import Pairs
+from skep.engine.translate.port import GuestFault
+
+_X87, _SSE, _AVX = mnemonics(allowed.X87), mnemonics(allowed.SSE), mnemonics(allowed.AVX)
+_DR6_BS = 1 << 14
+_INFO, _RIP, _RAX, _RDX = (OFFSETS[name] >> 3 for name in ("info", "rip", "rax", "rdx"))
+"""Fields of the state block as indices of its words, where every exit comes by."""
+_NEAR = 256
+"""An instruction that writes code this near may be in the block it overwrites, and be translated again and again."""
+_FX = (Mnemonic.FXSAVE, Mnemonic.FXSAVE64, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64)
+_STATE = (
+    *_FX,
+    Mnemonic.XSAVE,
+    Mnemonic.XSAVE64,
+    Mnemonic.XRSTOR,
+    Mnemonic.XRSTOR64,
+    Mnemonic.XSAVEOPT,
+    Mnemonic.XSAVEOPT64,
+)
+_MASKED_BY_XCR0 = set(_STATE) - set(_FX)
+_LEAVING = (Mnemonic.IRETQ, Mnemonic.SYSCALL, Mnemonic.SYSRETQ)
+"""In translated code these go on in the guest."""
+_COMPARES = tuple(getattr(Mnemonic, op + size) for op in ("CMPS", "SCAS") for size in "BWDQ")
+_IRETS = (Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
+
+
+
+class Alone(Access, ABC):
+    """A vCPU as far as single instructions need it."""
+
+    interrupts: LocalInterrupts
+    cache: Cache
+    pairs: Pairs
+    emulator: Emulator
+    msrs: ModelSpecific
+    _gate: threading.Lock
+    _inside: bool
+    _enter: Callable[[], None]
+
+    @abstractmethod
+    def kick(self) -> None:
+        """There may be an interrupt for the vCPU."""
+
+    @abstractmethod
+    def state_changed(self) -> None:
+        """As :meth:`port.CpuPort.state_changed`."""
+
+    def _emulate(self) -> bool:
+        """The instruction at rip is Python's. True: it was HLT."""
+        st = self.st
+        if st.nmi_blocked and self.instruction().mnemonic in _IRETS:
+            st.nmi_blocked = 0
+            self.kick()
+        try:
+            halted = self.emulator.step()
+        except GuestFault as fault:
+            if fault.vector == Vector.UD and self._device_not_available():
+                raise GuestFault(Vector.NM) from None
+            raise
+        if self.emulator.shadow and not halted:
+            return self._alone()
+        return halted
+
+    def _device_not_available(self) -> bool:
+        """Whether the instruction at rip, not lowered in this mode, raises #NM rather than #UD (SDM 3, table 2-2)."""
+        st = self.st
+        m = self.instruction().mnemonic
+        if m in _STATE:
+            return bool(st.cr0 & Cr0.TS or (st.cr0 & Cr0.EM and m in _FX))
+        if m in _X87:
+            return bool(st.cr0 & (Cr0.EM | Cr0.TS))
+        if m in _SSE:
+            return bool(st.cr0 & Cr0.TS and not st.cr0 & Cr0.EM and st.cr4 & Cr4.OSFXSR)
+        return bool(m in _AVX and st.cr0 & Cr0.TS and st.cr4 & Cr4.OSXSAVE and st.xcr0 & 6 == 6)
+
+    def _step_and_trap(self) -> bool:
+        """RFLAGS.TF: one instruction, or one iteration of a REP string instruction, then #DB."""
+        st = self.st
+        ins = self.instruction()
+        start, count = st.rip, st.rcx
+        one = bool(ins.is_string_instruction and (ins.has_rep_prefix or ins.has_repne_prefix) and count > 1)
+        if one:
+            st.rcx = 1
+        try:
+            halted = self._alone()
+        finally:
+            if one:
+                st.rcx = count - 1 + st.rcx
+        if one and not (ins.mnemonic in _COMPARES and bool(st.flags & 0x40) == ins.has_repne_prefix):
+            st.rip = start
+        st.dr6 |= _DR6_BS
+        delivery.trap(self, Vector.DB, st.rip)
+        return halted
+
+    def _alone(self, missed: bool = False) -> bool:
+        """Run the one instruction at rip, looking for nothing before or after it. True: it was HLT. ``missed``: its
+        access in ``st.desc`` is known to need a buffer."""
+        st = self.st
+        data, offset = self.bytes_at_rip()
+        ins = Decoder(self._bits, data, ip=offset).decode()
+        if ins.mnemonic in _LEAVING or (missed and ins.is_string_instruction):
+            return self._emulate()
+        buffers: dict[int, int] = {}
+        pending: dict[int, tuple[int, int]] = {}
+        if missed:
+            self._fill_bounce(st.desc >> 26 & 3, buffers, pending)
+        while True:
+            with self._gate:
+                st.target = self.cache.single(data, offset, st.mode, buffers)
+                st.page = st.rip & ~4095
+                st.single = 1
+                start = st.rip
+                self._inside = True
+            self._enter()
+            self._inside = False
+            st.single = 0
+            kind = st.kind
+            if kind == Kind.JUMP:
+                for number, (va, size) in pending.items():
+                    at = BOUNCE + number * BOUNCE_SIZE + buffers[number]
+                    self.write(va, bytes(st.bytes[at : at + size]))
+                if st.mode & Mode.CODE32:
+                    st.rip &= 0xFFFFFFFF
+                return False
+            if kind == Kind.PORT:
+                self._port()
+                return False
+            st.rip = start
+            if kind == Kind.MEM:
+                number = st.desc >> 26 & 3
+                if number in buffers or ins.is_string_instruction:
+                    return self._emulate()
+                self._fill_bounce(number, buffers, pending)
+            elif kind == Kind.PAIR:
+                self.pairs.map(st.info)
+            elif kind == Kind.EMULATE:
+                return self._emulate()
+            elif kind == Kind.EXCEPTION:
+                raise GuestFault(Vector.PF, st.w_error, st.va)
+            elif kind == Kind.FAULT:
+                raise self._host_fault()
+            elif kind == Kind.BREAK:
+                return False
+
+    def _fill_bounce(self, number: int, buffers: dict[int, int], pending: dict[int, tuple[int, int]]) -> None:
+        """Bring the operand that machine code could not reach into its bounce buffer, as far as it is read."""
+        st = self.st
+        va, desc = st.va, st.desc
+        size = desc >> 12 & 1023
+        kind = desc >> 22 & 3
+        if desc >> 29 & 1 and va & size - 1:
+            raise GuestFault(Vector.GP, 0)
+        try:
+            if kind:
+                self.check_write(va, size)
+                pending[number] = (va, size)
+            align = va & 63
+            at = BOUNCE + number * BOUNCE_SIZE + align
+            st.bytes[at : at + size] = self.read(va, size) if kind != 1 else bytes(size)
+        except GuestFault as fault:
+            if fault.vector == Vector.GP and self._stack_access(number):
+                raise GuestFault(Vector.SS, 0) from None
+            raise
+        buffers[number] = align
+
+    def _stack_access(self, number: int) -> bool:
+        """Whether the instruction's access goes through SS, whose non-canonical addresses are #SS."""
+        ins = self.instruction()
+        if number == 0 and any(ins.op_kind(i) == OpKind.MEMORY for i in range(ins.op_count)):
+            return operand_segment(ins) == Register.SS
+        return bool(ins.is_stack_instruction)
+
+    def _finish_access(self) -> None:
+        """An operand lies in a device, in code, or nowhere. Code is forgotten and the instruction goes on by itself,
+        unless it overwrites itself; else it runs with a buffer in the operand's place."""
+        st = self.st
+        va, desc = st.va, st.desc
+        size = desc >> 12 & 1023
+        if desc >> 22 & 3 and (va & 4095) + size <= 4096:
+            gpa = self._walk(va, WRITE, st.mode & 3) or st.w_pa
+            if gpa > 255 and self.memory.is_ram(gpa, size):
+                here = self._fetch(st.rip) or st.w_pa
+                if abs(gpa - here) > _NEAR:
+                    if desc >> 28 & 1:  # a string instruction: it will go on over the page
+                        size = 4096 - (gpa & 4095)
+                    with self._gate:
+                        self.cache.written(gpa, size)
+                    return
+        self._alone(missed=True)
+
+    def _port(self) -> None:
+        """IN or OUT with a port that the privilege allows."""
+        q = self.st.q
+        info = q[_INFO]
+        size = info & 0xF
+        port = info >> 16 if info & 0x20 else q[_RDX] & 0xFFFF
+        mask = (1 << 8 * size) - 1
+        if info & 0x10:
+            value = q[_RAX] & mask
+            self.exits.note("out", port, size, value, q[_RIP])
+            self.io.port_write(port, size, value)
+        else:
+            value = self.io.port_read(port, size) & mask
+            self.exits.note("in", port, size, value, q[_RIP])
+            q[_RAX] = value if size == 4 else q[_RAX] & ~mask | value
+
+    def _host_fault(self) -> GuestFault:
+        """The host CPU faulted in translated code: which exception of the guest's that is."""
+        st = self.st
+        fault = HostFault(st.info)
+        offset = self.cache.locate(st.va) if not st.single else st.rip & 4095
+        if offset is None or fault.vector is None:
+            at = st.va - self.cache.buffer.rx
+            raise Unsupported(f"host {fault} at {at:#x} of the code buffer, guest page {st.page:#x}")
+        st.rip = st.page | offset
+        if fault.vector == Vector.GP and self.instruction().mnemonic in _MASKED_BY_XCR0:
+            st.rax, st.rdx, st.flags = st.t0, st.t1, st.t2 & 0xCD5 | 2
+        if fault.vector == Vector.XM and not st.cr4 & Cr4.OSXMMEXCPT:
+            return GuestFault(Vector.UD)
+        error = 0 if fault.vector == Vector.GP else None
+        return GuestFault(fault.vector, error)

@@ -1,0 +1,288 @@
+"""Drafting: which instructions make a block, and which flags must survive where in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+from iced_x86 import Decoder, DecoderError, Instruction, OpKind
+
+from skep.engine.translate.catalog import Catalog
+from skep.engine.translate.forms import ALL_FLAGS, Ends, Form
+from skep.engine.translate.lower import Lowering
+from skep.memory import GuestMemory
+
+MAX_INSTRUCTIONS = 48
+MAX_BRANCHES = 6
+MAX_BYTES = 192
+
+# Looking names up in a class costs more than the rest of a step of the loops below.
+_NO, _YES, _JCC, _JMP, _CALL, _LOOP = Ends.NO, Ends.YES, Ends.JCC, Ends.JMP, Ends.CALL, Ends.LOOP
+_SHADOW, _MODE, _LOOK = Ends.SHADOW, Ends.MODE, Ends.LOOK
+_GO_ON = (_NO, _JCC, _LOOP, _MODE, _LOOK)
+_NEAR = (OpKind.NEAR_BRANCH32, OpKind.NEAR_BRANCH64)
+_BRANCH_BYTES = bytes(
+    1 if 0x70 <= b < 0x80 or b in (0xE8, 0xE9, 0xEB) else 2 if b == 0x0F else 0 for b in range(256)
+)
+"""By first byte: how many bytes tell a relative branch, whose form does not depend on its displacement."""
+
+Item = tuple[Form, int, int, int]
+"""An instruction: form, offset in its page, length, and where it goes or what it addresses relative to the page."""
+
+
+class Draft(NamedTuple):
+    """A block as it was decoded."""
+
+    pa: int
+    mode: int
+    size: int
+    items: list[Item]
+    ends: int
+    """How the last instruction ends it; NO: it goes on behind it."""
+    shadow: bool
+    """The last instruction stands in an STI's shadow: interrupts are looked for behind it."""
+    pa2: int | None
+    lowering: Lowering
+    data: bytes
+
+
+class Known(Protocol):
+    """A block that there is."""
+
+    live: int
+    """The flags it reads before it writes them."""
+    entry: int
+    """Its plain entry's offset in the code buffer."""
+
+
+class Drafting:
+    """Reads guest code."""
+
+    def __init__(
+        self, memory: GuestMemory, catalog: Catalog, mark: Callable[[int, int], None], known: Mapping[int, Known]
+    ) -> None:
+        """``mark``: told of bytes that a block rests on; ``known``: the blocks there are, by their keys."""
+        self._memory = memory
+        self._catalog = catalog
+        self._mark = mark
+        self._known = known
+        self._peeks: dict[int, int] = {}
+        self._peeked: dict[int, int] = {}
+        """By frame: the bytes that live_at looked at for blocks of the page, as bits."""
+        self._ins = Instruction()
+
+    def forget(self) -> None:
+        self._peeks.clear()
+        self._peeked.clear()
+
+    def changed(self) -> None:
+        """Some page of code has changed: what was seen by looking ahead may be wrong now."""
+        self._peeks.clear()
+
+    def peeked(self, frame: int) -> int:
+        """The bytes of a page that blocks rest on without containing them, as bits."""
+        return self._peeked.get(frame, 0)
+
+    def forget_page(self, frame: int) -> None:
+        self._peeked.pop(frame, None)
+
+    def live_at(self, page: int, offset: int, mode: int) -> int:
+        """The flags that code at ``offset`` of the page reads before it writes them, as far as a short look tells."""
+        key = (page | offset) << 12 | mode
+        block = self._known.get(key)
+        if block is not None:
+            return block.live
+        known = self._peeks.get(key)
+        if known is not None:
+            return known
+        lowering, forms = self._catalog.mode(mode)
+        pa = page | offset
+        data = bytes(self._memory.view(pa, min(4096 - offset, 20)))
+        decoder = Decoder(64 if lowering.wide else 32, data, ip=offset)
+        ins = self._ins
+        shape = self._catalog.shape
+        need = 0
+        open_ = ALL_FLAGS
+        at = 0
+        for _ in range(3):
+            decoder.decode_out(ins)
+            if ins.code == 0:
+                break
+            n = ins.len
+            b = data[at]
+            name = data[at : at + n]
+            if 0x70 <= b < 0x80 or b == 0xE9 or b == 0xEB or b == 0xE8 or (b == 0x0F and data[at + 1] & 0xF0 == 0x80):
+                name = name[: 1 + (b == 0x0F)]
+            form = forms.get(name)
+            if form is None:
+                relative = ins.is_ip_rel_memory_operand
+                form = shape(lowering, data[at : at + n], ins, decoder, relative)
+                if not relative:
+                    forms[name] = form
+            at += n
+            need |= open_ & form.reads
+            open_ &= form.keeps
+            if not open_ or form.ends:
+                break
+        need |= open_
+        if len(self._peeks) > 20000:
+            self._peeks.clear()
+        self._peeks[key] = need
+        if need != ALL_FLAGS:  # blocks rest on these bytes too
+            frame = pa >> 12
+            self._peeked[frame] = self._peeked.get(frame, 0) | (1 << at) - 1 << offset
+            self._mark(pa, min(at, 4096 - offset))
+        return need
+
+    def draft(self, pa: int, mode: int, next_page: Callable[[], int]) -> Draft:
+        """The block at ``pa``. ``next_page``: the physical address of the page behind it for the guest, for an
+        instruction on two pages; what it raises goes through."""
+        offset = pa & 4095
+        room = 4096 - offset
+        data = bytes(self._memory.view(pa, room if room < MAX_BYTES else MAX_BYTES))
+        lowering, forms = self._catalog.mode(mode)
+        bits = 64 if lowering.wide else 32
+        decoder = Decoder(bits, data, ip=offset)
+        decode = decoder.decode_out
+        ins = self._ins
+        get = forms.get
+        shape = self._catalog.shape
+        known = self._known
+        end = len(data)
+        items: list[Item] = []
+        at = 0
+        branches = 0
+        pa2: int | None = None
+        ends = _NO
+        shadow = False
+        half = 1 << bits - 1
+        while at < end:
+            decode(ins)
+            n = ins.len
+            if ins.code == 0:
+                if items:
+                    break
+                if end - at < 15 and room <= MAX_BYTES:
+                    pa2, data = self._with_second_page(data, room, bits, offset, next_page)
+                    decoder = Decoder(bits, data, ip=offset)
+                    decoder.decode_out(ins)
+                    end = n = ins.len
+            b = data[at]
+            kind = _BRANCH_BYTES[b]
+            if kind and (kind == 1 or data[at + 1] & 0xF0 == 0x80):
+                key = data[at : at + kind]
+                form = get(key)
+                if form is None:
+                    form = forms[key] = lowering.form(ins, False)
+                extra = ins.near_branch_target
+                if extra >= half:
+                    extra -= half << 1
+                ends = form.ends
+            else:
+                key = data[at : at + n]
+                extra = 0
+                form = get(key)
+                if form is None:
+                    relative = ins.is_ip_rel_memory_operand
+                    if relative:
+                        form = get(b"rip" + key[:-4])
+                    if form is None:
+                        form = shape(lowering, key, ins, decoder, relative)
+                        if relative and form.plain:
+                            forms[b"rip" + key[:-4]] = form
+                    if relative:
+                        extra = ins.memory_displacement
+                        if extra >= half:
+                            extra -= half << 1
+                        if not -(1 << 31) <= extra < 1 << 31:
+                            form = lowering.emulated
+                    elif n <= 7:
+                        forms[key] = form
+                ends = form.ends
+                if ends and (ends == _LOOP or (ends <= _CALL and ins.op_count and ins.op0_kind in _NEAR)):
+                    extra = ins.near_branch_target
+                    if extra >= half:
+                        extra -= half << 1
+            items.append((form, offset + at, n, extra))
+            at += n
+            if ends:
+                if ends == _JCC and branches < MAX_BRANCHES and not shadow:
+                    branches += 1
+                    ends = _NO
+                    if (pa + at) << 12 | mode in known:
+                        break
+                elif ends == _SHADOW:
+                    if at + 15 > room or shadow:
+                        items[-1] = (lowering.emulated, offset + at - n, n, 0)
+                        ends = _YES
+                        break
+                    shadow = True
+                    ends = _NO
+                    continue
+                else:
+                    break
+            if shadow or pa2 is not None or len(items) >= MAX_INSTRUCTIONS:
+                break
+        return Draft(pa, mode, at, items, ends, shadow, pa2, lowering, data)
+
+    def _with_second_page(
+        self, data: bytes, room: int, bits: int, offset: int, next_page: Callable[[], int]
+    ) -> tuple[int | None, bytes]:
+        """For an instruction that does not decode within its page: the page behind it if the instruction goes on there,
+        and the bytes with those of that page."""
+        pa2: int | None
+        first = Decoder(bits, data, ip=offset)
+        ins = first.decode()
+        try:
+            pa2 = next_page()
+        except Exception:
+            if ins.len and first.last_error != DecoderError.NO_MORE_BYTES:  # #UD comes before the second page's #PF
+                return None, data
+            raise
+        data += bytes(self._memory.view(pa2, 15))
+        n = Decoder(bits, data, ip=offset).decode().len
+        return (pa2 if n > room else None), data
+
+    def needs(self, draft: Draft) -> tuple[list[bool], int]:
+        """For each instruction, last first, whether flags must survive its checks; and which flags the block reads.
+
+        What the targets of jumps read is looked up only where a check lies between the jump and the flags' origin.
+        """
+        mode = draft.mode
+        page = draft.pa & ~4095
+        live = ALL_FLAGS
+        open_: list[int] = []  # targets on this page whose wishes count, and are not looked up yet
+        follow = (draft.pa & 4095) + draft.size
+        if draft.ends in _GO_ON and follow < 4096:
+            live = 0
+            open_.append(follow)
+        needs: list[bool] = []
+        for form, _, _, extra in reversed(draft.items):
+            e = form.ends
+            if e:
+                if e == _JMP or e == _CALL:
+                    live = 0
+                    open_ = []
+                elif e == _YES:
+                    live = ALL_FLAGS
+                    open_ = []
+                if e == _JCC or e == _LOOP or e == _JMP or e == _CALL:
+                    if 0 <= extra < 4096:
+                        open_.append(extra)
+                    else:
+                        live = ALL_FLAGS
+            keeps = form.keeps
+            if keeps:
+                if open_ and form.memory and live != ALL_FLAGS:
+                    for target in open_:
+                        live |= self.live_at(page, target, mode)
+                    open_ = []
+                live = (live & keeps) | form.reads
+            else:
+                live = form.reads
+                open_ = []
+            needs.append(live != 0)
+        if live != ALL_FLAGS:
+            for target in open_:
+                live |= self.live_at(page, target, mode)
+        return needs, live

@@ -1,0 +1,336 @@
+"""Emission: the machine code of a block, from its instructions' templates."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from iced_x86 import Decoder
+
+from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
+from skep.engine.translate.catalog import Catalog
+from skep.engine.translate.drafting import Draft, Known
+from skep.engine.translate.forms import TLB_MASK, Ends
+from skep.engine.translate.layout import JC, JC_ARRAY, OFFSETS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
+from skep.engine.translate.lower import Lowering
+from skep.engine.translate.stubs import field as state
+from skep.engine.translate.stubs import restore_flags, save_flags
+
+_i32 = struct.Struct("<i").pack_into
+_NOPS = (b"", b"\x90", b"\x66\x90", b"\x0f\x1f\x00")
+
+
+
+def _frag(build: Callable[[Assembler], None]) -> bytes:
+    a = Assembler()
+    build(a)
+    return a.code(0)
+
+
+_LINK_CALL = _frag(lambda a: a.call(state("link")))
+_SLOW_CALL = _frag(lambda a: a.call(state("slow")))
+_LOAD_PAGE = _frag(lambda a: a.mov(R10, state("page")))
+_BRK_JUMP = _frag(lambda a: a.jmp(state("brk_exit")))
+_RESTORE = _frag(restore_flags)
+_SLOW = struct.Struct(f"<Bi{len(_SLOW_CALL)}sBi")
+_SLOW_SIZE = _SLOW.size
+_slow_pack = _SLOW.pack
+# Looking names up in a class costs more than the rest of a step of the loops below.
+_NO, _JCC, _JMP, _CALL, _LOOP, _MODE, _LOOK = Ends.NO, Ends.JCC, Ends.JMP, Ends.CALL, Ends.LOOP, Ends.MODE, Ends.LOOK
+_JCC_CODE = tuple(bytes((0x0F, 0x80 | cc)) for cc in range(16))
+_LINK = struct.Struct(f"<2sQ{len(_LINK_CALL)}si")
+_LINK_SITE = 10 + len(_LINK_CALL)
+_CHECK_DEAD = _frag(lambda a: a.cmp(gs(OFFSETS["brk"]), 0, size=16)) + b"\x0f\x85"  # jne rel32
+# the same without touching flags:
+# mov r11, rcx; movzx ecx, word brk; jrcxz over; mov rcx, r11; jmp rel32; over: mov rcx, r11
+_CHECK_LIVE = b"\x49\x89\xcb" + _frag(lambda a: a.movzx(1, gs(OFFSETS["brk"]), 16)) + b"\xe3\x08\x4c\x89\xd9\xe9"
+_CHECK_LIVE_END = b"\x4c\x89\xd9"
+
+
+class Emitted(NamedTuple):
+    """A block's machine code for one place."""
+
+    code: bytearray
+    entry: int
+    """The plain entry's offset in ``code``."""
+    marks: array[int]
+    """Offsets in the code and in the guest's page, of each instruction in turn."""
+
+
+class Emission:
+    """Writes blocks for one code buffer."""
+
+    def __init__(
+        self,
+        executable: int,
+        base: int,
+        catalog: Catalog,
+        stubs: Mapping[str, int],
+        live_at: Callable[[int, int, int], int],
+        known: Mapping[int, Known],
+    ) -> None:
+        """``executable``: where the code buffer is executed; ``base``: host address of guest-physical 0; ``live_at``:
+        :meth:`Drafting.live_at`; ``known``: the blocks there are, by their keys."""
+        self._executable = executable
+        self._base = base
+        self._catalog = catalog
+        self._live_at = live_at
+        self._known = known
+        self._prologues: dict[tuple[int, bool], tuple[bytes, int, int, int]] = {}
+        self._second = [stubs[f"second{array_}"] for array_ in range(3)]
+        self._brk_exit = stubs["brk_exit"]
+
+    def emit(self, draft: Draft, needs: list[bool], live: int, start: int) -> Emitted:
+        """The code of ``draft`` for offset ``start`` of the buffer; ``needs`` and ``live`` are Drafting.needs'."""
+        pa, mode, lowering, data = draft.pa, draft.mode, draft.lowering, draft.data
+        offset = pa & 4095
+        page = pa - offset
+        blocks = self._known
+        rx = self._executable + start
+        prologue, fix_second, fix_brk, fix_page = self._prologue(mode, bool(live))
+        out = bytearray(prologue)
+        _i32(out, fix_second, self._second[mode & 3] - (rx + fix_second + 4))
+        _i32(out, fix_brk, self._brk_exit - (rx + fix_brk + 4))
+        _i32(out, fix_page, -offset)
+        entry = len(out)
+        extend = out.extend
+        slow: list[tuple[int, int, int, bool]] = []
+        links: list[tuple[int, int]] = []  # (position of a displacement, key)
+        breaks: list[tuple[int, int]] = []  # (position of a displacement, offset to go on at)
+        far: list[tuple[int, int]] = []  # (position of a displacement, target)
+        marks = array("H")
+        mark = marks.append
+        own = pa << 12 | mode
+        shadow = draft.shadow
+        if draft.pa2 is not None:
+            self._span(out, mode, offset, draft.pa2)
+
+        def direct(prefix: bytes, target: int, mode_: int) -> None:
+            """A jump within the page whose displacement may be patched: it is aligned."""
+            extend(_NOPS[-(len(out) + len(prefix)) & 3])
+            extend(prefix)
+            key = (page | target) << 12 | mode_
+            known = blocks.get(key)
+            here = len(out)
+            extend(b"\0\0\0\0")
+            if known is not None:
+                _i32(out, here, known.entry - (start + here + 4))
+            elif key == own and draft.pa2 is None:
+                _i32(out, here, entry - (here + 4))
+            else:
+                links.append((here, key))
+
+        def leave(target: int, looks: bool, mode_: int) -> None:
+            """Go to ``target``, unconditionally."""
+            if 0 <= target < 4096:
+                if looks:
+                    if self._live_at(page, target, mode_):
+                        extend(_CHECK_LIVE)
+                        breaks.append((len(out), target))
+                        extend(b"\0\0\0\0" + _CHECK_LIVE_END)
+                    else:
+                        extend(_CHECK_DEAD)
+                        breaks.append((len(out), target))
+                        extend(b"\0\0\0\0")
+                direct(b"\xe9", target, mode_)
+            else:
+                extend(self.long(lowering, target))
+
+        i = len(draft.items)
+        for form, at, n, extra in draft.items:
+            i -= 1
+            base = len(out)
+            mark(base)
+            mark(at)
+            e = form.ends
+            if e == _JCC:
+                cc = form.cond
+                if at < extra < 4096 and not shadow:
+                    direct(_JCC_CODE[cc], extra, mode)
+                elif 0 <= extra < 4096:
+                    extend(_JCC_CODE[cc ^ 1] + b"\0\0\0\0")
+                    skip = len(out)
+                    leave(extra, True, mode)
+                    _i32(out, skip - 4, len(out) - skip)
+                else:
+                    extend(_JCC_CODE[cc] + b"\0\0\0\0")
+                    far.append((base + 2, extra))
+                continue
+            if e == _LOOP:
+                if not lowering.wide:
+                    out.append(0x67)  # counts in ECX
+                extend(data[at - offset : at - offset + n - 1] + b"\0")
+                skip = len(out)
+                leave(at + n, True, mode)
+                out[skip - 1] = len(out) - skip
+                leave(extra, True, mode)
+                continue
+            if e == _JMP:
+                leave(extra, extra <= at or shadow, mode)
+                continue
+            t = form.templates[needs[i]]
+            if t is None:
+                t = self._catalog.template(form, lowering, data, at - offset, at, n, needs[i])
+            extend(t.code)
+            if t.open:
+                for jump, back, desc, saved in t.checks:
+                    slow.append((base + jump, base + back, desc | at, saved))
+                for hole, what, add in t.holes:
+                    _i32(out, base + hole, add + (at if what == 0 else at + n if what == 1 else extra))
+                for to, of, k in t.copies:
+                    of += at - offset
+                    out[base + to : base + to + k] = data[of : of + k]
+            if e:
+                if e == _CALL:
+                    leave(extra, extra <= at or shadow, mode)
+                elif e == _MODE:
+                    leave(at + n, False, mode ^ Mode.AC)
+                elif e == _LOOK:
+                    leave(at + n, True, mode)
+        if draft.ends == _NO or draft.ends == _JCC:
+            leave(offset + draft.size, shadow, mode)
+        # What is rarely run
+        for jump, back, desc, saved in slow:
+            here = len(out)
+            _i32(out, jump, here - jump - 4)
+            if saved:
+                extend(_RESTORE)
+                here += len(_RESTORE)
+            extend(_slow_pack(0x68, desc, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))
+        for site, key in links:
+            here = len(out)
+            _i32(out, site, here - site - 4)
+            extend(_LINK.pack(b"\x49\xbb", key, _LINK_CALL, site - (here + _LINK_SITE)))
+        for site, target in breaks:
+            _i32(out, site, len(out) - site - 4)
+            extend(_LOAD_PAGE + b"\x4d\x8d\x92" + target.to_bytes(4, "little") + _BRK_JUMP)
+        for site, target in far:
+            _i32(out, site, len(out) - site - 4)
+            extend(self.long(lowering, target))
+        return Emitted(out, entry, marks)
+
+    def long(self, lowering: Lowering, target: int) -> bytes:
+        """Go to another page: its address relative to this one's, through the jump cache."""
+        if not -(1 << 31) <= target < 1 << 31:
+            a = Assembler()
+            a.mov(R11, target)
+            a.mov(R10, state("page"))
+            a.lea(R10, Mem(R10, R11))
+            return a.code(0) + lowering.dispatch_code
+        return _LOAD_PAGE + b"\x4d\x8d\x92" + (target & 0xFFFFFFFF).to_bytes(4, "little") + lowering.dispatch_code
+
+    def _prologue(self, mode: int, live: bool) -> tuple[bytes, int, int, int]:
+        """The checked entry, and where it wants the displacements of `second`, `brk` and the block's negated offset."""
+        known = self._prologues.get((mode & 15, live))
+        if known is not None:
+            return known
+        a = Assembler()
+        # r11 = target - tag, without a flag changed: the flags may be wanted where this entry was not meant.
+        a.mov(R11, Mem(R11, disp=JC + (mode & 3) * JC_ARRAY, gs=True))
+        a.lea(R11, Mem(R11, R10))
+        a.xchg(RCX, R11)
+        meant = a.label()
+        a.jrcxz(meant)
+        a.xchg(RCX, R11)
+        a.raw(b"\xe9")
+        second = len(a)
+        a.raw(bytes(4))
+        a.bind(meant)
+        if live:
+            a.movzx(RCX, gs(OFFSETS["brk"]), 16)
+            go = a.label()
+            a.jrcxz(go)
+            a.mov(RCX, R11)
+            a.raw(b"\xe9")
+            brk = len(a)
+            a.raw(bytes(4))
+            a.bind(go)
+            a.mov(RCX, R11)
+        else:
+            a.mov(RCX, R11)
+            a.cmp(gs(OFFSETS["brk"]), 0, size=16)
+            a.raw(b"\x0f\x85")
+            brk = len(a)
+            a.raw(bytes(4))
+        if mode & (Mode.CODE32 | Mode.CODE16):
+            a.mov(R10, R10, size=32)
+        a.raw(b"\x4d\x8d\x92")  # lea r10, [r10 + disp32]
+        page = len(a)
+        a.raw(bytes(4))
+        a.mov(state("page"), R10)
+        known = self._prologues[mode & 15, live] = (a.code(0), second, brk, page)
+        return known
+
+    def _span(self, out: bytearray, mode: int, offset: int, pa2: int) -> None:
+        """Make sure that the second page is still mapped where it was; the TLB's execute tag knows."""
+        a = Assembler()
+        bad, good = a.label(), a.label()
+        base = TLB + (mode & 3) * TLB_ARRAY
+        save_flags(a)
+        a.mov(R10, state("page"))
+        a.lea(R10, Mem(R10, disp=4096), size=32 if mode & (Mode.CODE32 | Mode.CODE16) else 64)
+        a.mov(R11, R10, size=32)
+        a.shr(R11, 7, size=32)
+        a.and_(R11, TLB_MASK, size=32)
+        a.xor(R10, Mem(R11, disp=base + TLB_EXEC, gs=True))
+        a.shr(R10, 1)  # the lowest bit says global
+        a.jcc(Cond.NE, bad)
+        a.mov(R10, Mem(R11, disp=base + TLB_HOST, gs=True))
+        a.mov(R11, self._base + pa2)
+        a.cmp(R10, R11)
+        a.jcc(Cond.E, good)
+        a.bind(bad)
+        restore_flags(a)
+        a.mov(R10, state("page"))
+        a.lea(R10, Mem(R10, disp=offset))
+        a.jmp(state("span_exit"))
+        a.bind(good)
+        restore_flags(a)
+        out.extend(a.code(0))
+
+    def single(self, data: bytes, offset: int, mode: int, bounce: dict[int, int]) -> bytes:
+        """Code that runs the one instruction in ``data`` (at ``offset`` of its page), with its operands in bounce
+        buffers, and leaves by done_exit; it may lie anywhere."""
+        lowering, _ = self._catalog.mode(mode)
+        ins = Decoder(64 if lowering.wide else 32, data, ip=offset).decode()
+        form = lowering.form(ins, False)
+        t = lowering.template(ins, data[: ins.len], True, bounce)
+        out = bytearray()
+        if form.ends not in (Ends.JCC, Ends.LOOP, Ends.JMP):
+            out += t.code
+        target = 0
+        if form.ends in (Ends.JCC, Ends.JMP, Ends.LOOP, Ends.CALL):
+            target = ins.near_branch_target
+        elif ins.is_ip_rel_memory_operand:
+            target = ins.memory_displacement
+        for hole, what, add in t.holes:
+            value = add + (offset if what == 0 else offset + ins.len if what == 1 else target)
+            _i32(out, hole, (value + (1 << 31) & 0xFFFFFFFF) - (1 << 31))
+        done = lowering.done_code
+        n32 = offset + ins.len
+
+        def leave(to: int) -> bytes:
+            return _LOAD_PAGE + b"\x4d\x8d\x92" + (to & 0xFFFFFFFF).to_bytes(4, "little") + done
+
+        if form.ends == Ends.JCC:
+            other = leave(n32)
+            out.extend(bytes((0x0F, 0x80 | form.cond)) + len(other).to_bytes(4, "little") + other + leave(target))
+        elif form.ends == Ends.LOOP:
+            other = leave(n32)
+            narrow = b"" if lowering.wide else b"\x67"
+            out.extend(narrow + data[: ins.len - 1] + bytes((len(other),)) + other + leave(target))
+        elif form.ends == Ends.JMP:
+            out.extend(leave(target))
+        elif form.ends not in (Ends.YES, Ends.CALL):
+            out.extend(leave(n32))
+        for jump, back, desc, saved in t.checks:
+            here = len(out)
+            _i32(out, jump, here - jump - 4)
+            if saved:
+                out.extend(_RESTORE)
+                here += len(_RESTORE)
+            out.extend(_SLOW.pack(0x68, desc | offset, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))
+        return bytes(out)
+

@@ -1,0 +1,68 @@
+"""The translator as an engine, and a VM's part of it."""
+
+from __future__ import annotations
+
+from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.io import IoSpace
+from skep.engine.amd64 import features
+from skep.engine.translate.faults import CATCHER
+from skep.engine.translate.shared import Shared
+from skep.engine.translate.vcpu import TranslateVcpu
+from skep.errors import UserError
+from skep.memory import GuestMemory
+
+
+class TranslateEngine:
+    """Runs guests without hardware virtualization (docs/engine.md)."""
+
+    name = "translate"
+
+    def create_vm(
+        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
+    ) -> TranslateVm:
+        features.require()
+        if max_vcpus > 1:
+            # Another processor starts in real mode, which is not there yet, and one code cache for all needs shootdown.
+            raise UserError("the translator runs one CPU only, so far", "cpus", "ask for 1")
+        return TranslateVm(memory, io, max_vcpus, cpu_model, tsc_offset)
+
+
+class TranslateVm:
+    """A VM's part of the translator: the translations and what they rest on."""
+
+    def __init__(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> None:
+        self.max_vcpus = max_vcpus
+        self.shared = Shared(memory, io, max_vcpus, cpu_model, tsc_offset)
+        self.cache = self.shared.cache
+        self.vcpus: list[TranslateVcpu] = []
+        CATCHER.add(self.cache.buffer.rx, self.cache.buffer.size, self.cache.stubs["fault_exit"])
+        memory.add_write_listener(self._written)
+
+    def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> TranslateVcpu:
+        vcpu = TranslateVcpu(self.shared, index, interrupts)
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    def set_tsc_offset(self, offset: int) -> None:
+        self.shared.tsc_offset = offset
+        for vcpu in self.vcpus:
+            vcpu.msrs.set_tsc_offset(offset)
+
+    def _written(self, gpa: int, n: int) -> None:
+        """Somebody who is no vCPU has changed memory: its translations go before anybody can know of the change."""
+        mask = self.cache.map.mask
+        for frame in range(gpa >> 12, (gpa + n - 1 >> 12) + 1):
+            if mask[frame]:
+                break
+        else:
+            return
+        for vcpu in self.vcpus:
+            vcpu.outside(lambda: self.cache.written(gpa, n))
+
+    def close(self) -> None:
+        self.shared.memory.remove_write_listener(self._written)
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.vcpus.clear()
+        CATCHER.remove(self.cache.buffer.rx)
+        self.shared.close()

@@ -1,0 +1,25 @@
+"""What the vCPUs of one VM share."""
+
+from __future__ import annotations
+
+from skep.contracts.io import IoSpace
+from skep.engine.translate.blocks import Cache
+from skep.engine.translate.pairs import Pairs
+from skep.memory import GuestMemory
+
+
+class Shared:
+    """A VM's memory and devices, and the translations of its code."""
+
+    def __init__(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> None:
+        self.memory = memory
+        self.io = io
+        self.max_vcpus = max_vcpus
+        self.cpu_model = cpu_model
+        self.tsc_offset = tsc_offset
+        self.cache = Cache(memory)
+        self.pairs = Pairs(memory)
+
+    def close(self) -> None:
+        self.pairs.close()
+        self.cache.close()
