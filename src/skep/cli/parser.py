@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -110,19 +111,36 @@ def _add_guest(commands: Any) -> None:
         "guest",
         help="make a guest to try",
         description="Make a kernel and an initramfs from this system's packages, and print `kernel=` and `initrd=`"
-        " lines with their paths. They are kept under $XDG_CACHE_HOME/skep.",
+        " lines with their paths; with --root also a disk image with systemd, as `root=`. They are kept under"
+        " $XDG_CACHE_HOME/skep.",
     )
     guest.add_argument("system", choices=["debian"], help="whose packages")
     guest.add_argument("--arch", default="amd64", help="the guest's architecture (amd64)")
     guest.add_argument("--refresh", action="store_true", help="make it again from today's packages")
+    guest.add_argument("--root", action="store_true", help="a whole system on a disk image; takes a minute or two")
+    guest.add_argument("--size", help="of the root's image, which is sparse (1G)")
     guest.set_defaults(command=_guest)
 
 
 def _guest(arguments: argparse.Namespace) -> int:
+    if arguments.root:
+        return _guest_root(arguments)
+    if arguments.size is not None:
+        raise UserError("there is no image without --root", "--size")
     from skep.guest.debian import obtain
 
     guest = obtain(arguments.arch, arguments.refresh)
     print(f"kernel={guest.kernel}\ninitrd={guest.initrd}")
+    return 0
+
+
+def _guest_root(arguments: argparse.Namespace) -> int:
+    from skep.guest import root
+
+    guest = root.obtain(arguments.arch, arguments.size or root.SIZE, arguments.refresh)
+    print(f"kernel={guest.kernel}\ninitrd={guest.initrd}\nroot={guest.image}")
+    if sys.stderr.isatty():
+        print(root.how_to_run(guest), file=sys.stderr)
     return 0
 
 

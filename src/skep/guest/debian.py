@@ -24,7 +24,7 @@ from skep.guest.progress import say
 METAPACKAGE = {"amd64": "linux-image-cloud-amd64"}
 """The package that depends on the current kernel, by architecture."""
 BUSYBOX = "busybox-static"
-DRIVERS = ("virtio_pci", "virtio_blk", "button", "evdev")
+DRIVERS = ("virtio_pci", "virtio_blk", "ext4", "button", "evdev")
 """What the guest's init loads; the modules that these depend on come along."""
 
 _RECIPE = 2

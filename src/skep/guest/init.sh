@@ -2,16 +2,20 @@
 # The guest's first process. What it does is told by the kernel's command line:
 #   skep.poweroff        power off as soon as BOOT was printed
 #   skep.exec=BASE64     run this shell script, print "EXIT status", power off
-#   neither              an interactive shell on the console; the guest powers off when it ends
+#   root=DEVICE          mount this root (also by LABEL= or UUID=; read-only unless there is `rw`) and become its init=
+#   none of these        an interactive shell on the console; the guest powers off when it ends
 echo BOOT
 export PATH=/bin HOME=/root TERM=vt100 PS1='skep# '
 mount -t proc proc /proc
 read -r words < /proc/cmdline
-script=
+script= root= mode=ro real_init=/sbin/init
 for word in $words; do
     case $word in
         skep.poweroff) poweroff -f ;;
         skep.exec=*) script=${word#skep.exec=} ;;
+        root=*) root=${word#root=} ;;
+        init=*) real_init=${word#init=} ;;
+        ro | rw) mode=$word ;;
     esac
 done
 mount -t sysfs sys /sys
@@ -33,6 +37,30 @@ load() {
 if cat /sys/bus/pci/devices/*/vendor 2> /dev/null | grep -q 0x1af4; then
     load virtio_pci
     load virtio_blk
+fi
+
+# Mounts the real root on /mnt. Its device may take a moment to appear.
+mount_root() {
+    load ext4
+    tries=100
+    until
+        case $root in
+            LABEL=* | UUID=*) device=$(findfs "$root") ;;
+            *) device=$root ;;
+        esac
+        [ -b "$device" ]
+    do
+        tries=$((tries - 1))
+        [ $tries -gt 0 ] || { echo "init: there is no root=$root"; return 1; }
+        sleep 0.1
+    done
+    mount -o "$mode" "$device" /mnt
+}
+
+if [ -n "$root" ] && [ -z "$script" ] && mount_root; then
+    umount /dev/pts /proc /sys
+    mount --move /dev /mnt/dev
+    exec switch_root /mnt "$real_init"
 fi
 
 if [ -n "$script" ]; then
