@@ -133,6 +133,9 @@ class PlainCpu:
     def physical(self, va: int, *, write: bool = False, execute: bool = False) -> int:
         return self._walk(va, (PfError.W if write else 0) | (PfError.FETCH if execute else 0), self.st.cpl < 3)
 
+    def read_physical(self, gpa: int, size: int) -> bytes:
+        return bytes(self.memory[gpa : gpa + size])
+
     def ram(self, va: int, size: int, *, write: bool = False) -> int | None:
         gpa = self.physical(va, write=write)
         return None if gpa in self.devices else gpa

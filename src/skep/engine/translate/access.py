@@ -7,7 +7,7 @@ from collections.abc import Callable
 from iced_x86 import Decoder, Instruction
 
 from skep.contracts.io import IoSpace
-from skep.engine.amd64.registers import Cr0, Efer, Vector, canonical
+from skep.engine.amd64.registers import Efer, Vector, canonical
 from skep.engine.exits import Exits
 from skep.engine.translate.layout import Mode, StateBlock
 from skep.engine.translate.port import GuestFault
@@ -38,10 +38,11 @@ class Access:
         array = 0 if supervisor else st.mode & 3
         failed = self._walk(va, (WRITE if write else 0) | (FETCH if execute else 0), array)
         if failed:
-            if failed == 255:
-                self._not_legacy()
             raise self._walk_fault(failed, va)
         return st.w_pa
+
+    def read_physical(self, gpa: int, size: int) -> bytes:
+        return self.memory.read(gpa, size) if self.memory.is_ram(gpa, size) else b"\xff" * size
 
     def _pieces(self, va: int, size: int, write: bool, supervisor: bool) -> list[tuple[int, int]]:
         """(physical address, length) of what [va, va + size) is made of; every page has been checked."""
@@ -103,7 +104,6 @@ class Access:
         if failed == 0:
             return st.w_pa
         if failed == 255:
-            self._not_legacy()
             return None
         raise self._walk_fault(failed, va)
 
@@ -120,11 +120,6 @@ class Access:
         if failed == Vector.PF:
             return GuestFault(Vector.PF, self.st.w_error, va)
         return GuestFault(Vector.GP, 0)
-
-    def _not_legacy(self) -> None:
-        st = self.st
-        if st.cr0 & Cr0.PG and not st.efer & Efer.LMA:
-            raise Unsupported("the guest turned on paging outside long mode, which this engine does not have yet")
 
     def instruction(self) -> Instruction:
         data, offset = self.bytes_at_rip()

@@ -7,17 +7,19 @@ instructions have no handler and raise #UD.
 from __future__ import annotations
 
 import os
+import struct
 
 from iced_x86 import Code, Instruction, Mnemonic, Register, Register_, RegisterExt
 
 from skep.engine.amd64.cpuid import Feature
 from skep.engine.amd64.msrs import EFER
-from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Rflags, SystemType, Vector, Xcr0, canonical
+from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Pte, Rflags, SystemType, Vector, Xcr0, canonical
 from skep.engine.translate import segments
 from skep.engine.translate.context import M32, M64, RAX, RBX, RCX, RDX, SEGMENT_NAME, Context, Handler, operand_segment
 from skep.engine.translate.port import GuestFault
 
 CR3_NO_FLUSH = 1 << 63
+PDPTE_RESERVED = 0x1E6
 DR6_FIXED = 0xFFFF_0FF0
 DR6_WRITABLE = 0xE00F
 DR6_BD = 1 << 13
@@ -107,6 +109,22 @@ def write_cr(e: Context, i: Instruction) -> None:
     _WRITE_CR[i.op0_register](e, e.get(i.op1_register))
 
 
+def _pdptes(e: Context, cr3: int) -> tuple[int, ...]:
+    """The four page-directory-pointer-table entries that PAE paging keeps (SDM 3, 4.4.1)."""
+    entries = struct.unpack("<4Q", e.cpu.read_physical(cr3 & 0xFFFF_FFE0, 32))
+    for entry in entries:
+        if entry & Pte.P and (entry & PDPTE_RESERVED or entry >> e.cpuid.physical_bits):
+            raise GuestFault(Vector.GP, 0)
+    return entries
+
+
+def _load_pdptes(e: Context, cr0: int, cr3: int, cr4: int) -> None:
+    """Where these registers mean PAE paging outside long mode. Raises #GP before it commits anything."""
+    st = e.st
+    if cr0 & Cr0.PG and cr4 & Cr4.PAE and not st.efer & Efer.LME:
+        st.pdpte0, st.pdpte1, st.pdpte2, st.pdpte3 = _pdptes(e, cr3)
+
+
 def write_cr0(e: Context, value: int) -> None:
     st = e.st
     old = st.cr0
@@ -121,6 +139,8 @@ def write_cr0(e: Context, value: int) -> None:
     )
     if wrong:
         raise GuestFault(Vector.GP, 0)
+    if (old ^ new) & (Cr0.PG | Cr0.CD | Cr0.NW):
+        _load_pdptes(e, new, st.cr3, st.cr4)
     st.cr0 = new
     if paging and st.efer & Efer.LME:
         st.efer |= Efer.LMA
@@ -143,6 +163,7 @@ def write_cr3(e: Context, value: int) -> None:
             value &= ~CR3_NO_FLUSH
         if value >> e.cpuid.physical_bits:
             raise GuestFault(Vector.GP, 0)
+    _load_pdptes(e, st.cr0, value, st.cr4)
     st.cr3 = value
     e.cpu.flush_tlb(False)
 
@@ -157,6 +178,8 @@ def write_cr4(e: Context, value: int) -> None:
     )
     if wrong:
         raise GuestFault(Vector.GP, 0)
+    if (old ^ value) & (Cr4.PSE | Cr4.PAE | Cr4.PGE | Cr4.SMEP):
+        _load_pdptes(e, st.cr0, st.cr3, value)
     st.cr4 = value
     if (old ^ value) & (Cr4.PSE | Cr4.PAE | Cr4.PGE | Cr4.PCIDE | Cr4.SMEP | Cr4.SMAP):
         e.cpu.flush_tlb(True)

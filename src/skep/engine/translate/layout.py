@@ -46,6 +46,7 @@ _FIELDS = (
     "star", "lstar", "cstar", "sfmask", "sysenter_cs", "sysenter_esp", "sysenter_eip",
     "tsc_offset", "tsc_aux", "pat",
     "dr0", "dr1", "dr2", "dr3", "dr6", "dr7",
+    "pdpte0", "pdpte1", "pdpte2", "pdpte3",  # PAE paging: loaded with CR3, not looked at in memory later
     "self_",  # host address of this block
     "ram",  # host address of guest-physical 0
     "low_end",  # end of low RAM
@@ -100,6 +101,7 @@ JC_SET = 32
 JC_ARRAY = JC_SETS * JC_SET
 SIZE = 0x200000
 
+PDPTE = OFFSETS["pdpte0"]
 BRK, BRK_STI = OFFSETS["brk"], OFFSETS["brk"] + 1
 
 EMPTY_JC = 1 << 63 | 1  # the negative of no guest address

@@ -46,6 +46,9 @@ class CpuPort(Protocol):
     def physical(self, va: int, *, write: bool = False, execute: bool = False) -> int:
         """Walk the page tables as the current privilege would; sets accessed and dirty bits."""
 
+    def read_physical(self, gpa: int, size: int) -> bytes:
+        """Of RAM; all ones where there is none."""
+
     def ram(self, va: int, size: int, *, write: bool = False) -> int | None:
         """The physical address of ``size`` bytes within one page, None where a device answers there. Faults as an
         access of the current privilege would."""

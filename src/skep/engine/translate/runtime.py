@@ -49,6 +49,7 @@ from skep.engine.translate.layout import (
     LARGE_PAGES_SIZE,
     NG_LIST,
     NG_MAX,
+    PDPTE,
     TLB,
     TLB_ARRAY,
     TLB_ENTRIES,
@@ -62,7 +63,7 @@ from skep.engine.translate.layout import (
 )
 
 WP, PG = Cr0.WP, Cr0.PG
-PGE, PCIDE, SMEP, SMAP = Cr4.PGE, Cr4.PCIDE, Cr4.SMEP, Cr4.SMAP
+PSE, PAE, PGE, PCIDE, SMEP, SMAP = Cr4.PSE, Cr4.PAE, Cr4.PGE, Cr4.PCIDE, Cr4.SMEP, Cr4.SMAP
 SCE, LMA, NXE = Efer.SCE, Efer.LMA, Efer.NXE
 TF, IF, NT, RF, VM, AC = Rflags.TF, Rflags.IF, Rflags.NT, Rflags.RF, Rflags.VM, Rflags.AC
 P, RW, US, ACCESSED, DIRTY, PS, GLOBAL = Pte.P, Pte.RW, Pte.US, Pte.A, Pte.D, Pte.PS, Pte.G
@@ -85,14 +86,14 @@ def walk(va: int, access: int, array: int) -> int:
     """Translate ``va`` (SDM 3, 4.5 and 4.6): 0 and ``st.w_pa``; 14 with ``st.w_error``; 13 where not canonical.
 
     ``array`` is the privilege: supervisor, user, or supervisor with RFLAGS.AC. Accessed and dirty bits are set as the
-    hardware sets them. Without paging the address is physical; legacy paging is Python's (255).
+    hardware sets them. Without paging the address is physical.
     """
     if st.cr0 & PG == 0:
         st.w_pa = va & 0xFFFFFFFF
         st.w_flags = 0
         return 0
     if st.efer & LMA == 0:
-        return 255
+        return walk_legacy(va & 0xFFFFFFFF, access, array)
     top = sar(va, 47)
     if top + 1 > 1:
         return 13
@@ -146,18 +147,7 @@ def walk(va: int, access: int, array: int) -> int:
             st.w_error = error | PF_P | PF_RSVD
             return 14
         st.w_error = error | PF_P
-        if array == USER:
-            if rights & US == 0:
-                return 14
-        elif rights & US:
-            if access & FETCH:
-                if st.cr4 & SMEP:
-                    return 14
-            elif array == SUPERVISOR and st.cr4 & SMAP:
-                return 14
-        if access & WRITE and rights & RW == 0 and (array == USER or st.cr0 & WP):
-            return 14
-        if access & FETCH and nx >> 63:
+        if refused(rights, access, array) or (access & FETCH and nx >> 63):
             return 14
         wanted = entry | ACCESSED
         if access & WRITE:
@@ -168,6 +158,111 @@ def walk(va: int, access: int, array: int) -> int:
     if entry & GLOBAL and st.cr4 & PGE:
         flags = flags | 1
     st.w_pa = (entry & FRAME & (0 - size)) | (va & (size - 1))
+    st.w_flags = flags
+    return 0
+
+
+@inline
+def refused(rights: int, access: int, array: int) -> int:
+    """Whether US and RW of all levels together forbid the access (SDM 3, 4.6)."""
+    no = 0
+    if array == USER:
+        if rights & US == 0:
+            no = 1
+    elif rights & US:
+        if access & FETCH:
+            if st.cr4 & SMEP:
+                no = 1
+        elif array == SUPERVISOR and st.cr4 & SMAP:
+            no = 1
+    if access & WRITE and rights & RW == 0 and (array == USER or st.cr0 & WP):
+        no = 1
+    return no
+
+
+def walk_legacy(va: int, access: int, array: int) -> int:
+    """As walk, for 32-bit paging and PAE paging (SDM 3, 4.3 and 4.4): two levels of tables under CR3 or a PDPTE.
+
+    Entries of 4 bytes are changed in the 8 bytes that hold them; what else changes there makes the walk begin anew.
+    """
+    error = 0
+    if access & WRITE:
+        error = PF_W
+    if array == USER:
+        error = error | PF_U
+    if access & FETCH and (st.cr4 & SMEP or (st.efer & NXE and st.cr4 & PAE)):
+        error = error | PF_I
+    st.w_error = error
+    while True:
+        rights = RW | US
+        nx = 0
+        flags = 0
+        bad = 0
+        shift = 22
+        table = st.cr3 & 0xFFFFF000
+        if st.cr4 & PAE:
+            table = ld64(st.self_ + PDPTE + (va >> 30) * 8)
+            if table & P == 0:
+                return 14
+            table = table & FRAME
+            shift = 21
+        while True:
+            part = 0
+            gpa = table + ((va >> shift) & 511) * 8
+            if st.cr4 & PAE == 0:
+                gpa = table + ((va >> shift) & 1023) * 4
+                part = (gpa & 4) * 8
+            if is_ram(gpa) == 0:
+                return 14
+            slot = st.ram + (gpa & ~7)
+            whole = ld64(slot)
+            entry = whole
+            if st.cr4 & PAE == 0:
+                entry = (whole >> part) & 0xFFFFFFFF
+            if entry & P == 0:
+                return 14
+            rights = rights & entry
+            if st.cr4 & PAE:
+                nx = nx | entry
+                if entry & (RESERVED | 0x7FF0000000000000):
+                    bad = 1
+            if shift == 12:
+                break
+            if entry & PS and st.cr4 & (PAE | PSE):
+                break
+            if entry & ACCESSED == 0 and bad == 0:
+                cas64(slot, whole, whole | (ACCESSED << part))
+            table = entry & FRAME
+            shift = 12
+        size = 1 << shift
+        frame = entry & FRAME
+        if shift != 12:
+            flags = 2
+            if st.cr4 & PAE:
+                if frame & (size - 1) & ~0x1000:
+                    bad = 1
+            else:  # PSE-36: bits 39 to 32 of the address stand in bits 20 to 13
+                flags = 6  # INVLPG finds pages of 2 MiB and of more than that
+                if entry & 0x200000:
+                    bad = 1
+                frame = frame | (((entry >> 13) & 0xFF) << 32)
+        if nx >> 63 and st.efer & NXE == 0:
+            bad = 1
+        if bad:
+            st.w_error = error | PF_P | PF_RSVD
+            return 14
+        st.w_error = error | PF_P
+        if refused(rights, access, array) or (access & FETCH and nx >> 63):
+            return 14
+        wanted = entry | ACCESSED
+        if access & WRITE:
+            wanted = wanted | DIRTY
+        if wanted == entry or cas64(slot, whole, whole | (wanted << part)):
+            break
+        st.w_error = error
+    if entry & GLOBAL and st.cr4 & PGE:
+        flags = flags | 1
+    st.w_pa = (frame & (0 - size)) | (va & (size - 1))
     st.w_flags = flags
     return 0
 
@@ -1042,7 +1137,8 @@ def down_elements(va: int, shift: int, most: int) -> int:
 
 
 ROUTINES = [
-    walk, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault, fill, to_python,
+    walk, refused, walk_legacy, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault,
+    fill, to_python,
     fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, lookup, link, load_cr3,
     descriptor_at, interrupt_return, system_call, system_return, operand,
     interrupted, rep_store, mask_at_host, rep_move, rep_down,

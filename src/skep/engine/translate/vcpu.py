@@ -31,6 +31,7 @@ from skep.engine.translate.layout import (
     JC_ARRAY,
     JC_SETS,
     OFFSETS,
+    PDPTE,
     XSAVE_AREA,
     Kind,
     Mode,
@@ -216,6 +217,10 @@ class TranslateVcpu(Alone):
         if self._fresh:
             self._fresh = False
             self._flush(1)
+            st = self.st
+            if st.cr0 & Cr0.PG and st.cr4 & Cr4.PAE and not st.efer & Efer.LMA:
+                entries = self.read_physical(st.cr3 & 0xFFFFFFE0, 32)
+                st.bytes[PDPTE : PDPTE + 32] = entries  # no state of the architecture: taken from memory anew
             self.state_changed()
 
     def _service(self) -> bool:
