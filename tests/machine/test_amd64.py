@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from skep.boot.linux import ZERO_PAGE, RangeType
+from skep.boot.e820 import RangeType
+from skep.boot.linux import ZERO_PAGE
 from skep.chardev.null import Null
 from skep.config import Tree, check_settings
 from skep.devices.virtio.pci import VirtioPci

@@ -11,6 +11,63 @@ from skep.memory import GuestMemory
 _CHUNK = 1 << 20
 
 
+class BootFiles:
+    """What every protocol starts from: a kernel, perhaps an initrd, a command line."""
+
+    def __init__(self, kernel: str | Path, initrd: str | Path | None = None, cmdline: str = "") -> None:
+        """Raises UserError for what cannot be read, is empty, or is no text."""
+        self.cmdline = _encoded(cmdline)
+        self.kernel = BootFile(kernel, "kernel")
+        try:
+            self.initrd = BootFile(initrd, "initrd") if initrd is not None else None
+        except BaseException:
+            self.kernel.close()
+            raise
+
+    def check_cmdline(self, longest: int) -> None:
+        """The command line may have ``longest`` bytes."""
+        if len(self.cmdline) > longest:
+            what = f"the kernel's command line has {len(self.cmdline)} bytes, this kernel takes {longest}"
+            raise UserError(what, "boot.cmdline")
+
+    def load_initrd(self, memory: GuestMemory, above: int, limit: int) -> int:
+        """Put the initrd, if there is one, out of the kernel's way: as high below ``limit`` as low RAM allows, and not
+        below ``above``. Gives its address, 0 without one."""
+        if self.initrd is None:
+            return 0
+        start = (min(memory.low_size, limit) - self.initrd.size) & ~0xFFF
+        if start < above:
+            mib = (self.initrd.size + 0xFFFFF) >> 20
+            what = f"the initrd has {mib} MiB and does not fit into {memory.size >> 20} MiB of memory"
+            raise UserError(what, self.initrd.path, "give the guest more with --memory")
+        self.initrd.load(memory, start, 0, self.initrd.size)
+        return start
+
+    @property
+    def initrd_size(self) -> int:
+        return self.initrd.size if self.initrd is not None else 0
+
+    def no_room(self, memory: GuestMemory, end: int) -> UserError:
+        """The kernel ends at ``end``, which is more than there is."""
+        what = f"the kernel needs {(end + 0xFFFFF) >> 20} MiB of memory, the guest has {memory.size >> 20}"
+        return UserError(what, self.kernel.path, "give it more with --memory")
+
+    def close(self) -> None:
+        self.kernel.close()
+        if self.initrd is not None:
+            self.initrd.close()
+
+
+def _encoded(cmdline: str) -> bytes:
+    try:
+        line = cmdline.encode()
+    except UnicodeEncodeError:
+        raise UserError("the kernel's command line is not text", "boot.cmdline") from None
+    if b"\0" in line:
+        raise UserError("the kernel's command line contains a NUL", "boot.cmdline")
+    return line
+
+
 class BootFile:
     """A copy of a file, in a file without a name that ends with us.
 
@@ -64,9 +121,9 @@ class BootFile:
         finally:
             os.close(old)
 
-    def read(self, n: int) -> bytes:
-        """Its first n bytes, or all of it."""
-        return os.pread(self._fd, n, 0)
+    def read(self, n: int, start: int = 0) -> bytes:
+        """n bytes from ``start``, or as many as there are."""
+        return os.pread(self._fd, n, start)
 
     def load(self, memory: GuestMemory, gpa: int, start: int, n: int) -> None:
         """Put n bytes from ``start``, or as many as there are, into guest memory at ``gpa``."""

@@ -6,13 +6,12 @@ RSI pointing at the zero page. Its decompressor does the rest, KASLR included. F
 
 from __future__ import annotations
 
-import enum
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from skep.boot.files import BootFile
+from skep.boot.e820 import E820
+from skep.boot.files import BootFiles
 from skep.engine.amd64.registers import Attr, CpuState, Cr0, Cr4, Efer, Pte, Rflags, Segment
 from skep.errors import UserError
 from skep.memory import GuestMemory
@@ -36,23 +35,6 @@ _LOADER_UNDEFINED = 0xFF
 _ENTRY_64 = 0x200
 
 
-class RangeType(enum.IntEnum):
-    """What a range of guest-physical addresses is, by the numbers of INT 15h, AX=E820h (ACPI 6.5, table 15.3)."""
-
-    RAM = 1
-    RESERVED = 2
-    ACPI = 3
-    """Tables; RAM once the guest has read them."""
-
-
-class E820(NamedTuple):
-    """A range of guest-physical addresses, and what the guest may do with it."""
-
-    start: int
-    size: int
-    type: RangeType
-
-
 class Header(NamedTuple):
     """The fields of the setup header that we read."""
 
@@ -67,70 +49,35 @@ class Header(NamedTuple):
 
 
 class LinuxImage:
-    """The files of one boot, read once and checked; :meth:`load` may be called for each reset."""
+    """Implements :class:`skep.boot.image.BootImage`."""
 
-    def __init__(self, kernel: str | Path, initrd: str | Path | None = None, cmdline: str = "") -> None:
-        self._kernel = BootFile(kernel, "kernel")
-        self._initrd: BootFile | None = None
-        try:
-            self.header = parse_header(self._kernel.read(_HEADER_MAX), self._kernel.size, kernel)
-            if initrd is not None:
-                self._initrd = BootFile(initrd, "initrd")
-            self.cmdline = self._encoded(cmdline)
-        except BaseException:
-            self.close()
-            raise
-
-    def _encoded(self, cmdline: str) -> bytes:
-        try:
-            line = cmdline.encode()
-        except UnicodeEncodeError:
-            raise UserError("the kernel's command line is not text", "boot.cmdline") from None
-        if b"\0" in line:
-            raise UserError("the kernel's command line contains a NUL", "boot.cmdline")
-        longest = min(self.header.cmdline_size or 255, CMDLINE_MAX - 1)
-        if len(line) > longest:
-            what = f"the kernel's command line has {len(line)} bytes, this kernel takes {longest}"
-            raise UserError(what, "boot.cmdline")
-        return line
+    def __init__(self, files: BootFiles) -> None:
+        """``files`` are closed with the image. Raises UserError where the kernel is none, or takes no such command
+        line."""
+        self._files = files
+        self.header = parse_header(files.kernel.read(_HEADER_MAX), files.kernel.size, files.kernel.path)
+        files.check_cmdline(min(self.header.cmdline_size or 255, CMDLINE_MAX - 1))
 
     def load(self, memory: GuestMemory, e820: Sequence[E820], rsdp: int) -> CpuState:
-        """Put everything into RAM and say how the first CPU starts."""
-        header = self.header
+        header, files = self.header, self._files
         load = header.pref_address
         end = load + header.init_size
         if end > memory.low_size:
-            what = f"the kernel needs {(end + 0xFFFFF) >> 20} MiB of memory, the guest has {memory.size >> 20}"
-            raise UserError(what, self._kernel.path, "give it more with --memory")
-        self._kernel.load(memory, load, (header.setup_sects + 1) * 512, header.syssize * 16)
-        initrd = self._place_initrd(memory, end)
-        memory.write(CMDLINE, self.cmdline + b"\0")
+            raise files.no_room(memory, end)
+        files.kernel.load(memory, load, (header.setup_sects + 1) * 512, header.syssize * 16)
+        initrd = files.load_initrd(memory, end, header.initrd_addr_max + 1)
+        memory.write(CMDLINE, files.cmdline + b"\0")
         memory.write(ZERO_PAGE, self._zero_page(initrd, e820, rsdp))
         memory.write(GDT, _gdt())
         memory.write(PAGE_TABLES, _identity_map())
         return _entry_state(load + _ENTRY_64)
-
-    def _place_initrd(self, memory: GuestMemory, above: int) -> int:
-        """As high as the kernel allows, so that it is out of the decompressor's way."""
-        initrd = self._initrd
-        if initrd is None:
-            return 0
-        top = min(memory.low_size, self.header.initrd_addr_max + 1)
-        start = (top - initrd.size) & ~0xFFF
-        if start < above:
-            mib = (initrd.size + 0xFFFFF) >> 20
-            what = f"the initrd has {mib} MiB and does not fit into {memory.size >> 20} MiB of memory"
-            raise UserError(what, initrd.path, "give the guest more with --memory")
-        initrd.load(memory, start, 0, initrd.size)
-        return start
 
     def _zero_page(self, initrd: int, e820: Sequence[E820], rsdp: int) -> bytes:
         page = bytearray(4096)
         page[_HEADER : _HEADER + len(self.header.raw)] = self.header.raw
         struct.pack_into("<Q", page, 0x070, rsdp)  # acpi_rsdp_addr
         page[0x210] = _LOADER_UNDEFINED  # type_of_loader
-        size = 0 if self._initrd is None else self._initrd.size
-        struct.pack_into("<II", page, 0x218, initrd, size)  # ramdisk_image, ramdisk_size
+        struct.pack_into("<II", page, 0x218, initrd, self._files.initrd_size)  # ramdisk_image, ramdisk_size
         struct.pack_into("<I", page, 0x228, CMDLINE)  # cmd_line_ptr
         page[0x1E8] = len(e820)  # e820_entries
         for i, entry in enumerate(e820):
@@ -138,9 +85,7 @@ class LinuxImage:
         return bytes(page)
 
     def close(self) -> None:
-        self._kernel.close()
-        if self._initrd is not None:
-            self._initrd.close()
+        self._files.close()
 
 
 def parse_header(image: bytes, size: int, where: object) -> Header:

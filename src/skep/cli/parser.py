@@ -69,7 +69,7 @@ def _add_run(commands: Any) -> None:
         run.add_argument(*names, action=_Later, write=write, **rest)
 
     add("name", nargs="?", metavar="NAME", write=_leaf("name"), help="what to call it")
-    add("--kernel", metavar="FILE", write=_file("boot.kernel"), help="the Linux kernel to boot, a bzImage")
+    add("--kernel", metavar="FILE", write=_file("boot.kernel"), help="the kernel: a Linux bzImage, or a vmlinux (PVH)")
     add("--initrd", metavar="FILE", write=_file("boot.initrd"), help="the initramfs that goes with it")
     add("--cmdline", metavar="TEXT", write=_leaf("boot.cmdline"), help=f"its command line ({DEFAULT_CMDLINE})")
     add("-c", "--cpus", metavar="N", write=_leaf("cpus"), help="virtual CPUs (1)")

@@ -43,7 +43,9 @@ class Settings:
         key="cpu.model",
         doc="baseline (x86-64-v2, the same on every host) or host (all that this host has)",
     )
-    boot_kernel: str | None = option(values.text, None, key="boot.kernel", doc="the Linux kernel to boot, a bzImage")
+    boot_kernel: str | None = option(
+        values.text, None, key="boot.kernel", doc="the kernel to boot: a Linux bzImage, or an ELF vmlinux (PVH)"
+    )
     boot_initrd: str | None = option(values.text, None, key="boot.initrd", doc="the initramfs that goes with it")
     boot_cmdline: str = option(values.any_text, "", key="boot.cmdline", doc="the kernel's command line")
     no_reboot: bool = option(values.boolean, False, doc="a reboot of the guest ends the VM")

@@ -3,7 +3,7 @@
 Guest-physical addresses:
 
 =====================  ==========================================================================
-0-0x9fbff              RAM; the boot loader's parts (:mod:`skep.boot.linux`) lie here
+0-0x9fbff              RAM; the boot loader's parts (:mod:`skep.boot`) lie here
 0x9fc00-0xdffff        RAM, told to nobody: where a PC has its EBDA, VGA and option ROMs
 0xe0000-0xfffff        ACPI tables
 0x100000-3 GiB         RAM
@@ -31,7 +31,8 @@ from dataclasses import dataclass
 
 from skep.block.image import open_image
 from skep.block.options import BlockOptions
-from skep.boot.linux import E820, LinuxImage, RangeType
+from skep.boot.e820 import E820, RangeType
+from skep.boot.image import open_image as open_boot_image
 from skep.bus import Bus
 from skep.bus.pci import FUNCTIONS, SLOTS, HostBridge, PciBus, PciFunction, intx_gsi
 from skep.clock import GuestClock
@@ -89,7 +90,7 @@ class Amd64Board:
         options = view(tree.node("lpc"), LpcOptions)
         if settings.boot_kernel is None:
             raise UserError("there is nothing to boot", "boot.kernel", "name a Linux kernel, with --kernel")
-        self._image = LinuxImage(settings.boot_kernel, settings.boot_initrd, settings.boot_cmdline)
+        self._image = open_boot_image(settings.boot_kernel, settings.boot_initrd, settings.boot_cmdline)
         self.cpus = settings.cpus
         self.memory = memory
         self.lock = Lock("board", Order.BOARD)

@@ -1,0 +1,39 @@
+"""What a board wants of a boot protocol, and which one a kernel's file asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from skep.boot import elf
+from skep.boot.e820 import E820
+from skep.boot.files import BootFiles
+from skep.boot.linux import LinuxImage
+from skep.boot.pvh import PvhImage
+from skep.engine.amd64.registers import CpuState
+from skep.memory import GuestMemory
+
+
+class BootImage(Protocol):
+    """The files of one boot, read once and checked."""
+
+    def load(self, memory: GuestMemory, e820: Sequence[E820], rsdp: int) -> CpuState:
+        """Put everything into cleared RAM and say how the first CPU starts; for each reset anew.
+
+        ``rsdp`` is where the ACPI tables begin, 0 without them. Raises UserError where memory is too small.
+        """
+
+    def close(self) -> None: ...
+
+
+def open_image(kernel: str | Path, initrd: str | Path | None = None, cmdline: str = "") -> BootImage:
+    """By its content: an ELF file has a PVH entry, anything else has to be a Linux bzImage. Raises UserError."""
+    files = BootFiles(kernel, initrd, cmdline)
+    try:
+        if files.kernel.read(len(elf.MAGIC)) == elf.MAGIC:
+            return PvhImage(files)
+        return LinuxImage(files)
+    except BaseException:
+        files.close()
+        raise
