@@ -110,7 +110,7 @@ class Access:
     def second_page(self, va: int) -> int:
         """Physical address of the page behind the one that ``va`` is on."""
         st = self.st
-        mask = 0xFFFFFFFF if st.mode & Mode.CODE32 else _M64
+        mask = 0xFFFFFFFF if st.mode & Mode.NARROW else _M64
         pa = self.code_address((va & ~4095) + 4096 & mask)
         if pa is None:
             raise Unsupported(f"an instruction at {va:#x} continues outside RAM")

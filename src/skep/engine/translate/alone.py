@@ -141,7 +141,7 @@ class Alone(Access, ABC):
                 for number, (va, size) in pending.items():
                     at = BOUNCE + number * BOUNCE_SIZE + buffers[number]
                     self.write(va, bytes(st.bytes[at : at + size]))
-                if st.mode & Mode.CODE32:
+                if st.mode & Mode.NARROW:
                     st.rip &= 0xFFFFFFFF
                 return False
             if kind == Kind.PORT:

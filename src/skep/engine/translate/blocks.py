@@ -25,7 +25,7 @@ from skep.engine.translate.codemap import CodeMap
 from skep.engine.translate.compiler import CompiledUnit, compile_functions
 from skep.engine.translate.drafting import Drafting
 from skep.engine.translate.emission import Emission
-from skep.engine.translate.layout import HASH_BITS, HASH_ENTRY
+from skep.engine.translate.layout import HASH_BITS, HASH_ENTRY, Mode
 from skep.engine.translate.runtime import ROUTINES
 from skep.engine.translate.stubs import Stubs
 from skep.memory import GuestMemory
@@ -75,7 +75,7 @@ class Block:
 
     @property
     def mode(self) -> int:
-        return self.key & 4095
+        return self.key & Mode.ALL
 
 
 class Cache:
@@ -143,7 +143,7 @@ class Cache:
         self.pos = end + 15 & ~15
         if start >> 20 != self.pos >> 20:
             self.buffer.relax()
-        block = Block(pa << 12 | mode, pa, draft.size, draft.pa2, start, start + entry, end, live, marks)
+        block = Block(pa << Mode.BITS | mode, pa, draft.size, draft.pa2, start, start + entry, end, live, marks)
         self._register(block)
         self.instructions += len(draft.items)
         return block

@@ -5,6 +5,7 @@ from __future__ import annotations
 from iced_x86 import Decoder, Instruction
 
 from skep.engine.translate.forms import Form, Open, Template
+from skep.engine.translate.layout import Mode
 from skep.engine.translate.lower import Lowering
 
 MAX_FORMS = 1 << 17
@@ -47,7 +48,7 @@ class Catalog:
         name = (bytes(shape), open_)
         form = shapes.get(name)
         if form is None:
-            general = (name, lowering.mode & 15)
+            general = (name, lowering.mode & Mode.SHAPE)
             form = self._general.get(general)
             if form is None:
                 form = lowering.form(ins, relative)
@@ -62,7 +63,7 @@ class Catalog:
     def template(
         self, form: Form, lowering: Lowering, data: bytes, index: int, at: int, n: int, live: bool
     ) -> Template:
-        decoder = Decoder(64 if lowering.wide else 32, data[index : index + n], ip=at)
+        decoder = Decoder(lowering.bits, data[index : index + n], ip=at)
         ins = decoder.decode()
         if form.emulate:
             t = lowering.emulated_template

@@ -9,6 +9,7 @@ from iced_x86 import Decoder, DecoderError, Instruction, OpKind
 
 from skep.engine.translate.catalog import Catalog
 from skep.engine.translate.forms import ALL_FLAGS, Ends, Form
+from skep.engine.translate.layout import Mode
 from skep.engine.translate.lower import Lowering
 from skep.memory import GuestMemory
 
@@ -88,7 +89,7 @@ class Drafting:
 
     def live_at(self, page: int, offset: int, mode: int) -> int:
         """The flags that code at ``offset`` of the page reads before it writes them, as far as a short look tells."""
-        key = (page | offset) << 12 | mode
+        key = (page | offset) << Mode.BITS | mode
         block = self._known.get(key)
         if block is not None:
             return block.live
@@ -98,7 +99,7 @@ class Drafting:
         lowering, forms = self._catalog.mode(mode)
         pa = page | offset
         data = bytes(self._memory.view(pa, min(4096 - offset, 20)))
-        decoder = Decoder(64 if lowering.wide else 32, data, ip=offset)
+        decoder = Decoder(lowering.bits, data, ip=offset)
         ins = self._ins
         shape = self._catalog.shape
         need = 0
@@ -141,7 +142,7 @@ class Drafting:
         room = 4096 - offset
         data = bytes(self._memory.view(pa, room if room < MAX_BYTES else MAX_BYTES))
         lowering, forms = self._catalog.mode(mode)
-        bits = 64 if lowering.wide else 32
+        bits = lowering.bits
         decoder = Decoder(bits, data, ip=offset)
         decode = decoder.decode_out
         ins = self._ins
@@ -209,7 +210,7 @@ class Drafting:
                 if ends == _JCC and branches < MAX_BRANCHES and not shadow:
                     branches += 1
                     ends = _NO
-                    if (pa + at) << 12 | mode in known:
+                    if (pa + at) << Mode.BITS | mode in known:
                         break
                 elif ends == _SHADOW:
                     if at + 15 > room or shadow:

@@ -102,7 +102,7 @@ class Emission:
         far: list[tuple[int, int]] = []  # (position of a displacement, target)
         marks = array("H")
         mark = marks.append
-        own = pa << 12 | mode
+        own = pa << Mode.BITS | mode
         shadow = draft.shadow
         if draft.pa2 is not None:
             self._span(out, mode, offset, draft.pa2)
@@ -111,7 +111,7 @@ class Emission:
             """A jump within the page whose displacement may be patched: it is aligned."""
             extend(_NOPS[-(len(out) + len(prefix)) & 3])
             extend(prefix)
-            key = (page | target) << 12 | mode_
+            key = (page | target) << Mode.BITS | mode_
             known = blocks.get(key)
             here = len(out)
             extend(b"\0\0\0\0")
@@ -223,7 +223,7 @@ class Emission:
 
     def _prologue(self, mode: int, live: bool) -> tuple[bytes, int, int, int]:
         """The checked entry, and where it wants the displacements of `second`, `brk` and the block's negated offset."""
-        known = self._prologues.get((mode & 15, live))
+        known = self._prologues.get((mode & Mode.SHAPE, live))
         if known is not None:
             return known
         a = Assembler()
@@ -254,13 +254,13 @@ class Emission:
             a.raw(b"\x0f\x85")
             brk = len(a)
             a.raw(bytes(4))
-        if mode & (Mode.CODE32 | Mode.CODE16):
+        if mode & Mode.NARROW:
             a.mov(R10, R10, size=32)
         a.raw(b"\x4d\x8d\x92")  # lea r10, [r10 + disp32]
         page = len(a)
         a.raw(bytes(4))
         a.mov(state("page"), R10)
-        known = self._prologues[mode & 15, live] = (a.code(0), second, brk, page)
+        known = self._prologues[mode & Mode.SHAPE, live] = (a.code(0), second, brk, page)
         return known
 
     def _span(self, out: bytearray, mode: int, offset: int, pa2: int) -> None:
@@ -270,7 +270,7 @@ class Emission:
         base = TLB + (mode & 3) * TLB_ARRAY
         save_flags(a)
         a.mov(R10, state("page"))
-        a.lea(R10, Mem(R10, disp=4096), size=32 if mode & (Mode.CODE32 | Mode.CODE16) else 64)
+        a.lea(R10, Mem(R10, disp=4096), size=32 if mode & Mode.NARROW else 64)
         a.mov(R11, R10, size=32)
         a.shr(R11, 7, size=32)
         a.and_(R11, TLB_MASK, size=32)
@@ -294,7 +294,7 @@ class Emission:
         """Code that runs the one instruction in ``data`` (at ``offset`` of its page), with its operands in bounce
         buffers, and leaves by done_exit; it may lie anywhere."""
         lowering, _ = self._catalog.mode(mode)
-        ins = Decoder(64 if lowering.wide else 32, data, ip=offset).decode()
+        ins = Decoder(lowering.bits, data, ip=offset).decode()
         form = lowering.form(ins, False)
         t = lowering.template(ins, data[: ins.len], True, bounce)
         out = bytearray()

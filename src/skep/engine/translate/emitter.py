@@ -49,7 +49,6 @@ from skep.engine.translate.forms import (
     READ_WRITE,
     REGISTERS_64,
     SSE,
-    TAG32,
     TLB_MASK,
     UNALIGNED,
     VEX_ALIGNED,
@@ -84,7 +83,8 @@ class Emitter:
         self.mode = mode
         self.array = mode & 3
         self.user = bool(mode & Mode.USER)
-        self.wide = not mode & (Mode.CODE32 | Mode.CODE16)
+        self.bits = 32 if mode & Mode.CODE32 else 16 if mode & Mode.CODE16 else 64
+        self.wide = self.bits == 64
         self.legality = mode >> Mode.CLASS_SHIFT
         self.info = InstructionInfoFactory()
         self.encoder = Encoder(64)
@@ -132,7 +132,7 @@ class Emitter:
             a.jmp(state("done_exit"))
             return
         if not self.wide:
-            a.mov(R11, TAG32)
+            a.mov(R11, (self.mode & Mode.TAGGED) << Mode.TAG_SHIFT)
             a.lea(R10, Mem(R10, R11))
         jump_set(a)
         a.jmp(Mem(R11, disp=JC + self.array * JC_ARRAY + 8, gs=True))

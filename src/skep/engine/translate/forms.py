@@ -32,8 +32,6 @@ ALL_FLAGS: int = RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF |
 READ, WRITE, READ_WRITE = 0, 1, 2
 HOLE_IP, HOLE_NEXT, HOLE_TARGET = 0, 1, 2
 """What a hole is filled with: the instruction's offset in its page, the next one's, its RIP-relative operand's."""
-TAG32 = 1 << 62
-"""In jump-cache tags of 32-bit code."""
 
 
 class Ends:

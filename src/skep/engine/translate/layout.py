@@ -108,13 +108,22 @@ EMPTY_JC = 1 << 63 | 1  # the negative of no guest address
 
 
 class Mode:
-    """Bits of the ``mode`` field; the number above them names a set of CR0/CR4/XCR0 bits that change legality."""
+    """Bits of the ``mode`` field: how code is read and what surrounds it. Code of different modes is translated apart.
+
+    The number above them, from CLASS_SHIFT on, names a set of CR0/CR4/XCR0 bits that change legality.
+    """
 
     USER = 1
     AC = 2  # supervisor with RFLAGS.AC, which is all that SMAP looks at
     CODE32 = 4
     CODE16 = 8
-    CLASS_SHIFT = 4
+    NARROW = CODE32 | CODE16
+    SHAPE = 0xFF
+    CLASS_SHIFT = 8
+    BITS = 16  # a block's key is its physical address above its mode
+    ALL = (1 << BITS) - 1
+    TAGGED = 0xFC  # what jump-cache tags tell apart; USER and AC have arrays of their own
+    TAG_SHIFT = 56
 
 
 class Kind:

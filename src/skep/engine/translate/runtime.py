@@ -646,7 +646,7 @@ def deliver(vector: int, error: int, has_error: int, rip: int) -> int:
 
 def set_mode() -> int:
     """The mode of 64-bit code at ``st.cpl``; the legality class stays."""
-    mode = st.mode & ~15
+    mode = st.mode & ~Mode.SHAPE
     if st.cpl:
         mode = mode | Mode.USER
     elif st.sysfl & AC:
@@ -662,7 +662,7 @@ def jump_set(va: int) -> int:
 
 
 def find(key: int) -> int:
-    """The block table's entry for a key (physical address << 12 | mode), or 0."""
+    """The block table's entry for a key (physical address << Mode.BITS | mode), or 0."""
     number = (key * 0x9E3779B97F4A7C15) >> (64 - HASH_BITS)
     while True:
         entry = st.hash + number * HASH_ENTRY
@@ -711,9 +711,7 @@ def lookup(va: int) -> int:
     """Where the guest goes on at ``va`` in this mode: a checked entry, with ``st.tag`` and ``st.set``; or 0, JUMP."""
     me = st.self_
     mode = st.mode
-    tag = va
-    if mode & Mode.CODE32:
-        tag = va | (1 << 62)
+    tag = va + ((mode & Mode.TAGGED) << Mode.TAG_SHIFT)
     array = JC + (mode & 3) * JC_ARRAY
     offset = jump_set(va) * JC_SET
     jc = me + array + offset
@@ -727,7 +725,7 @@ def lookup(va: int) -> int:
     st.n_miss = st.n_miss + 1
     failed = fetch_page(va)
     if failed == 0:
-        entry = find((st.w_pa << 12) | mode)
+        entry = find((st.w_pa << Mode.BITS) | mode)
         if entry:
             if st.w_flags & 1 == 0:
                 count = st.jl_count
@@ -763,8 +761,8 @@ def link(key: int, site: int) -> int:
     if entry == 0:
         st.kind = Kind.JUMP
         st.site = site
-        st.mode = key & 4095
-        st.rip = st.page + ((key >> 12) & 4095)
+        st.mode = key & Mode.ALL
+        st.rip = st.page + ((key >> Mode.BITS) & 4095)
         return 0
     st.n_link = st.n_link + 1
     target = ld64(entry + 16)

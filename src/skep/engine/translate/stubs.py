@@ -265,7 +265,7 @@ class Stubs:
         self._save(a)
         wide = a.label()
         a.mov(RDI, R10)
-        a.test(field("mode"), Mode.CODE32, size=8)
+        a.test(field("mode"), Mode.NARROW, size=8)
         a.jcc(Cond.E, wide)
         a.mov(RDI, RDI, size=32)
         a.bind(wide)

@@ -176,7 +176,7 @@ class TranslateVcpu(Alone):
                 elif kind == Kind.MEM:
                     self._finish_access()
                 elif kind == Kind.BREAK:
-                    if st.mode & Mode.CODE32:
+                    if st.mode & Mode.NARROW:
                         st.rip &= 0xFFFFFFFF
                 elif kind == Kind.EXCEPTION:
                     raise GuestFault(Vector.PF, st.w_error, st.va)
@@ -290,7 +290,7 @@ class TranslateVcpu(Alone):
         if pa is None:
             return 0
         mode = st.mode
-        key = pa << 12 | mode
+        key = pa << Mode.BITS | mode
         block = cache.blocks.get(key)
         if block is not None and block.pa2 is not None and block.pa2 != self.second_page(va):
             cache.kill(block)
@@ -316,7 +316,7 @@ class TranslateVcpu(Alone):
         st = self.st
         with self._gate:
             pa = self.code_address(st.rip)
-            block = None if pa is None else self.cache.blocks.get(pa << 12 | st.mode)
+            block = None if pa is None else self.cache.blocks.get(pa << Mode.BITS | st.mode)
             if block is not None and block.pa2 != self.second_page(st.rip):
                 self.cache.kill(block)
 
