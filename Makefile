@@ -9,7 +9,7 @@ PYTHON ?= python3
 MEMORY ?= 512M
 
 RUN_PACKAGES := python3 python3-venv
-TEST_PACKAGES := $(RUN_PACKAGES) acpica-tools cpio e2fsprogs qemu-user qemu-utils
+TEST_PACKAGES := $(RUN_PACKAGES) acpica-tools cpio e2fsprogs qemu-user qemu-utils sqlite3
 BENCH_PACKAGES := $(RUN_PACKAGES) qemu-system-x86
 
 BIN := .venv/bin

@@ -108,46 +108,6 @@ def test_what_a_guest_copied_is_on_the_disk(guest: Guest, tmp_path: Path) -> Non
     assert run("sha256sum", str(tmp_path / "file")).split()[0] == digest
 
 
-def test_everything_synced_survives_100_power_cuts(guest: Guest, disks: tuple[Path, Path], tmp_path: Path) -> None:
-    paths = [tmp_path / "files.log", tmp_path / "raw.log"]
-    bases = [disk.read_bytes() for disk in disks]
-    with skep.Vm(
-        kernel=guest.kernel,
-        initrd=guest.initrd,
-        memory="512M",
-        cmdline=command_line(records(0, 60)),
-        disks=[f"{disk},record={log}" for disk, log in zip(disks, paths, strict=True)],
-    ) as vm:
-        logs = [os.open(path, os.O_WRONLY | os.O_APPEND) for path in paths]
-        vm.start()
-        while (said := vm.console.expect(r"(SYNCED|EXIT) (\d+)", timeout=BOOT))[1] == "SYNCED":
-            for log in logs:
-                mark(log, said[2].encode())
-        assert said[2] == "0"
-        vm.wait(timeout=60)
-        for log in logs:
-            os.close(log)
-    entries = [read_log(str(path)) for path in paths]
-    assert sum(entry.kind is Kind.FLUSH for entry in entries[0]) >= 60
-    rng = random.Random(42)
-    for cut in range(CUTS):
-        # The power goes for both disks at once: behind the same mark of both, and anywhere before the next.
-        synced = rng.randint(0, 60)
-        survivors = rng if cut % 2 else None
-        for disk, base, logged in zip(disks, bases, entries, strict=True):
-            disk.write_bytes(base)
-            with disk.open("r+b") as file:
-                replay(logged[: rng.randint(*between_marks(logged, synced))], file.fileno(), survivors)
-        check_records(*disks, synced)
-    # And it would be noticed: on a disk whose flushes do nothing, the last records are not there.
-    for disk, base, logged in zip(disks, bases, entries, strict=True):
-        disk.write_bytes(base)
-        with disk.open("r+b") as file:
-            replay([entry for entry in logged if entry.kind is not Kind.FLUSH], file.fileno())
-    with pytest.raises((AssertionError, FileNotFoundError)):
-        check_records(*disks, 60)
-
-
 def losses(entries: list[Entry], lucky: bool) -> int:
     """How many of 100 cuts lose a record that its writer knew to be synced."""
     rng = random.Random(7)
@@ -189,12 +149,6 @@ def test_what_several_writers_synced_survives_100_power_cuts(guest: Guest, tmp_p
     # And it would be noticed: a disk whose flushes cover one write less loses something.
     lying = [Entry(e.kind, e.offset - 1, e.data) if e.kind is Kind.FLUSH else e for e in entries]
     assert losses(lying, lucky=False) > CUTS // 10
-
-
-def between_marks(log: list[Entry], synced: int) -> tuple[int, int]:
-    """How many entries, at least and at most, are there when ``synced`` records were synced, and not the next."""
-    at = [0, *(i + 1 for i, entry in enumerate(log) if entry.kind is Kind.MARK)]
-    return at[synced], at[synced + 1] - 1 if synced + 1 < len(at) else len(log)
 
 
 @pytest.mark.parametrize("kills", KILLS)

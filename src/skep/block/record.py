@@ -104,28 +104,83 @@ def read_log(path: str) -> list[Entry]:
     return entries
 
 
+class Replay:
+    """What a loss of power would leave, at one point of a log after another.
+
+    ``image`` is a descriptor of the disk as it was at the log's start. :meth:`advance` makes it what is certainly left
+    at a later point; :meth:`survivors` is what may be left besides.
+    """
+
+    def __init__(self, entries: Sequence[Entry], image: int) -> None:
+        self._entries = entries
+        self._image = image
+        self._at = 0
+        self._uncertain: list[Entry] = []
+        """The writes up to here that no flush covers."""
+        self._durable = 0
+        """How many writes came before those."""
+
+    def advance(self, to: int) -> None:
+        """The power goes after the first ``to`` entries, which are no fewer than last time."""
+        for entry in self._entries[self._at : to]:
+            if entry.kind is Kind.WRITE:
+                self._uncertain.append(entry)
+            elif entry.kind is Kind.FLUSH:
+                covered = max(0, entry.offset - self._durable)
+                for write in self._uncertain[:covered]:
+                    os.pwrite(self._image, write.data, write.offset)
+                del self._uncertain[:covered]
+                self._durable += covered
+        self._at = to
+
+    def survivors(self, rng: random.Random, sector: int = SECTOR) -> list[tuple[int, bytes]]:
+        """Pieces, as (offset, data), that a disk may have written besides, in the order in which it did. Each
+        ``sector`` bytes of a write are written whole or not at all.
+
+        A disk may keep any sectors of the writes that no flush covers, and write them in any order, an older one over
+        a newer one too. Sectors drawn one by one would hardly ever leave a large write whole beside another that is
+        missing, and that is what journals fear; so sometimes whole writes are drawn, and all but one, and those up to
+        some moment, the last of them torn.
+        """
+        writes = [(entry.offset, entry.data) for entry in self._uncertain]
+        match rng.randrange(4):
+            case 0:
+                sectors = _sectors(writes, sector)
+                rng.shuffle(sectors)
+                return _some(sectors, rng)
+            case 1:
+                rng.shuffle(writes)
+                return _some(writes, rng)
+            case 2:
+                pieces = _sectors(writes, sector) if rng.random() < 0.5 else writes
+                if pieces:
+                    del pieces[rng.randrange(len(pieces))]
+                return pieces
+            case _:
+                kept = writes[: rng.randint(0, len(writes))]
+                return kept[:-1] + _some(_sectors(kept[-1:], sector), rng)
+
+
 def replay(entries: Sequence[Entry], image: int, survivors: random.Random | None = None) -> None:
     """Write to the descriptor ``image``, which holds the disk as it was at the log's start, what is left of it when the
     power goes after the last of ``entries``: a slice from the beginning of a log.
 
-    Of the writes that no flush covers nothing is left, or, with ``survivors``, any of their sectors, in any order.
+    Of the writes that no flush covers nothing is left, or, with ``survivors``, some (:meth:`Replay.survivors`).
     """
-    writes = [entry for entry in entries if entry.kind is Kind.WRITE]
-    durable = max((entry.offset for entry in entries if entry.kind is Kind.FLUSH), default=0)
-    for entry in writes[:durable]:
-        os.pwrite(image, entry.data, entry.offset)
-    if survivors is None:
-        return
-    sectors = [
-        (entry.offset + at, entry.data[at : at + SECTOR])
-        for entry in writes[durable:]
-        for at in range(0, len(entry.data), SECTOR)
-    ]
-    share = survivors.random()
-    survivors.shuffle(sectors)
-    for offset, sector in sectors:
-        if survivors.random() < share:
-            os.pwrite(image, sector, offset)
+    log = Replay(entries, image)
+    log.advance(len(entries))
+    if survivors is not None:
+        for offset, data in log.survivors(survivors):
+            os.pwrite(image, data, offset)
+
+
+def _sectors(writes: Sequence[tuple[int, bytes]], size: int) -> list[tuple[int, bytes]]:
+    return [(offset + at, data[at : at + size]) for offset, data in writes for at in range(0, len(data), size)]
+
+
+def _some(pieces: Sequence[tuple[int, bytes]], rng: random.Random) -> list[tuple[int, bytes]]:
+    share = rng.random()
+    return [piece for piece in pieces if rng.random() < share]
 
 
 def _append(log: int, kind: Kind, offset: int, data: bytes = b"") -> None:

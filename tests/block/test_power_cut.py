@@ -1,0 +1,91 @@
+"""The power goes under ext4 and sqlite3 in a Linux guest: their journals mend it, and what was promised is there."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from skep.block.record import Entry, Kind
+from skep.guest.debian import Guest
+from tests.block.powercut import Point, PowerCut, Session, record, run
+from tests.linux import Linux
+from tests.programs import add_programs
+
+
+def after_flushes(session: Session, count: int | None = None) -> list[Point]:
+    """Cuts at completed flushes, at all of them or at ``count`` spread evenly: the rest is lost."""
+    points = session.flushes
+    step = max(1, len(points) // count) if count else 1
+    return [(to, None) for to in points[::step]]
+
+
+def anywhere(session: Session, count: int, seed: int) -> list[Point]:
+    """Cuts at random points, where some of the rest survives."""
+    rng = random.Random(seed)
+    return [(rng.randint(0, len(session.entries)), rng.randrange(1 << 32)) for _ in range(count)]
+
+
+def lying(entries: Sequence[Entry]) -> list[Entry]:
+    """The same on a disk whose every flush forgets the last write."""
+    return [Entry(e.kind, max(0, e.offset - 1), e.data) if e.kind is Kind.FLUSH else e for e in entries]
+
+
+def test_nothing_is_lost_at_50_power_cuts(guest: Guest, tmp_path: Path) -> None:
+    session = record(guest, tmp_path, transactions=40, sector=512)
+    assert session.promised("commit", len(session.entries)) == 40
+    assert session.promised("files", len(session.entries)) > 20
+    points = after_flushes(session, 25)[:25] + anywhere(session, 25, seed=1)
+    assert PowerCut(session).losses(points) == []
+    # And it would be noticed.
+    assert len(PowerCut(session, lying(session.entries)).losses(points)) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sector", [512, 4096])
+@pytest.mark.parametrize("synchronous", ["FULL", "NORMAL"])
+def test_nothing_is_lost_at_any_flush_and_1000_points_between(
+    guest: Guest, tmp_path: Path, synchronous: str, sector: int
+) -> None:
+    session = record(guest, tmp_path, transactions=200, synchronous=synchronous, sector=sector)
+    assert PowerCut(session).losses(after_flushes(session)) == []
+    assert PowerCut(session).losses(anywhere(session, 1000, seed=2)) == []
+    assert len(PowerCut(session, lying(session.entries)).losses(anywhere(session, 100, seed=3))) > 2
+
+
+CACHES = {
+    "the guest switches it off": {"cache": "write through"},
+    "it starts switched off": {"disk": "wce=false"},
+    "and back on": {"disk": "wce=false", "cache": "write back"},
+    "O_DSYNC": {"disk": "direct"},
+    "O_DIRECT": {"disk": "nocache"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", CACHES.values(), ids=CACHES)
+def test_nothing_is_lost_whatever_the_write_cache(guest: Guest, tmp_path: Path, options: dict[str, str]) -> None:
+    session = record(guest, tmp_path, transactions=100, sector=512, **options)
+    assert PowerCut(session).losses(after_flushes(session, 300) + anywhere(session, 300, seed=4)) == []
+
+
+@pytest.mark.slow
+def test_linux_itself_mends_what_a_power_cut_left(guest: Guest, tmp_path: Path) -> None:
+    """As above, but it is the guest's kernel that replays the journal, and its sqlite3 the write-ahead log."""
+    session = record(guest, tmp_path, transactions=100)
+    images = []
+    for (to, _), image in PowerCut(session).images(tmp_path, sorted(anywhere(session, 12, seed=5))):
+        images.append((to, image.rename(tmp_path / f"cut.{len(images)}")))
+    initrd = add_programs(guest.initrd, tmp_path / "initrd.img", ["sqlite3"])
+    disks = [f"{image},sectorsize={session.sector}" for _, image in images]
+    with Linux(Guest(guest.kernel, initrd), disks=disks) as linux:
+        for letter in "abcdefghijkl":
+            linux(f"mount -t ext4 /dev/vd{letter} /mnt")
+            assert linux("[ ! -s /mnt/db ] || sqlite3 /mnt/db 'PRAGMA integrity_check'") in ("ok\n", "")
+            linux("umount /mnt")
+        linux.power_off()
+    for to, image in images:
+        assert "recovering" not in run("e2fsck", "-f", "-n", str(image))
+        PowerCut(session).check(image, to)
