@@ -1,6 +1,6 @@
 # make run    a Debian guest in this terminal; Ctrl-A x stops it
 # make test   the linters and the quick tests;  make test-all  the slow ones too
-# make bench  beside QEMU;  make lint  the linters alone
+# make bench  beside QEMU and natively (BENCH_OPTIONS='--rows alu,crc --rounds 2 --boots 0');  make lint  the linters alone
 #
 # Debian packages are installed where we are root, and named where we are not.
 
@@ -10,7 +10,7 @@ MEMORY ?= 512M
 
 RUN_PACKAGES := python3 python3-venv
 TEST_PACKAGES := $(RUN_PACKAGES) acpica-tools cpio e2fsprogs qemu-user qemu-utils sqlite3
-BENCH_PACKAGES := $(RUN_PACKAGES) qemu-system-x86
+BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev qemu-system-x86
 
 BIN := .venv/bin
 # A stamp is newer than what it was made from, or is made again.

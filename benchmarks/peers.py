@@ -1,0 +1,41 @@
+"""The command lines of Skep and of its peer, for one payload."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MEMORY_MIB = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What a guest is made of, the same for both."""
+
+    kernel: Path
+    initrd: Path
+    cmdline: str
+
+
+def skep_program() -> list[str]:
+    """The installed command of this interpreter's environment, or the module."""
+    script = Path(sys.executable).with_name("skep")
+    return [str(script)] if script.exists() else [sys.executable, "-m", "skep.cli"]
+
+
+def skep_command(payload: Payload, options: Sequence[str] = ()) -> list[str]:
+    return [
+        *skep_program(), "run", "--kernel", str(payload.kernel), "--initrd", str(payload.initrd),
+        "--cmdline", payload.cmdline, "--memory", f"{MEMORY_MIB}M", "--cpus", "1", "--engine", "translate",
+        "--no-reboot", *options,
+    ]  # fmt: skip
+
+
+def qemu_command(payload: Payload) -> list[str]:
+    return [
+        "qemu-system-x86_64", "-M", "q35", "-nodefaults", "-accel", "tcg,thread=multi", "-cpu", "max",
+        "-m", str(MEMORY_MIB), "-smp", "1", "-nographic", "-serial", "stdio", "-no-reboot",
+        "-kernel", str(payload.kernel), "-initrd", str(payload.initrd), "-append", payload.cmdline,
+    ]  # fmt: skip
