@@ -1,4 +1,4 @@
-"""Debian's cloud kernel, from the command line: it boots, has nothing to complain of, and powers off."""
+"""Debian's kernels, from the command line: they boot, have nothing to complain of, and power off."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from skep.errors import UserError
+from skep.guest import debian
 from skep.guest.debian import Guest
 from tests.linux import BOOT, complaints
 
@@ -49,8 +51,29 @@ def test_a_boot_and_power_off(guest: Guest, tmp_path: Path, memory: str) -> None
     assert 0.999 < (int(seen[1]) << 10) / MEMORY[memory] < 1
 
 
+def form(name: str) -> Guest:
+    """The cloud or the full kernel, as it is packed or unpacked: "full vmlinux"."""
+    kernel, file = name.split()
+    try:
+        guest = debian.obtain(full=kernel == "full")
+    except UserError as error:
+        pytest.skip(f"no guest to boot: {error}")
+    return Guest(debian.vmlinux(guest.kernel), guest.initrd) if file == "vmlinux" else guest
+
+
+def test_an_unpacked_kernel_boots_by_pvh(tmp_path: Path) -> None:
+    boot(form("cloud vmlinux"), "512M", tmp_path / "console")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("memory", "times"), [("512M", 20), ("5G", 5)])
-def test_boots_one_after_the_other(guest: Guest, tmp_path: Path, memory: str, times: int) -> None:
-    for number in range(times):
-        boot(guest, memory, tmp_path / f"console.{number}")
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("name", ["cloud vmlinuz", "cloud vmlinux", "full vmlinuz", "full vmlinux"])
+def test_every_form_boots_five_times(tmp_path: Path, name: str, memory: str) -> None:
+    for number in range(5):
+        boot(form(name), memory, tmp_path / f"console.{number}")
+
+
+@pytest.mark.slow
+def test_boots_one_after_the_other(guest: Guest, tmp_path: Path) -> None:
+    for number in range(20):
+        boot(guest, "512M", tmp_path / f"console.{number}")

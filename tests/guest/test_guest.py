@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from skep.errors import UserError
 from skep.guest import debian
 from skep.guest.cpio import Archive
+from tests.boot.test_payload import image
 
 
 def module(depends: str) -> bytes:
@@ -25,6 +27,17 @@ def test_modules_come_after_those_that_they_need() -> None:
         "other": module(""),
     }
     assert debian.module_order("virtio_pci", modules) == ["virtio_ring", "virtio", "virtio_pci"]
+
+
+def test_a_module_may_ask_for_what_answers_to_a_name() -> None:
+    modules = {
+        "ext4": b"\0softdep=pre: crc32c\0depends=jbd2\0",
+        "jbd2": b"\0depends=\0",
+        "crc32c_generic": b"\0alias=crypto-crc32c\0alias=crc32c\0depends=\0",
+        "crc32c_intel": b"\0alias=crc32c\0depends=\0",
+    }
+    assert debian.module_order("ext4", modules) == ["jbd2", "crc32c_generic", "ext4"]
+    assert debian.module_order("ext4", {"ext4": modules["ext4"]}) == ["ext4"]
 
 
 def test_a_module_that_is_built_in_is_not_loaded() -> None:
@@ -88,6 +101,16 @@ def test_a_complete_cache_needs_no_package_client(tmp_path: Path, monkeypatch: p
     (home / "initrd.img").write_bytes(b"i")
     guest = debian.obtain()
     assert (guest.kernel.read_bytes(), guest.initrd.read_bytes()) == (b"k", b"i")
+
+
+def test_the_kernel_inside_is_unpacked_once(tmp_path: Path) -> None:
+    kernel = tmp_path / "vmlinuz"
+    kernel.write_bytes(image(gzip.compress(b"\x7fELF inside")))
+    path = debian.vmlinux(kernel)
+    assert path.read_bytes() == b"\x7fELF inside" and path.stat().st_mode & 0o777 == 0o644
+    kernel.unlink()
+    assert debian.vmlinux(kernel) == path
+    assert [entry.name for entry in tmp_path.iterdir()] == ["vmlinux"]
 
 
 def failing_client(tmp_path: Path, body: str) -> None:

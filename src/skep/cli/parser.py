@@ -117,6 +117,8 @@ def _add_guest(commands: Any) -> None:
     guest.add_argument("system", choices=["debian"], help="whose packages")
     guest.add_argument("--arch", default="amd64", help="the guest's architecture (amd64)")
     guest.add_argument("--refresh", action="store_true", help="make it again from today's packages")
+    guest.add_argument("--full", action="store_true", help="the kernel with drivers for real machines, not the cloud's")
+    guest.add_argument("--vmlinux", action="store_true", help="unpack the kernel: `kernel=` is then an ELF file")
     guest.add_argument("--root", action="store_true", help="a whole system on a disk image; takes a minute or two")
     guest.add_argument("--size", help="of the root's image, which is sparse (1G)")
     guest.set_defaults(command=_guest)
@@ -127,18 +129,22 @@ def _guest(arguments: argparse.Namespace) -> int:
         return _guest_root(arguments)
     if arguments.size is not None:
         raise UserError("there is no image without --root", "--size")
-    from skep.guest.debian import obtain
+    from skep.guest import debian
 
-    guest = obtain(arguments.arch, arguments.refresh)
-    print(f"kernel={guest.kernel}\ninitrd={guest.initrd}")
+    guest = debian.obtain(arguments.arch, arguments.refresh, arguments.full)
+    kernel = debian.vmlinux(guest.kernel) if arguments.vmlinux else guest.kernel
+    print(f"kernel={kernel}\ninitrd={guest.initrd}")
     return 0
 
 
 def _guest_root(arguments: argparse.Namespace) -> int:
-    from skep.guest import root
+    from skep.guest import debian, root
 
+    if arguments.full:
+        raise UserError("the root is made for the cloud kernel", "--full", "leave it out")
     guest = root.obtain(arguments.arch, arguments.size or root.SIZE, arguments.refresh)
-    print(f"kernel={guest.kernel}\ninitrd={guest.initrd}\nroot={guest.image}")
+    kernel = debian.vmlinux(guest.kernel) if arguments.vmlinux else guest.kernel
+    print(f"kernel={kernel}\ninitrd={guest.initrd}\nroot={guest.image}")
     if sys.stderr.isatty():
         print(root.how_to_run(guest), file=sys.stderr)
     return 0

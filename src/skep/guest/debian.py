@@ -1,4 +1,4 @@
-"""``skep guest debian``: Debian's cloud kernel and busybox, as a kernel and an initramfs.
+"""``skep guest debian``: Debian's kernel and busybox, as a kernel and an initramfs.
 
 Everything comes through the system's own package client, which also checks the signatures, and needs no root.
 The result is kept under the user's cache directory and made again only on request or when this recipe changes.
@@ -9,13 +9,16 @@ The initramfs is not compressed: unpacking is the guest's time, and on a transla
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from skep.boot.payload import vmlinux_of
 from skep.errors import UserError
 from skep.guest import cache, packages
 from skep.guest.cpio import Archive
@@ -23,11 +26,13 @@ from skep.guest.progress import say
 
 METAPACKAGE = {"amd64": "linux-image-cloud-amd64"}
 """The package that depends on the current kernel, by architecture."""
+FULL_METAPACKAGE = {"amd64": "linux-image-amd64"}
+"""The same for the kernel with drivers for real machines."""
 BUSYBOX = "busybox-static"
 DRIVERS = ("virtio_pci", "virtio_blk", "ext4", "button", "evdev")
 """What the guest's init loads; the modules that these depend on come along."""
 
-_RECIPE = 2
+_RECIPE = 3
 """To be raised when what is built changes, other than by init.sh."""
 
 FILES = ("vmlinuz", "initrd.img")
@@ -41,14 +46,34 @@ class Guest:
     initrd: Path
 
 
-def obtain(arch: str = "amd64", refresh: bool = False) -> Guest:
-    """The guest from the cache, or made now. ``refresh`` makes it again from today's packages."""
+def obtain(arch: str = "amd64", refresh: bool = False, full: bool = False) -> Guest:
+    """The guest from the cache, or made now. ``refresh`` makes it again from today's packages.
+
+    ``full`` takes the kernel with drivers for real machines.
+    """
     check_architecture(arch)
-    home = cache.home_of(f"debian-{arch}-{recipe()}")
+    home = cache.home_of(f"debian-{'full-' if full else ''}{arch}-{recipe()}")
     if refresh or not cache.complete(home, FILES):
         packages.check_client()
-        cache.make(home, FILES, lambda scratch, made: build(arch, scratch, made), refresh)
+        cache.make(home, FILES, lambda scratch, made: build(arch, scratch, made, full), refresh)
     return Guest(*(home / name for name in FILES))
+
+
+def vmlinux(kernel: Path) -> Path:
+    """The ELF file inside a guest's kernel, kept beside it; unpacked now unless it was before."""
+    path = kernel.with_name("vmlinux")
+    if not path.is_file():
+        say("unpacking the kernel")
+        unpacked = vmlinux_of(kernel.read_bytes(), kernel)
+        with tempfile.NamedTemporaryFile(dir=kernel.parent, prefix=".vmlinux-", delete=False) as file:
+            try:
+                file.write(unpacked)
+                os.fchmod(file.fileno(), 0o644)
+                os.rename(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    return path
 
 
 def check_architecture(arch: str) -> None:
@@ -65,14 +90,15 @@ def recipe() -> str:
     return hashlib.sha256(b"%d" % _RECIPE + _init()).hexdigest()[:12]
 
 
-def build(arch: str, scratch: Path, made: Path) -> None:
+def build(arch: str, scratch: Path, made: Path, full: bool = False) -> None:
     """Make kernel and initramfs in the directory ``made``, with the help of another."""
+    metapackage = (FULL_METAPACKAGE if full else METAPACKAGE)[arch]
 
     def names() -> list[str]:
-        kernel = packages.dependency(f"{METAPACKAGE[arch]}:{arch}", r"linux-image-[^\s:]+")
+        kernel = packages.dependency(f"{metapackage}:{arch}", r"linux-image-[^\s:]+")
         return [f"{kernel}:{arch}", f"{BUSYBOX}:{arch}"]
 
-    kernel_deb, busybox_deb = packages.download(names, METAPACKAGE[arch], scratch)
+    kernel_deb, busybox_deb = packages.download(names, metapackage, scratch)
     say("unpacking")
     kernel, modules = _kernel_parts(kernel_deb)
     busybox = _busybox_binary(busybox_deb)
@@ -86,13 +112,30 @@ def build(arch: str, scratch: Path, made: Path) -> None:
 
 
 def _kernel_parts(deb: Path) -> tuple[bytes, dict[str, bytes]]:
-    """The kernel image, and all modules by name."""
-    found = packages.members(deb, re.compile(r"boot/vmlinuz-.*|(usr/)?lib/modules/.*\.ko"))
-    images = [data for path, data in found.items() if path.startswith("boot/")]
+    """The kernel image, and the modules that :data:`DRIVERS` need, by name.
+
+    The full kernel's modules are hundreds of megabytes, so a first pass only looks at what each says of itself.
+    """
+    images = []
+    said: dict[str, bytes] = {}
+    for path, data in packages.each_member(deb, re.compile(rf"boot/vmlinuz-.*|{_MODULES}/.*\.ko")):
+        if path.startswith("boot/"):
+            images.append(data)
+        else:
+            said[_module_name(path)] = b"".join(re.findall(rb"\0(?:depends|softdep|alias)=[^\0]*(?=\0)", data)) + b"\0"
     if len(images) != 1:
         raise UserError(f"{len(images)} kernel images in the package", deb.name)
-    modules = {Path(path).stem.replace("-", "_"): data for path, data in found.items() if path.endswith(".ko")}
-    return images[0], modules
+    needed = {name for driver in DRIVERS for name in module_order(driver, said)}
+    files = "|".join(re.escape(name).replace("_", "[-_]") for name in sorted(needed))
+    found = packages.members(deb, re.compile(rf"{_MODULES}/(.*/)?({files})\.ko"))
+    return images[0], {_module_name(path): data for path, data in found.items()}
+
+
+_MODULES = "(usr/)?lib/modules"
+
+
+def _module_name(path: str) -> str:
+    return Path(path).stem.replace("-", "_")
 
 
 def _busybox_binary(deb: Path) -> bytes:
@@ -114,8 +157,8 @@ def _applets(busybox: bytes, scratch: Path) -> list[str]:
 def module_order(driver: str, modules: dict[str, bytes]) -> list[str]:
     """The modules to load for one driver, those first that others need.
 
-    A module says what it depends on in its .modinfo section, as ``depends=a,b``. One that is not in the package
-    is built into the kernel.
+    A module says what it depends on in its .modinfo section, as ``depends=a,b``, and what it asks for by a name that
+    several may answer to as ``softdep=pre: c``. One that is not in the package is built into the kernel.
     """
     order: list[str] = []
 
@@ -125,7 +168,17 @@ def module_order(driver: str, modules: dict[str, bytes]) -> list[str]:
         depends = re.search(rb"\0depends=([^\0]*)\0", modules[name])
         for needed in (depends[1].decode() if depends else "").split(","):
             visit(needed.replace("-", "_"))
+        for soft in re.findall(rb"(?<=\0)softdep=pre: ([^\0]*)(?=\0)", modules[name]):
+            for needed in soft.decode().split():
+                visit(answering(needed))
         order.append(name)
+
+    def answering(name: str) -> str:
+        """The first module of that name or alias."""
+        if name in modules:
+            return name
+        alias = b"\0alias=%b\0" % name.encode()
+        return next((other for other in sorted(modules) if alias in modules[other]), name)
 
     visit(driver)
     return order

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from skep.errors import UserError
@@ -98,7 +98,11 @@ def apt(*command: str, cwd: Path | None = None) -> str:
 
 def members(deb: Path, wanted: re.Pattern[str]) -> dict[str, bytes]:
     """The regular files of a package whose path matches, without unpacking the rest onto the disk."""
-    found: dict[str, bytes] = {}
+    return dict(each_member(deb, wanted))
+
+
+def each_member(deb: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
+    """The same, one after the other: together they may be too large for memory."""
     with subprocess.Popen(("dpkg-deb", "--fsys-tarfile", deb), stdout=subprocess.PIPE) as unpacker:
         assert unpacker.stdout is not None
         with tarfile.open(fileobj=unpacker.stdout, mode="r|") as tar:
@@ -107,7 +111,6 @@ def members(deb: Path, wanted: re.Pattern[str]) -> dict[str, bytes]:
                 if member.isfile() and wanted.fullmatch(path):
                     data = tar.extractfile(member)
                     assert data is not None
-                    found[path] = data.read()
+                    yield path, data.read()
     if unpacker.returncode:
         raise UserError("dpkg-deb could not unpack the package", deb.name, "try again with --refresh")
-    return found
