@@ -50,8 +50,8 @@ def test_a_small_code_buffer() -> None:
     """Translations that do not fit are forgotten all at once."""
     with Tiny(TranslateEngine(), TEXT) as guest:
         cache = guest.vcpu.cache  # type: ignore[attr-defined]
-        cache.buffer.size = cache.first + (66 << 10)
+        cache.limit = cache.first + (66 << 10)
         guest.run()
-        cache.buffer.size = blocks.CODE_SIZE
+        cache.limit = blocks.CODE_SIZE
         assert cache.generation > 0
         assert guest.reg("rbx") == SUM

@@ -3,7 +3,6 @@ those under RFLAGS.TF."""
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -55,9 +54,9 @@ class Alone(Access, ABC):
     pairs: Pairs
     emulator: Emulator
     msrs: ModelSpecific
-    _gate: threading.Lock
-    _inside: bool
-    _enter: Callable[[], None]
+    _scratch: int
+    _enter_at: Callable[[], None]
+    _leave: Callable[[], None]
 
     @abstractmethod
     def kick(self) -> None:
@@ -66,6 +65,11 @@ class Alone(Access, ABC):
     @abstractmethod
     def state_changed(self) -> None:
         """As :meth:`port.CpuPort.state_changed`."""
+
+    def wait(self) -> None:
+        """The world was stopped when guest code was to be entered: until it no longer is."""
+        with self.cache.world.lock:
+            pass
 
     def _emulate(self) -> bool:
         """The instruction at rip is Python's. True: it was HLT."""
@@ -127,14 +131,11 @@ class Alone(Access, ABC):
         if missed:
             self._fill_bounce(st.desc >> 26 & 3, buffers, pending)
         while True:
-            with self._gate:
-                st.target = self.cache.single(data, offset, st.mode, buffers)
-                st.page = st.rip & ~4095
-                st.single = 1
-                start = st.rip
-                self._inside = True
-            self._enter()
-            self._inside = False
+            st.target = self.cache.single(data, offset, st.mode, buffers, self._scratch)
+            st.page = st.rip & ~4095
+            st.single = 1
+            start = st.rip
+            self._enter_at()
             st.single = 0
             kind = st.kind
             if kind == Kind.JUMP:
@@ -154,7 +155,7 @@ class Alone(Access, ABC):
                     return self._emulate()
                 self._fill_bounce(number, buffers, pending)
             elif kind == Kind.PAIR:
-                self.pairs.map(st.info)
+                self.pairs.map(st.info, self.cache.world)
             elif kind == Kind.EMULATE:
                 return self._emulate()
             elif kind == Kind.EXCEPTION:
@@ -163,6 +164,8 @@ class Alone(Access, ABC):
                 raise self._host_fault()
             elif kind == Kind.BREAK:
                 return False
+            elif kind == Kind.STOPPED:
+                self.wait()
 
     def _fill_bounce(self, number: int, buffers: dict[int, int], pending: dict[int, tuple[int, int]]) -> None:
         """Bring the operand that machine code could not reach into its bounce buffer, as far as it is read."""
@@ -205,8 +208,7 @@ class Alone(Access, ABC):
                 if abs(gpa - here) > _NEAR:
                     if desc >> 28 & 1:  # a string instruction: it will go on over the page
                         size = 4096 - (gpa & 4095)
-                    with self._gate:
-                        self.cache.written(gpa, size)
+                    self.cache.written(gpa, size)
                     return
         self._alone(missed=True)
 
@@ -231,6 +233,7 @@ class Alone(Access, ABC):
         st = self.st
         fault = HostFault(st.info)
         offset = self.cache.locate(st.va) if not st.single else st.rip & 4095
+        self._leave()
         if offset is None or fault.vector is None:
             at = st.va - self.cache.buffer.rx
             raise Unsupported(f"host {fault} at {at:#x} of the code buffer, guest page {st.page:#x}")

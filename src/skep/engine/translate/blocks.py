@@ -28,12 +28,15 @@ from skep.engine.translate.emission import Emission
 from skep.engine.translate.layout import HASH_BITS, HASH_ENTRY, Mode
 from skep.engine.translate.runtime import ROUTINES
 from skep.engine.translate.stubs import Stubs
+from skep.engine.translate.world import World
 from skep.memory import GuestMemory
 
 CODE_SIZE = 64 << 20
 MAX_BLOCKS = (1 << HASH_BITS) * 5 // 8
 MAX_USED = (1 << HASH_BITS) * 3 // 4
 MAX_SINGLES = 1024
+SCRATCH = 4096
+"""Bytes of code that a single instruction may take."""
 GIVE_UP = 200
 """A code page that is written this often is forgotten whole, so that data beside dead code is cheap again."""
 
@@ -85,6 +88,7 @@ class Cache:
         self.memory = memory
         self.buffer = CodeBuffer(size)
         self.code = self.buffer.view
+        self._words = self.code.cast("I")
         self.map = CodeMap(memory)
         self._table = mmap.mmap(-1, HASH_ENTRY << HASH_BITS, flags=_ON_DEMAND)
         self._pin = ctypes.c_char.from_buffer(self._table)
@@ -96,7 +100,9 @@ class Cache:
         at = (len(unit.code) + 63) & ~63
         data, self.stubs = Stubs(self.routines).code(self.buffer.rx + at)
         self.code[at : at + len(data)] = data
+        self.world = World(self.stubs)
         self.first = self.pos = (at + len(data) + 63) & ~63
+        self.limit = size
         self.blocks: dict[int, Block] = {}
         self._pages: dict[int, list[Block]] = {}
         self._starts: list[int] = []
@@ -109,7 +115,8 @@ class Cache:
         )
         word = ctypes.c_uint64
         self._insert = ctypes.CFUNCTYPE(word, word, word, word)(self.routines["insert"])
-        self._clear_write_tags = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)(self.routines["clear_write_tags"])
+        self._clear_write_tags = ctypes.CFUNCTYPE(word, word, word)(self.routines["clear_write_tags"])
+        self._fence = ctypes.CFUNCTYPE(word)(self.routines["barrier"])
         self._used = 0
         """Places of the block table that are not free, at most."""
         self._singles: dict[tuple[object, ...], bytes] = {}
@@ -119,6 +126,7 @@ class Cache:
     def close(self) -> None:
         self.map.close()
         self._hash.release()
+        self._words.release()
         del self._pin
         self._table.close()
         self.buffer.close()
@@ -127,13 +135,36 @@ class Cache:
 
     def translate(self, pa: int, mode: int, next_page: Callable[[], int]) -> Block:
         """Translate the block at ``pa``. ``next_page``: the physical address of the page behind it for the guest, for
-        an instruction on two pages; what it raises goes through. The caller has seen that there is no such block."""
-        if self.pos + (64 << 10) > self.buffer.size or len(self.blocks) >= MAX_BLOCKS:
+        an instruction on two pages; what it raises goes through. The caller, a vCPU, holds the world's lock and has
+        seen that there is no such block.
+
+        Other vCPUs and devices may store to the page while it is read. Who does so says so first, and looks for
+        marks of code after that; so when the marks are set and nobody has said anything, the bytes were those.
+        """
+        if self.pos + (64 << 10) > self.limit or len(self.blocks) >= MAX_BLOCKS:
             self.forget_all()
         elif self._used >= MAX_USED:
             self._rehash()
-        if self.map.wmapped[pa >> 12]:
-            self._clear_write_tags(pa & ~4095)
+        map_ = self.map
+        if map_.wmapped[pa >> 12]:
+            with self.world.stopped():
+                self._protect(pa >> 12)
+        changes = map_.changes
+        block = self._make(pa, mode, next_page)
+        if len(self.world.blocks) > 1:
+            self._fence()
+        pa2 = block.pa2
+        if map_.wmapped[pa >> 12] or (pa2 is not None and map_.wmapped[pa2 >> 12]) or changes != map_.changes:
+            with self.world.stopped():
+                for frame in (pa >> 12,) if pa2 is None else (pa >> 12, pa2 >> 12):
+                    self._protect(frame)
+                    self._forget_page(frame)
+                block = self._make(pa, mode, next_page)
+        self._register(block)
+        return block
+
+    def _make(self, pa: int, mode: int, next_page: Callable[[], int]) -> Block:
+        """The block at ``pa``, its bytes marked, nothing leading to it."""
         draft = self._drafting.draft(pa, mode, next_page)
         needs, live = self._drafting.needs(draft)
         start = self.pos
@@ -143,10 +174,24 @@ class Cache:
         self.pos = end + 15 & ~15
         if start >> 20 != self.pos >> 20:
             self.buffer.relax()
-        block = Block(pa << Mode.BITS | mode, pa, draft.size, draft.pa2, start, start + entry, end, live, marks)
-        self._register(block)
         self.instructions += len(draft.items)
-        return block
+        first = min(draft.size, 4096 - (pa & 4095))
+        self.map.mark(pa, first)
+        if draft.pa2 is not None:
+            self.map.mark(draft.pa2, draft.size - first)
+        return Block(pa << Mode.BITS | mode, pa, draft.size, draft.pa2, start, start + entry, end, live, marks)
+
+    def link(self, site: int, block: Block) -> None:
+        """Patch the jump whose 32-bit displacement is at host address ``site`` to a block of the same page."""
+        rx = self.buffer.rx
+        self._words[site - rx >> 2] = rx + block.entry - (site + 4) & 0xFFFFFFFF
+
+    def _protect(self, frame: int) -> None:
+        """No vCPU stores to a page any more without asking. They are stopped."""
+        host = self.memory.base + (frame << 12)
+        for st in self.world.blocks:
+            self._clear_write_tags(st.address, host)
+        self.map.wmapped[frame] = 0
 
     def _register(self, block: Block) -> None:
         self.blocks[block.key] = block
@@ -155,50 +200,44 @@ class Cache:
         rx = self.buffer.rx
         self._insert(block.key, rx + block.start, rx + block.entry)
         self._used += 1
-        pa = block.pa
-        first = min(block.size, 4096 - (pa & 4095))
-        self._cover(pa, first, block)
-        if block.pa2 is not None:
-            self._cover(block.pa2, block.size - first, block)
-
-    def _cover(self, pa: int, n: int, block: Block) -> None:
-        frame = pa >> 12
-        if self.map.wmapped[frame]:
-            self._clear_write_tags(pa & ~4095)
-        self.map.mark(pa, n)
-        page = self._pages.get(frame)
-        if page is None:
-            self._pages[frame] = [block]
-        else:
-            page.append(block)
+        for pa in (block.pa,) if block.pa2 is None else (block.pa, block.pa2):
+            page = self._pages.get(pa >> 12)
+            if page is None:
+                self._pages[pa >> 12] = [block]
+            else:
+                page.append(block)
 
     # A single instruction with operands in bounce buffers
 
-    def single(self, data: bytes, offset: int, mode: int, bounce: dict[int, int]) -> int:
+    def scratch(self) -> int:
+        """A place in the code buffer for a vCPU's single instructions: its offset."""
+        with self.world.lock:
+            self.limit -= SCRATCH
+            return self.limit
+
+    def single(self, data: bytes, offset: int, mode: int, bounce: dict[int, int], at: int) -> int:
         """Host address of code that runs the one instruction in ``data`` (at ``offset`` of its page) and leaves by
-        done_exit. It lies behind the last block and is overwritten by what comes next; its bytes are remembered, for
-        drivers that talk to a device's memory."""
-        if self.pos + (64 << 10) > self.buffer.size:
-            self.forget_all()
+        done_exit, written to the scratch ``at``. Its bytes are remembered, for drivers that talk to a device's
+        memory."""
         key = (data, offset, mode, *bounce.items())
-        code = self._singles.get(key)
-        if code is None:
-            if len(self._singles) >= MAX_SINGLES:
-                self._singles.clear()
-            code = self._singles[key] = self._emission.single(data, offset, mode, bounce)
-        at = self.pos
+        with self.world.lock:
+            code = self._singles.get(key)
+            if code is None:
+                if len(self._singles) >= MAX_SINGLES:
+                    self._singles.clear()
+                code = self._singles[key] = self._emission.single(data, offset, mode, bounce)
         self.code[at : at + len(code)] = code
         return self.buffer.rx + at
 
     # Forgetting
 
     def kill(self, block: Block) -> None:
-        """Make sure that nothing enters a block any more; its frames' masks are the caller's."""
+        """Make sure that nothing enters a block any more; its frames' masks are the caller's. The vCPUs are stopped."""
         if self.blocks.get(block.key) is not block:
             return
         del self.blocks[block.key]
         self._unhash(block.key)
-        if self.pos + 4096 > self.buffer.size:
+        if self.pos + 4096 > self.limit:
             self.forget_all()
             return
         lowering, _ = self.catalog.mode(block.mode)
@@ -213,11 +252,12 @@ class Cache:
 
     def _rehash(self) -> None:
         """Make the block table anew, without the places of blocks that are gone: a search ends at a free one."""
-        self._table.madvise(mmap.MADV_DONTNEED)
-        rx = self.buffer.rx
-        for block in self.blocks.values():
-            self._insert(block.key, rx + block.start, rx + block.entry)
-        self._used = len(self.blocks)
+        with self.world.stopped():
+            self._table.madvise(mmap.MADV_DONTNEED)
+            rx = self.buffer.rx
+            for block in self.blocks.values():
+                self._insert(block.key, rx + block.start, rx + block.entry)
+            self._used = len(self.blocks)
 
     def _unhash(self, key: int) -> None:
         """As runtime.remove, which needs the GS of a vCPU's thread."""
@@ -235,13 +275,17 @@ class Cache:
         self.code[position : position + 5] = b"\xe9" + distance.to_bytes(4, "little", signed=True)
 
     def written(self, pa: int, n: int) -> None:
-        """[pa, pa + n) has changed or is about to: forget what was translated from it. No guest code is running."""
+        """[pa, pa + n) has changed or is about to: forget what was translated from it. Any thread may say so."""
         end = pa + n
-        frame = pa >> 12
-        while frame << 12 < end:
-            if self.map.mask[frame]:
-                self._written(frame, max(pa, frame << 12), min(end, (frame + 1) << 12))
-            frame += 1
+        with self.world.stopped():
+            frame = pa >> 12
+            while frame << 12 < end:
+                if self.map.mask[frame]:
+                    self._written(frame, max(pa, frame << 12), min(end, (frame + 1) << 12))
+                frame += 1
+
+    def _forget_page(self, frame: int) -> None:
+        self._written(frame, frame << 12, (frame + 1) << 12)
 
     def _written(self, frame: int, low: int, high: int) -> None:
         self._drafting.changed()
@@ -273,20 +317,25 @@ class Cache:
             self.map.mark_bits(frame, peeked)
 
     def forget_all(self) -> None:
-        """Drop every translation. No guest code is running; who sees ``generation`` change drops its jump cache."""
-        self.blocks.clear()
-        self._drafting.forget()
-        self.map.clear()
-        self._pages.clear()
-        self._writes.clear()
-        self._starts.clear()
-        self._order.clear()
-        self._table.madvise(mmap.MADV_DONTNEED)
-        self.pos = self.first
-        self._used = 0
-        self.generation += 1
+        """Drop every translation."""
+        with self.world.stopped():
+            self.blocks.clear()
+            self._drafting.forget()
+            self.map.clear()
+            self._pages.clear()
+            self._writes.clear()
+            self._starts.clear()
+            self._order.clear()
+            self._table.madvise(mmap.MADV_DONTNEED)
+            self.pos = self.first
+            self._used = 0
+            self.generation += 1
+            for st in self.world.blocks:
+                self.world.empty_jumps(st)
+                st.site = 0
 
     generation = 0
+    """How often everything was dropped."""
 
     def locate(self, address: int) -> int | None:
         """The guest offset (in its page) of the instruction whose code holds a host address."""

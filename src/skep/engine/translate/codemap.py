@@ -13,7 +13,8 @@ _ONES = (1 << 64) - 1
 
 class CodeMap:
     """A word for each page frame (``mask``: a bit for each of its 64 lines), a word for each line of 64 bytes
-    (``bytes``: a bit for each byte), and a byte for each frame (``wmapped``): a TLB may hold a write tag for it."""
+    (``bytes``: a bit for each byte), and a byte for each frame (``wmapped``: some vCPU may store to it without
+    asking)."""
 
     def __init__(self, memory: GuestMemory) -> None:
         frames = (memory.top + 4095) >> 12
@@ -24,6 +25,8 @@ class CodeMap:
         self.mask = memoryview(self._tables[0]).cast("B").cast("Q")
         self.wmapped = memoryview(self._tables[1])
         self._bytes = memoryview(self._tables[2]).cast("B").cast("Q")
+        self.changes = 0
+        """How often somebody who is no vCPU has stored to memory."""
 
     def close(self) -> None:
         self.mask.release()

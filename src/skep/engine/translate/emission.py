@@ -42,10 +42,10 @@ _NO, _JCC, _JMP, _CALL, _LOOP, _MODE, _LOOK = Ends.NO, Ends.JCC, Ends.JMP, Ends.
 _JCC_CODE = tuple(bytes((0x0F, 0x80 | cc)) for cc in range(16))
 _LINK = struct.Struct(f"<2sQ{len(_LINK_CALL)}si")
 _LINK_SITE = 10 + len(_LINK_CALL)
-_CHECK_DEAD = _frag(lambda a: a.cmp(gs(OFFSETS["brk"]), 0, size=16)) + b"\x0f\x85"  # jne rel32
+_CHECK_DEAD = _frag(lambda a: a.cmp(gs(OFFSETS["brk"]), 0, size=32)) + b"\x0f\x85"  # jne rel32
 # the same without touching flags:
-# mov r11, rcx; movzx ecx, word brk; jrcxz over; mov rcx, r11; jmp rel32; over: mov rcx, r11
-_CHECK_LIVE = b"\x49\x89\xcb" + _frag(lambda a: a.movzx(1, gs(OFFSETS["brk"]), 16)) + b"\xe3\x08\x4c\x89\xd9\xe9"
+# mov r11, rcx; mov ecx, brk; jrcxz over; mov rcx, r11; jmp rel32; over: mov rcx, r11
+_CHECK_LIVE = b"\x49\x89\xcb" + _frag(lambda a: a.mov(RCX, gs(OFFSETS["brk"]), size=32)) + b"\xe3\x08\x4c\x89\xd9\xe9"
 _CHECK_LIVE_END = b"\x4c\x89\xd9"
 
 
@@ -239,7 +239,7 @@ class Emission:
         a.raw(bytes(4))
         a.bind(meant)
         if live:
-            a.movzx(RCX, gs(OFFSETS["brk"]), 16)
+            a.mov(RCX, gs(OFFSETS["brk"]), size=32)
             go = a.label()
             a.jrcxz(go)
             a.mov(RCX, R11)
@@ -250,7 +250,7 @@ class Emission:
             a.mov(RCX, R11)
         else:
             a.mov(RCX, R11)
-            a.cmp(gs(OFFSETS["brk"]), 0, size=16)
+            a.cmp(gs(OFFSETS["brk"]), 0, size=32)
             a.raw(b"\x0f\x85")
             brk = len(a)
             a.raw(bytes(4))

@@ -50,14 +50,13 @@ class TranslateVm:
 
     def _written(self, gpa: int, n: int) -> None:
         """Somebody who is no vCPU has changed memory: its translations go before anybody can know of the change."""
-        mask = self.cache.map.mask
+        map_ = self.cache.map
+        map_.changes += 1
+        mask = map_.mask
         for frame in range(gpa >> 12, (gpa + n - 1 >> 12) + 1):
             if mask[frame]:
-                break
-        else:
-            return
-        for vcpu in self.vcpus:
-            vcpu.outside(lambda: self.cache.written(gpa, n))
+                self.cache.written(gpa, n)
+                return
 
     def close(self) -> None:
         self.shared.memory.remove_write_listener(self._written)

@@ -18,7 +18,13 @@ _FIELDS = (
     *GPRS,  # 0x000
     "rip",  # 0x080 where the guest goes on
     "page",  # 0x088 guest virtual address of the page that is executing
-    "brk",  # 0x090 byte 0: look up from guest code (set by kick); byte 1: the same, set by the guest's own STI
+    # 0x090 looked at by guest code: byte 0: somebody wants the vCPU (set by kick); byte 1: the guest's own STI does;
+    # byte 2: it must stop (set with `stop`)
+    "brk",
+    "where",  # 1 while in guest code or in a routine called from it, else 0; a futex
+    "stop",  # 1 while the vCPU must not be in guest code; a futex
+    "parked",  # 1 while it waits for `stop` to end, in machine code
+    "inject",  # 0x100 | vector of an interrupt to deliver on the way in, or 0
     "iflag",  # RFLAGS.IF: 0 or 0x200
     "irq",  # 1 while the local APIC may have an interrupt for us (set by kick)
     "flags",  # arithmetic flags and DF while outside guest code
@@ -53,7 +59,7 @@ _FIELDS = (
     "high_base", "high_size",
     "codemask",  # host address of a u64 per guest page frame: bit i is set where its 64-byte line i was translated
     "codebytes",  # host address of a u64 per 64-byte line of guest memory: bit i is set where its byte i was translated
-    "wmapped",  # host address of a byte per guest page frame: 1 where some TLB entry may hold a write tag
+    "wmapped",  # host address of a byte per guest page frame: 1 where some vCPU may store without asking
     "hash",  # host address of the block table
     "rw_delta",  # writable alias of the code buffer less its executable address
     "pairs",  # host address of the window where two pages lie side by side
@@ -102,7 +108,7 @@ JC_ARRAY = JC_SETS * JC_SET
 SIZE = 0x200000
 
 PDPTE = OFFSETS["pdpte0"]
-BRK, BRK_STI = OFFSETS["brk"], OFFSETS["brk"] + 1
+BRK, BRK_STI, BRK_STOP = OFFSETS["brk"], OFFSETS["brk"] + 1, OFFSETS["brk"] + 2
 
 EMPTY_JC = 1 << 63 | 1  # the negative of no guest address
 
@@ -137,6 +143,8 @@ class Kind:
     EXCEPTION = 5  # deliver #PF with error code w_error, address va, at rip, in Python
     SPAN = 7  # a block on two pages whose second is not in the TLB, or is another now
     PORT = 8  # IN or OUT: info is lower.port_info; rip is behind it
+    STOPPED = 9  # the vCPU was to enter guest code while it must not
+    DELIVER = 10  # the interrupt in `inject` is for Python to deliver
     PAIR = 6  # map the frames of tag `info` side by side, then run the instruction at rip again
 
 

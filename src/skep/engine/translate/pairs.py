@@ -6,6 +6,7 @@ import ctypes
 import mmap
 
 from skep.engine.translate.layout import PAIR_SLOTS
+from skep.engine.translate.world import World
 from skep.memory import GuestMemory
 
 _M64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -23,20 +24,28 @@ class Pairs:
         self._memory = memory
         self._size = PAIR_SLOTS * 8192
         self.address = _libc.mmap(None, self._size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
-        self._map = mmap.mmap(-1, PAIR_SLOTS * 8)
-        self._pin = ctypes.c_char.from_buffer(self._map)
+        self._table = mmap.mmap(-1, PAIR_SLOTS * 8)
+        self._pin = ctypes.c_char.from_buffer(self._table)
         self.tags_address = ctypes.addressof(self._pin)
-        self._tags = memoryview(self._map).cast("B").cast("Q")
+        self._tags = memoryview(self._table).cast("B").cast("Q")
 
     def close(self) -> None:
         _libc.munmap(self.address, self._size)
         self._tags.release()
         del self._pin
-        self._map.close()
+        self._table.close()
 
-    def map(self, tag: int) -> None:
+    def map(self, tag: int, world: World) -> None:
         """Map the two frames of a tag (runtime.fill_crossing) into their slot."""
         slot = (tag * 0x9E3779B97F4A7C15 & _M64) >> 52
+        with world.lock:
+            if self._tags[slot] in (0, tag):
+                self._map_slot(slot, tag)
+            else:  # somebody may be using what is there
+                with world.stopped():
+                    self._map_slot(slot, tag)
+
+    def _map_slot(self, slot: int, tag: int) -> None:
         at = self.address + slot * 8192
         for i, frame in enumerate((tag >> 32, tag & 0xFFFFFFFF)):
             gpa = frame << 12

@@ -15,6 +15,7 @@ from skep.engine.translate.compiler import (
     copy16,
     copy32,
     copy64,
+    fence,
     inline,
     ld8,
     ld16,
@@ -368,10 +369,9 @@ def invalidate(va: int) -> int:
     return 0
 
 
-def clear_write_tags(gpa: int) -> int:
-    """A page became code: no TLB entry may let a store through unseen."""
-    host = st.ram + gpa
-    entry = st.self_ + TLB
+def clear_write_tags(block: int, host: int) -> int:
+    """The page at ``host`` becomes code: no entry of the TLB in a state block may let a store through unseen."""
+    entry = block + TLB
     end = entry + 3 * TLB_ARRAY
     number = 0
     while entry < end:
@@ -379,7 +379,6 @@ def clear_write_tags(gpa: int) -> int:
             st64(entry + TLB_WRITE, ((number & (TLB_ENTRIES - 1)) ^ 1) << 12)
         entry = entry + TLB_ENTRY
         number = number + 1
-    st8(st.wmapped + (gpa >> 12), 0)
     return 0
 
 
@@ -413,7 +412,6 @@ def enter_page(va: int, array: int, kind: int) -> int:
         st64(entry + TLB_READ, page)
         if kind == TLB_WRITE:
             st64(entry + TLB_WRITE, page)
-            st8(st.wmapped + (st.w_pa >> 12), 1)
     return entry
 
 
@@ -443,6 +441,16 @@ def is_code(gpa: int, size: int) -> int:
 @inline
 def mask_at(gpa: int) -> int:
     return ld64(st.codemask + (gpa >> 12) * 8)
+
+
+@inline
+def announce(gpa: int) -> int:
+    """A page is going to be stored to: who translates from it after we looked for code there will see this."""
+    mark = st.wmapped + (gpa >> 12)
+    if ld8(mark) == 0:
+        st8(mark, 1)
+        fence()
+    return 0
 
 
 def page_fault(va: int, rip: int) -> int:
@@ -490,6 +498,7 @@ def fill(va: int, desc: int) -> int:
     if is_ram(gpa) == 0:
         return to_python(va, desc, rip)
     if write:
+        announce(gpa)
         mask = mask_at(gpa)
         if mask:
             if is_code(gpa, size):
@@ -532,8 +541,11 @@ def fill_crossing(va: int, desc: int, size: int, write: int, array: int, rip: in
     high = st.w_pa
     if is_ram(low) == 0 or is_ram(high) == 0:
         return to_python(va, desc, rip)
-    if write and (is_code(low, first) or is_code(high, size - first)):
-        return to_python(va, desc, rip)
+    if write:
+        announce(low)
+        announce(high)
+        if is_code(low, first) or is_code(high, size - first):
+            return to_python(va, desc, rip)
     if low + first == high:
         return st.ram + low
     tag = (low >> 12 << 32) | (high >> 12)
@@ -562,6 +574,7 @@ def supervisor_pointer(va: int, size: int, write: int) -> int:
     if is_ram(gpa) == 0:
         return 0
     if write:
+        announce(gpa)
         if mask_at(gpa):
             return 0
         enter_page(va, SUPERVISOR, TLB_WRITE)
@@ -705,6 +718,23 @@ def fetch_page(va: int) -> int:
         return 255
     enter_page(va, array, TLB_EXEC)
     return 0
+
+
+def barrier() -> int:
+    fence()
+    return 0
+
+
+def resume() -> int:
+    """On the way in: deliver what waits in ``st.inject``, then as :func:`lookup` for where the guest goes on."""
+    if st.mode & Mode.NARROW:
+        st.rip = st.rip & 0xFFFFFFFF
+    if st.inject:
+        if deliver(st.inject & 0xFF, 0, 0, st.rip) == 0:
+            st.kind = Kind.DELIVER
+            return 0
+        st.inject = 0
+    return lookup(st.rip)
 
 
 def lookup(va: int) -> int:
@@ -925,7 +955,7 @@ def rep_store(desc: int, array: int) -> int:
     shift = (desc >> 12) & 3
     size = 1 << shift
     while st.rcx != 0:
-        if ld16(st.self_ + BRK):
+        if ld32(st.self_ + BRK):
             return interrupted(desc)
         va = st.rdi
         host = operand(va, size, 1, array, desc & 4095)
@@ -962,7 +992,7 @@ def rep_move(desc: int, array: int) -> int:
     shift = (desc >> 12) & 3
     size = 1 << shift
     while st.rcx != 0:
-        if ld16(st.self_ + BRK):
+        if ld32(st.self_ + BRK):
             return interrupted(desc)
         to = st.rdi
         source_va = st.rsi + st.t7
@@ -1000,7 +1030,7 @@ def rep_down(desc: int, array: int) -> int:
     moving = (desc >> 14) & 1
     size = 1 << shift
     while st.rcx != 0:
-        if ld16(st.self_ + BRK):
+        if ld32(st.self_ + BRK):
             return interrupted(desc)
         host = 0
         source = 0
@@ -1095,7 +1125,7 @@ def rep_compare(desc: int, array: int) -> int:
     a = 0
     b = 0
     while True:
-        if once == 0 and ld16(st.self_ + BRK):
+        if once == 0 and ld32(st.self_ + BRK):
             return interrupted(desc)
         host = operand(st.rdi, size, 0, array, desc & 4095)
         if host < 2:
@@ -1137,8 +1167,9 @@ def down_elements(va: int, shift: int, most: int) -> int:
 ROUTINES = [
     walk, refused, walk_legacy, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault,
     fill, to_python,
-    fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, lookup, link, load_cr3,
-    descriptor_at, interrupt_return, system_call, system_return, operand,
+    fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, barrier, resume, lookup, link,
+    load_cr3, descriptor_at, interrupt_return, system_call, system_return, operand,
     interrupted, rep_store, mask_at_host, rep_move, rep_down,
-    subtract_flags, rep_compare, element, down_elements, empty_entry, lines, is_code, mask_at, jump_set, elements,
+    subtract_flags, rep_compare, element, down_elements, empty_entry, lines, is_code, mask_at, announce, jump_set,
+    elements,
 ]  # fmt: skip

@@ -48,6 +48,7 @@ from skep.engine.translate.asm import (
     gs,
 )
 from skep.engine.translate.layout import EMPTY_JC, JC, JC_ARRAY, OFFSETS, TLB, XSAVE_AREA, Kind, Mode
+from skep.engine.translate.parking import go_all, park, say_in, say_out, stop_all
 
 CALLER_SAVED = {"rax": RAX, "rcx": RCX, "rdx": RDX, "rsi": RSI, "rdi": RDI, "r8": R8, "rsp": R9}
 """Guest registers (by name) in host registers that a routine may change."""
@@ -105,12 +106,22 @@ class Stubs:
         return label
 
     def _enter(self, a: Assembler) -> None:
-        """``void enter(void)``: run guest code at st.target until something leaves it."""
-        self._begin("enter")
-        for reg in (RBX, RBP, R12, R13, R14, R15):
-            a.push(reg)
-        a.mov(field("host_rsp"), RSP)
-        a.stmxcsr(field("host_mxcsr"))
+        """``void enter(void)``: run guest code from st.rip until something leaves it; ``enter_at``: from st.target."""
+        here, refused, nowhere = a.label(), a.label(), a.label()
+        for name in ("enter", "enter_at"):
+            self._begin(name)
+            for reg in (RBX, RBP, R12, R13, R14, R15):
+                a.push(reg)
+            a.mov(field("host_rsp"), RSP)
+            a.stmxcsr(field("host_mxcsr"))
+            say_in(a, refused)
+            if name == "enter":
+                self._call(a, "resume")
+                a.test(RAX, RAX)
+                a.jcc(Cond.E, nowhere)
+                a.mov(field("target"), RAX)
+                a.jmp(here)
+        a.bind(here)
         a.mov(RAX, 7)
         a.xor(RDX, RDX, size=32)
         a.xrstor64(gs(XSAVE_AREA))
@@ -119,6 +130,18 @@ class Stubs:
         for name, reg in (CALLER_SAVED | CALLEE_SAVED).items():
             a.mov(reg, field(name))
         self._to_target(a)
+        a.bind(refused)
+        a.mov(field("kind"), Kind.STOPPED)
+        a.bind(nowhere)
+        self._leave(a)
+
+    def _leave(self, a: Assembler) -> None:
+        """Back to the caller of ``enter``, with the host's registers."""
+        say_out(a)
+        a.mov(RSP, field("host_rsp"))
+        for reg in (R15, R14, R13, R12, RBP, RBX):
+            a.pop(reg)
+        a.ret()
 
     def _to_target(self, a: Assembler) -> None:
         a.mov(R10, field("tag"))
@@ -126,8 +149,23 @@ class Stubs:
         a.jmp(field("target"))
 
     def _exits(self, a: Assembler) -> None:
+        self._begin("brk_exit")
+        park_, go = a.label(), a.label()
+        a.mov(field("rip"), R10)
+        a.mov(field("kind"), Kind.BREAK)
+        self._save(a)
+        a.cmp(field("stop"), 0, size=32)
+        a.jcc(Cond.NE, park_)
+        a.jmp(self._exit_saved())
+        a.bind(park_)
+        park(a)
+        a.cmp(field("brk"), 0, size=16)
+        a.jcc(Cond.E, go)
+        a.jmp(self._exit_saved())
+        a.bind(go)
+        self._call(a, "resume")
+        self._finish(a)
         for name, kind in (
-            ("brk_exit", Kind.BREAK),
             ("emu_exit", Kind.EMULATE),
             ("span_exit", Kind.SPAN),
             ("port_exit", Kind.PORT),
@@ -157,10 +195,23 @@ class Stubs:
         a.vzeroupper()
         a.fninit()
         a.ldmxcsr(field("host_mxcsr"))
+        inside = a.label()
+        a.cmp(field("kind"), Kind.FAULT)
+        a.jcc(Cond.E, inside)
+        self._leave(a)
+        # The translation that faulted must stay until Python has looked it up: still in, until ``leave``.
+        a.bind(inside)
         a.mov(RSP, field("host_rsp"))
         for reg in (R15, R14, R13, R12, RBP, RBX):
             a.pop(reg)
         a.ret()
+        self._begin("leave")
+        say_out(a)
+        a.ret()
+        self._begin("stop_all")
+        stop_all(a)
+        self._begin("go_all")
+        go_all(a)
 
     _exit_label: Label
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from skep.contracts.interrupts import LocalInterrupts
@@ -24,19 +22,7 @@ from skep.engine.translate.access import Unsupported
 from skep.engine.translate.alone import Alone
 from skep.engine.translate.emulate import Emulator
 from skep.engine.translate.forms import Legality
-from skep.engine.translate.layout import (
-    BRK,
-    EMPTY_JC,
-    JC,
-    JC_ARRAY,
-    JC_SETS,
-    OFFSETS,
-    PDPTE,
-    XSAVE_AREA,
-    Kind,
-    Mode,
-    StateBlock,
-)
+from skep.engine.translate.layout import BRK, BRK_STI, OFFSETS, PDPTE, XSAVE_AREA, Kind, Mode, StateBlock
 from skep.engine.translate.modelspecific import ModelSpecific
 from skep.engine.translate.port import GuestFault, TripleFault
 from skep.engine.translate.shared import Shared
@@ -47,8 +33,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_ARCH_PRCTL, _ARCH_SET_GS = 158, 0x1001
 _ON_THREAD = threading.local()
 """Whose state block the thread's GS is."""
-_BRK, _IRQ, _IFLAG, _SYSFL, _KIND, _RIP, _SITE, _TARGET = (
-    OFFSETS[name] >> 3 for name in ("brk", "irq", "iflag", "sysfl", "kind", "rip", "site", "target")
+_BRK, _IRQ, _IFLAG, _SYSFL, _KIND, _INJECT = (
+    OFFSETS[name] >> 3 for name in ("brk", "irq", "iflag", "sysfl", "kind", "inject")
 )
 """Fields of the state block as indices of its words, where every exit comes by."""
 
@@ -91,22 +77,20 @@ class TranslateVcpu(Alone):
             return ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_uint64] * arguments)(routines[name])
 
         self._walk = routine("walk", 3)
-        self._lookup = routine("lookup", 1)
         self._fetch = routine("fetch_page", 1)
         self._flush = routine("flush_tlb", 1)
         self._flush_jumps = routine("flush_jumps", 0)
         self._invalidate = routine("invalidate", 1)
-        self._deliver = routine("deliver", 4)
         self._enter = ctypes.CFUNCTYPE(None)(cache.stubs["enter"])
-        self._inside = False
-        self._gate = threading.Lock()
-        self._requests: deque[tuple[Callable[[], None], threading.Event]] = deque()
+        self._enter_at = ctypes.CFUNCTYPE(None)(cache.stubs["enter_at"])
+        self._leave = ctypes.CFUNCTYPE(None)(cache.stubs["leave"])
+        self._scratch = cache.scratch()
+        self._world = cache.world
+        self._world.add(st)
         self._exit_requested = False
         self._nmi = False
-        self._generation = cache.generation
         self._fresh = True
-        self.counts = [0] * 9
-        self._empty_jumps()
+        self.counts = [0] * 11
         st.q[XSAVE_AREA >> 3] = 0x37F
         st.bytes[XSAVE_AREA + 24 : XSAVE_AREA + 28] = (0x1F80).to_bytes(4, "little")
         self._closed = False
@@ -124,29 +108,10 @@ class TranslateVcpu(Alone):
         if not self._closed:
             self.st.bytes[BRK] = 1
 
-    def outside(self, work: Callable[[], None]) -> None:
-        """Do ``work`` while this vCPU is certainly not in guest code, on whichever thread gets there first."""
-        done = threading.Event()
-        self._requests.append((work, done))
-        while not done.is_set():
-            self.st.bytes[BRK] = 1
-            with self._gate:
-                if not self._inside:
-                    self._do_requests()
-                    return
-            done.wait(0.0005)
-
-    def _do_requests(self) -> None:
-        while self._requests:
-            work, done = self._requests.popleft()
-            try:
-                work()
-            finally:
-                done.set()
-
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            self._world.remove(self.st)
             self.st.close()
             del self.emulator  # it knows us: without this the garbage collector would have to find out
 
@@ -161,14 +126,16 @@ class TranslateVcpu(Alone):
             try:
                 if (q[_BRK] & 0xFFFF or (q[_IRQ] and q[_IFLAG])) and self._service():
                     return Exit(ExitReason.KICKED)
-                if q[_SYSFL] & 0x100:  # TF
+                if q[_SYSFL] & 0x100 and not q[_INJECT]:  # TF
                     if self._step_and_trap():
                         return self._halted()
                     continue
-                self._go()
+                self._enter()
                 kind = q[_KIND]
                 counts[kind] += 1
-                if kind == Kind.EMULATE:
+                if kind == Kind.JUMP:
+                    self._translate()
+                elif kind == Kind.EMULATE:
                     if self._emulate():
                         return self._halted()
                 elif kind == Kind.PORT:
@@ -181,11 +148,15 @@ class TranslateVcpu(Alone):
                 elif kind == Kind.EXCEPTION:
                     raise GuestFault(Vector.PF, st.w_error, st.va)
                 elif kind == Kind.PAIR:
-                    self.pairs.map(st.info)
+                    self.pairs.map(st.info, self._world)
                 elif kind == Kind.SPAN:
                     self._respan()
                 elif kind == Kind.FAULT:
                     raise self._host_fault()
+                elif kind == Kind.STOPPED:
+                    self.wait()
+                elif kind == Kind.DELIVER:
+                    self._deliver()
             except GuestFault as fault:
                 st.site = 0
                 self._note(fault)
@@ -226,10 +197,10 @@ class TranslateVcpu(Alone):
     def _service(self) -> bool:
         """Somebody wants the vCPU. True: leave ``run``."""
         st = self.st
-        st.brk = 0
-        if self._requests:
-            with self._gate:
-                self._do_requests()
+        st.bytes[BRK] = 0
+        st.bytes[BRK_STI] = 0
+        if st.inject:
+            self._deliver()
         if self._exit_requested:
             self._exit_requested = False
             return True
@@ -249,84 +220,50 @@ class TranslateVcpu(Alone):
                 vector = interrupts.acknowledge()
                 if vector is not None:
                     st.n_irq += 1
-                    if not self._deliver(vector, 0, 0, st.rip):
-                        delivery.deliver_interrupt(self, vector)
+                    st.inject = 0x100 | vector
                 if interrupts.pending():
                     st.irq = 1
         return False
 
-    def _go(self) -> None:
-        """Enter guest code at rip, translating what is not there."""
-        q = self.st.q
-        with self._gate:
-            if self._generation != self.cache.generation:
-                self._generation = self.cache.generation
-                self._empty_jumps()
-                q[_SITE] = 0
-            site = q[_SITE] if q[_KIND] == Kind.JUMP else 0
-            q[_SITE] = 0
-            target = 0 if site else self._lookup(q[_RIP])
-            if not target:
-                if not site and q[_KIND] != Kind.JUMP:
-                    return  # lookup left with something else to do
-                target = self._translate(site)
-            if target:
-                q[_TARGET] = target
-                self._inside = True
-        if target:
-            self._enter()
-            self._inside = False
-        else:
-            self._alone()
-            q[_KIND] = Kind.BREAK  # all is done for this round
+    def _deliver(self) -> None:
+        """The interrupt that was to be delivered on the way in, here."""
+        vector = self.st.inject & 0xFF
+        self.st.inject = 0
+        delivery.deliver_interrupt(self, vector)
 
-    def _translate(self, site: int) -> int:
-        """Find or make the block at rip and give its plain entry's host address; patch the jump at ``site`` to it.
-        0 where rip is outside RAM."""
+    def _translate(self) -> None:
+        """Make the block at rip unless it is there, and patch the jump that led to it."""
         st = self.st
         cache = self.cache
         va = st.rip
-        pa = self.code_address(va)
-        if pa is None:
-            return 0
-        mode = st.mode
-        key = pa << Mode.BITS | mode
-        block = cache.blocks.get(key)
-        if block is not None and block.pa2 is not None and block.pa2 != self.second_page(va):
-            cache.kill(block)
-            block = None
-        if block is None:
-            generation = cache.generation
-            block = cache.translate(pa, mode, lambda: self.second_page(va))
-            if cache.generation != generation:
-                self._generation = cache.generation
-                self._empty_jumps()
-                site = 0
-        elif block.pa2 is not None:
-            self.second_page(va)
-        entry = cache.buffer.rx + block.entry
-        if site and block.pa2 is None:
-            at = site - cache.buffer.rx
-            cache.code[at : at + 4] = (entry - (site + 4)).to_bytes(4, "little", signed=True)
-        st.page = va & ~4095
-        return entry
+        with self._world.lock:
+            pa = self.code_address(va)
+            if pa is not None:
+                mode = st.mode
+                block = cache.blocks.get(pa << Mode.BITS | mode)
+                if block is not None and block.pa2 is not None and block.pa2 != self.second_page(va):
+                    with self._world.stopped():
+                        cache.kill(block)
+                    block = None
+                if block is None:
+                    block = cache.translate(pa, mode, lambda: self.second_page(va))
+                elif block.pa2 is not None:
+                    self.second_page(va)
+                site = st.site
+                if site and block.pa2 is None:
+                    cache.link(site, block)
+        if pa is None:  # outside RAM
+            self._alone()
 
     def _respan(self) -> None:
         """The block at rip lies on two pages: bring the second into the TLB; if it has changed, drop the block."""
         st = self.st
-        with self._gate:
+        with self._world.lock:
             pa = self.code_address(st.rip)
             block = None if pa is None else self.cache.blocks.get(pa << Mode.BITS | st.mode)
             if block is not None and block.pa2 != self.second_page(st.rip):
-                self.cache.kill(block)
-
-    def _empty_jumps(self) -> None:
-        """A jump cache without targets: every way leads to the stub that tries the next one."""
-        st = self.st
-        for array in range(3):
-            way = EMPTY_JC.to_bytes(8, "little") + self.cache.stubs[f"second{array}"].to_bytes(8, "little")
-            at = JC + array * JC_ARRAY
-            st.bytes[at : at + JC_ARRAY] = way * (2 * JC_SETS)
+                with self._world.stopped():
+                    self.cache.kill(block)
 
     def _halted(self) -> Exit:
         return Exit(ExitReason.HALTED, {"interrupts": bool(self.st.iflag)})

@@ -1,0 +1,87 @@
+"""All vCPUs of a VM together: stopping them, so that what they share can change."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from skep.engine.translate.layout import EMPTY_JC, JC, JC_ARRAY, JC_SETS, StateBlock
+from skep.locks import Lock, Order
+
+_Roster = Callable[[ctypes.Array[ctypes.c_uint64], int], None]
+
+
+class World:
+    """The state blocks of a VM's vCPUs, and the lock under which translations change.
+
+    Adding a translation needs the lock only; what vCPUs may be executing or may have looked up needs them stopped::
+
+        with world.stopped():
+            ...  # no guest code runs, none will until here
+    """
+
+    def __init__(self, stubs: Mapping[str, int]) -> None:
+        prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)
+        self._stop: _Roster = prototype(stubs["stop_all"])
+        self._go: _Roster = prototype(stubs["go_all"])
+        self._ways = [
+            (EMPTY_JC.to_bytes(8, "little") + stubs[f"second{array}"].to_bytes(8, "little")) * (2 * JC_SETS)
+            for array in range(3)
+        ]
+        self.lock = Lock("translations", Order.ENGINE)
+        self.blocks: list[StateBlock] = []
+        self._roster = (ctypes.c_uint64 * 0)()
+        self._stopped = _Stopped(self)
+        self._depth = 0
+
+    def add(self, st: StateBlock) -> None:
+        with self.lock:
+            self.empty_jumps(st)
+            self.blocks.append(st)
+            self._enrol()
+
+    def remove(self, st: StateBlock) -> None:
+        with self.lock:
+            self.blocks.remove(st)
+            self._enrol()
+
+    def _enrol(self) -> None:
+        self._roster = (ctypes.c_uint64 * len(self.blocks))(*(st.address for st in self.blocks))
+
+    def stopped(self) -> _Stopped:
+        """A context in which the lock is held and no vCPU is in guest code. Any thread may ask; it nests."""
+        return self._stopped
+
+    def stop(self) -> None:
+        """The lock is held. Returns when no vCPU is in guest code."""
+        self._depth += 1
+        if self._depth == 1:
+            self._stop(self._roster, len(self.blocks))
+
+    def go(self) -> None:
+        """Undo :meth:`stop`."""
+        self._depth -= 1
+        if self._depth == 0:
+            self._go(self._roster, len(self.blocks))
+
+    def empty_jumps(self, st: StateBlock) -> None:
+        """A jump cache without targets: every way leads to the stub that tries the next one."""
+        for array, ways in enumerate(self._ways):
+            at = JC + array * JC_ARRAY
+            st.bytes[at : at + JC_ARRAY] = ways
+
+
+class _Stopped:
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __enter__(self) -> None:
+        self._world.lock.__enter__()
+        self._world.stop()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._world.go()
+        self._world.lock.__exit__(kind, error, trace)
