@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from skep.errors import UserError
 from skep.guest import debian
+
+hypothesis.settings.register_profile("skep", deadline=None)  # a busy machine is not a failure
+hypothesis.settings.load_profile("skep")
 
 
 @pytest.fixture(scope="session")
