@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from skep.chardev.plugs import Plugs
 from skep.config import Tree, check_settings
 from skep.config.sugar import add_disk
 from skep.engine.contract import Engine, EngineVm, Exit, ExitReason, Vcpu
@@ -34,8 +35,6 @@ from skep.memory import GuestMemory
 
 if TYPE_CHECKING:
     from skep.chardev.console import Console
-    from skep.chardev.loop import Loop
-    from skep.contracts.chardev import CharBackend
 
 PROGRAM = "program"
 """The ``path`` of a serial port whose other end is the program's: see :meth:`Vm.serial`."""
@@ -127,8 +126,8 @@ class Vm:
 
     Either from ``tree``, a configuration, or from keyword arguments, which only write one: ``disks`` are paths with
     options as ``skep run --disk`` takes them; ``memory`` is text such as "512M"; ``console`` is "program" (the default:
-    see :attr:`console`), "stdio" or "none". ``config`` adds keys of the tree. ``diagnostics`` is called, from any
-    thread, with one line for the user's eyes.
+    see :attr:`console`), "stdio", "none" or whatever else ``lpc.com1.path`` may be. ``config`` adds keys of the tree.
+    ``diagnostics`` is called, from any thread, with one line for the user's eyes.
 
     Raises UserError for what is wrong with the configuration or with this host; nothing is left behind then.
     While any VM of the process runs, the interpreter's cyclic collector rests and threads take turns sooner.
@@ -184,16 +183,15 @@ class Vm:
         self._parting = False
         """The guest asked for its end or a reset, and may well halt for good until that comes."""
         self._said_hopeless = False
-        self._loop: Loop | None = None
-        self._consoles: dict[str, Console] = {}
-        self._backends: list[CharBackend] = []
+        self.plugs = Plugs(self.name, self.say, self.stop, self._failed)
+        """What the guest's ports are plugged into."""
         self._memory: GuestMemory | None = None
         self._board: Board | None = None
         self._thread: threading.Thread | None = None
         try:
             self._engine, self.engine_why = choose_engine(self.settings.engine)
             self._memory = GuestMemory(self.settings.memory_size)
-            self._board = build(self.tree, self.settings, self._memory, self._events(), self._plug)
+            self._board = build(self.tree, self.settings, self._memory, self._events(), self.plugs.plug)
         except BaseException:
             self._free()
             raise
@@ -220,10 +218,10 @@ class Vm:
         return self.serial("com1")
 
     def serial(self, name: str) -> Console:
-        """The other end of a serial port ("com1" to "com4") whose ``path`` in the tree is "program"."""
-        if name not in self._consoles:
+        """The other end of a port ("com1" to "com4") that the tree plugs into "program"."""
+        if name not in self.plugs.consoles:
             raise UserError(f"the VM's {name} is not the program's", f"lpc.{name}.path", f"make it {PROGRAM}")
-        return self._consoles[name]
+        return self.plugs.consoles[name]
 
     def start(self) -> None:
         """Power on. Raises UserError where the kernel and its files cannot be loaded, or the engine cannot run here."""
@@ -403,10 +401,7 @@ class Vm:
 
     def _free(self) -> None:
         """Everything that __init__ made, as far as it came."""
-        for backend in self._backends:
-            backend.close()
-        if self._loop is not None:
-            self._loop.close()
+        self.plugs.close()
         if self._board is not None:
             self._board.close()
         if self._memory is not None:
@@ -452,40 +447,6 @@ class Vm:
     def say(self, line: str) -> None:
         if self._diagnostics is not None:
             self._diagnostics(line)
-
-    # Serial ports.
-
-    def _plug(self, name: str, path: str) -> CharBackend:
-        """The backend of serial port ``name``."""
-        where = f"lpc.{name}.path"
-        backend: CharBackend
-        match path:
-            case "none" | "":
-                from skep.chardev.null import Null
-
-                backend = Null()
-            case "stdio":
-                from skep.chardev.stdio import Stdio
-
-                if any(isinstance(other, Stdio) for other in self._backends):
-                    raise UserError("there is one stdio, and another serial port has it", where)
-                backend = Stdio(self._the_loop(), self.stop)
-            case "program":
-                from skep.chardev.console import Console
-
-                backend = self._consoles[name] = Console(self._the_loop())
-            case _:
-                raise UserError(f"no such serial backend: {path!r}", where, f"use stdio, none or {PROGRAM}")
-        self._backends.append(backend)
-        return backend
-
-    def _the_loop(self) -> Loop:
-        """The VM's one loop, made when the first backend needs it."""
-        if self._loop is None:
-            from skep.chardev.loop import Loop
-
-            self._loop = Loop(f"skep-{self.name}-loop", self._failed)
-        return self._loop
 
 
 class _Processor:

@@ -77,6 +77,20 @@ def test_every_option_writes_its_key(tmp_path: Path) -> None:
     }
 
 
+def test_consoles(tmp_path: Path) -> None:
+    assert dump(
+        *("--console", "pty", "--console", "com2=unix:sock%et=", "--console", "com4=tcp:127.0.0.1:0"),
+        *("--console", "com3=none", "--console", "com3=file:a=b"),
+        cwd=tmp_path,
+    ) == {
+        "lpc.com1.path": "pty",
+        "lpc.com2.path": f"unix:{tmp_path}/sock%%et=",
+        "lpc.com3.path": f"file:{tmp_path}/a=b",
+        "lpc.com4.path": "tcp:127.0.0.1:0",
+    }
+    assert dump("--console", "file:a=b", cwd=tmp_path)["lpc.com1.path"] == f"file:{tmp_path}/a=b"
+
+
 def test_defaults_are_only_what_a_guest_needs(tmp_path: Path) -> None:
     assert dump() == {"lpc.com1.path": "stdio"}
     assert dump("--kernel", "/k")["boot.cmdline"] == "console=ttyS0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -219,6 +220,37 @@ def test_console_none(run: Start) -> None:
         vm.process.wait(1)
     vm.process.send_signal(signal.SIGINT)
     assert vm.end() == (0, b"", "")
+
+
+def test_a_port_on_a_socket_another_on_a_file(run: Start, tmp_path: Path) -> None:
+    vm = run("--console", f"unix:{tmp_path}/com1", "--console", f"com2=file:{tmp_path}/log")
+    deadline = time.monotonic() + WAIT
+    while not (tmp_path / "com1").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for _ in range(2):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "com1"))
+            client.settimeout(WAIT)
+            client.sendall(b"r")
+            assert client.recv(1) == b"B"
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "com1"))
+        client.sendall(b"q")
+        assert vm.end() == (0, b"", "")
+    assert [path.name for path in tmp_path.iterdir() if "com1" in path.name] == []
+    assert (tmp_path / "log").read_bytes() == b""
+
+
+def test_a_pseudo_terminal_is_named(run: Start) -> None:
+    vm = run("--console", "pty")
+    assert vm.process.stderr is not None
+    line = vm.process.stderr.readline().decode()
+    assert line.startswith("skep: com1: its terminal is /dev/pts/")
+    terminal = os.open(line.split()[-1], os.O_RDWR | os.O_NOCTTY)
+    assert os.read(terminal, 1) == b"B"
+    os.write(terminal, b"q")
+    assert vm.end() == (0, b"", "")
+    os.close(terminal)
 
 
 # On a terminal

@@ -6,14 +6,14 @@ import codecs
 import re
 import threading
 import time
-from collections import deque
 
+from skep.chardev.backlog import LIMIT, Backlog
 from skep.chardev.loop import Loop
 from skep.chardev.pump import Pump
-from skep.contracts.chardev import Receiver
+from skep.contracts.chardev import BackendStatus, Receiver
 from skep.errors import SkepError
 
-KEPT = 1 << 20
+KEPT = LIMIT
 """Characters of output that wait to be looked at; older ones go first."""
 _GATHER = 0.001
 """Seconds: a guest writes byte by byte, and nobody needs to search again for each."""
@@ -34,8 +34,9 @@ class Console:
         self._loop = loop
         self._pump = Pump()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._pieces: deque[str] = deque(maxlen=KEPT)  # as they came, the guest's side appends
+        self._backlog = Backlog()
         self._text = ""  # what expect and read have in front of them
+        self._forgotten = 0
         self._reading = threading.Lock()
         self._news = threading.Event()
         self._closed = False
@@ -87,7 +88,7 @@ class Console:
         self._loop.call(self._pump.run)
 
     def write(self, data: bytes) -> None:
-        self._pieces.append(self._decoder.decode(data))
+        self._backlog.put(data)
         if not self._news.is_set():
             self._news.set()
 
@@ -97,6 +98,9 @@ class Console:
     def room_available(self) -> None:
         if self._pump.waiting:
             self._loop.call(self._pump.run)
+
+    def status(self) -> BackendStatus:
+        return BackendStatus("program", not self._closed, len(self._backlog), self._backlog.dropped + self._forgotten)
 
     def close(self) -> None:
         self._closed = True
@@ -108,5 +112,6 @@ class Console:
             self._pump.run()
 
     def _gather(self) -> None:
-        pieces = [self._pieces.popleft() for _ in range(len(self._pieces))]
-        self._text = (self._text + "".join(pieces))[-KEPT:]
+        text = self._text + self._decoder.decode(self._backlog.take(2 * LIMIT))
+        self._text = text[-KEPT:]
+        self._forgotten += len(text) - len(self._text)

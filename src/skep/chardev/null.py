@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skep.contracts.chardev import Receiver
+from skep.contracts.chardev import BackendStatus, Receiver
 
 
 class Null:
@@ -19,6 +19,9 @@ class Null:
 
     def room_available(self) -> None:
         pass
+
+    def status(self) -> BackendStatus:
+        return BackendStatus("none", False, 0, 0)
 
     def close(self) -> None:
         pass

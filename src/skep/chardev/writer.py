@@ -1,17 +1,22 @@
-"""Bytes from the guest to a file descriptor, without ever making a vCPU wait for whoever reads there."""
+"""Bytes from the guest to a descriptor that may block, without ever making a vCPU wait for it."""
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
-BACKLOG = 1 << 20
-"""Bytes kept for a reader that does not read; what comes beyond is dropped, as on a real line."""
+from skep.chardev.backlog import LIMIT, Backlog
+
 _GATHER = 0.001
 """Seconds: a guest writes byte by byte, and this turns a burst into one system call."""
+_CHUNK = 1 << 16
+_RETRY = 0.5
+"""Seconds until a full file system is tried again."""
+_PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
+"""Errors that may be over some day. After any other the reader is gone, and will not come back."""
 
 
 class Writer:
@@ -23,66 +28,95 @@ class Writer:
 
     def __init__(self, fd: int, name: str) -> None:
         self._fd = fd
-        self.drained: Callable[[], None] | None = None
-        """Called on the writer's thread when there is room again, after ``room`` said 0."""
-        self._full = False
-        self._chunks: deque[bytes] = deque()
-        self._put = 0
-        self._done = 0
-        self.dropped = 0
-        """Bytes that nobody took."""
+        self.backlog = Backlog()
+        self.failed: Callable[[OSError], None] | None = None
+        """Hears of the first error of each kind."""
+        self._told: set[int | None] = set()
+        self._aside = Backlog()
+        self._held = False
+        self._unwritten = 0
+        self._gone = 0
         self._ready = threading.Event()
         self._closing = False
         self._broken = False
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def dropped(self) -> int:
+        """Bytes that nobody took."""
+        return self.backlog.dropped + self._gone
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that nobody took yet."""
+        return len(self.backlog) + self._unwritten
+
     def write(self, data: bytes) -> None:
-        # _put and _done each have one writer, so their difference needs no lock; it may only look too large.
-        if self._broken or self._put - self._done + len(data) > BACKLOG:
-            self.dropped += len(data)
+        if self._broken:
+            self._gone += len(data)
             return
-        self._put += len(data)
-        self._chunks.append(data)
+        self.backlog.put(data)
         if not self._ready.is_set():
             self._ready.set()
 
     def room(self) -> int:
         """How many bytes ``write`` would take now. Of a broken descriptor any number: they are dropped and counted."""
-        self._full = True  # before looking: whoever makes room after the look sees it
-        room = BACKLOG if self._broken else max(BACKLOG - self._put + self._done, 0)
-        self._full = not room
-        return room
+        return LIMIT if self._broken else self.backlog.room()
 
-    def close(self, patience: float = 2.0) -> None:
-        """Write what is left, but wait no longer than ``patience`` seconds for a reader that does not read."""
+    def aside(self, data: bytes) -> None:
+        """Write what is not the guest's; it overtakes what waits. From any one thread."""
+        self._aside.put(data)
+        self._ready.set()
+
+    def hold(self, held: bool) -> None:
+        """Keep the guest's bytes back, or let them go again."""
+        self._held = held
+        self._ready.set()
+
+    def close(self, patience: float = 2.0) -> bool:
+        """Write what is left, but wait no longer than ``patience`` seconds for a reader that does not read. False: it
+        still does not, and the thread still waits for it."""
+        self._held = False
         self._closing = True
         self._ready.set()
         self._thread.join(patience)
+        return not self._thread.is_alive()
 
     def _main(self) -> None:
         while True:
             self._ready.wait()
             if not self._closing:
                 time.sleep(_GATHER)
-            closing = self._closing
             self._ready.clear()
-            data = b"".join(self._chunks.popleft() for _ in range(len(self._chunks)))
-            self._write_all(data)
-            self._done += len(data)
-            if self._full and self.drained is not None:
-                self._full = False
-                self.drained()
+            closing = self._closing  # after clearing: who closes later sets it once more
+            while data := self._aside.take(_CHUNK) or (b"" if self._held else self.backlog.take(_CHUNK)):
+                self._write_all(data)
             if closing:
                 return
 
     def _write_all(self, data: bytes) -> None:
+        self._unwritten = len(data)
         while data and not self._broken:
             try:
                 data = data[os.write(self._fd, data) :]
+                self._unwritten = len(data)
             except BlockingIOError:
                 # Somebody else made the shared descriptor non-blocking.
                 time.sleep(_GATHER)
-            except OSError:
-                # The reader is gone, and will not come back.
-                self._broken = True
+            except OSError as error:
+                self._note(error)
+        self._gone += len(data)
+        self._unwritten = 0
+
+    def _note(self, error: OSError) -> None:
+        if error.errno not in self._told:
+            self._told.add(error.errno)
+            if self.failed is not None:
+                self.failed(error)
+        if error.errno in _PASSING and not self._closing:
+            time.sleep(_RETRY)
+        else:
+            self._broken = True
+            if self.backlog.drained is not None:
+                self.backlog.drained()

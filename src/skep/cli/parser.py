@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from skep import __version__
 from skep.config import Tree
-from skep.config.sugar import add_disk, file_name
+from skep.config.sugar import add_console, add_disk, file_name
 from skep.errors import UserError
 
 DEFAULT_CMDLINE = "console=ttyS0"
@@ -81,7 +81,13 @@ def _add_run(commands: Any) -> None:
         help="a virtio disk; may be repeated",
     )
     add("--engine", metavar="ENGINE", write=_leaf("engine"), help="auto, kvm or translate (auto)")
-    add("--console", metavar="WHERE", write=_leaf("lpc.com1.path"), help="stdio or none (stdio)")
+    add(
+        "--console",
+        metavar="[PORT=]WHERE",
+        write=lambda tree, text: add_console(tree, text, "--console"),
+        help="what serial port com1 (or PORT, com1 to com4) is plugged into: stdio, none, pty, unix:PATH, tcp:HOST:PORT"
+        " or file:PATH (stdio); may be repeated",
+    )
     add("--no-reboot", nargs=0, write=_leaf("no_reboot"), help="a reboot of the guest ends it, with status 0")
     add("-o", metavar="KEY=VALUE", write=lambda tree, text: tree.assign(text), help="set any key of the tree")
     add("-k", metavar="FILE", write=lambda tree, path: tree.load(path), help="read a file of KEY=VALUE lines")

@@ -11,6 +11,8 @@ from skep.errors import UserError
 FIRST_SLOT, LAST_SLOT = 2, 30
 """Of PCI bus 0: slot 0 is the host bridge's, and bhyve's users keep 1 or 31 for LPC."""
 
+SERIAL_PORTS = ("com1", "com2", "com3", "com4")
+
 
 def literally(text: str) -> str:
     """A value that stands for ``text`` itself: nothing in it is expanded."""
@@ -33,3 +35,14 @@ def add_disk(tree: Tree, text: str, where: str) -> None:
     tree[f"{place}.device"] = "virtio-blk"
     for key, value in options.items():
         tree[f"{place}.{key}"] = file_name(value) if key == "path" else literally(value)
+
+
+def add_console(tree: Tree, text: str, where: str) -> None:
+    """What a serial port is plugged into, given as ``[PORT=]WHERE``; com1 without a port."""
+    port, equals, plug = text.partition("=")
+    if not equals or ":" in port:  # a file's name may have a = in it
+        port, plug = "com1", text
+    if port not in SERIAL_PORTS:
+        raise UserError(f"no such port: {port!r}", where, f"say {', '.join(SERIAL_PORTS)} before the =")
+    kind, colon, path = plug.partition(":")
+    tree[f"lpc.{port}.path"] = f"{kind}:{file_name(path)}" if colon and kind in ("unix", "file") else literally(plug)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Receiver(Protocol):
@@ -39,15 +39,30 @@ class PlainLine:
         """The guest does not hear of it."""
 
 
+class BackendStatus(NamedTuple):
+    """What a backend is at this moment."""
+
+    where: str
+    """As the tree says it, with what the host added: ``pty:/dev/pts/3``."""
+    present: bool
+    """Somebody is at the other end, as far as can be known."""
+    waiting: int
+    """Bytes of output that nobody has taken yet."""
+    dropped: int
+    """Bytes of output that nobody ever took."""
+
+
 class CharBackend(Protocol):
-    """The host's side. All of it may be called from any thread."""
+    """The host's side. All of it may be called from any thread, ``write`` by one thread at a time."""
 
     def connect(self, receiver: Receiver) -> None:
         """Plug the line in, once. Bytes that came earlier were kept, and are delivered from now on. A backend to which
-        somebody has to come says ``attached`` when that happens; one that says nothing has somebody all the time."""
+        somebody has to come says ``attached`` at once, and whenever that changes; one that says nothing has somebody
+        all the time."""
 
     def write(self, data: bytes) -> None:
-        """Bytes from the guest. Never raises, never waits; what nobody can take any more is dropped."""
+        """Bytes from the guest. Never raises, never waits. Beyond ``output_room`` the oldest that nobody took are
+        dropped, counted, and a line in their place says so."""
 
     def output_room(self) -> int:
         """How many bytes ``write`` would take now without dropping any. Whoever can make its guest wait asks, and
@@ -56,6 +71,9 @@ class CharBackend(Protocol):
     def room_available(self) -> None:
         """The receiver's FIFO was drained: offer it the bytes that wait. Never calls the receiver back from
         inside the call, so that a UART may say this while it holds its lock."""
+
+    def status(self) -> BackendStatus:
+        """Never waits."""
 
     def close(self) -> None:
         """Unplug, and give back what the host lent (a terminal's mode). The receiver is not called afterwards."""

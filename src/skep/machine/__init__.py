@@ -74,8 +74,9 @@ class Board(Protocol):
     def close(self) -> None: ...
 
 
-PlugSerial = Callable[[str, str], CharBackend]
-"""Makes the backend of a serial port from its name ("com1") and its ``path`` in the tree. Who makes it closes it."""
+PlugSerial = Callable[[str, str, str], CharBackend]
+"""Makes the backend of a port from its name (com1), from what the tree says it is plugged into, and from the key that
+says so. Who makes it closes it."""
 
 
 def build(tree: Tree, settings: Settings, memory: GuestMemory, events: Events, plug: PlugSerial) -> Board:

@@ -75,7 +75,12 @@ RTC_IRQ, RTC_CENTURY = 8, 0x32
 class LpcOptions:
     """What hangs on the board itself."""
 
-    com1: str | None = option(values.text, None, key="com1.path", doc="the first serial port: stdio, none or program")
+    com1: str | None = option(
+        values.text,
+        None,
+        key="com1.path",
+        doc="the first serial port: stdio, none, pty, unix:PATH, tcp:HOST:PORT or file:PATH",
+    )
     com2: str | None = option(values.text, None, key="com2.path", doc="the second, likewise")
     com3: str | None = option(values.text, None, key="com3.path", doc="the third")
     com4: str | None = option(values.text, None, key="com4.path", doc="the fourth")
@@ -149,7 +154,7 @@ class Amd64Board:
         for number, (path, (port, irq)) in enumerate(zip(paths, COM_PORTS, strict=True), 1):
             if path is not None:
                 name = f"com{number}"
-                uart = Uart(name, self.lines.source(irq), plug(name, path), self.lock)
+                uart = Uart(name, self.lines.source(irq), plug(name, path, f"lpc.{name}.path"), self.lock)
                 uart.attach(self.bus, port)
                 self.devices.insert(0, uart)
                 found.append(acpi.Serial(number, port, irq))
