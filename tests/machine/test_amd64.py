@@ -55,7 +55,7 @@ class Made:
         checked = check_settings(tree)
         self.told = Told()
         self.memory = GuestMemory(size)
-        self.board = Amd64Board(tree, checked, self.memory, self.told.all(), lambda name, path: Null())
+        self.board = Amd64Board(tree, checked, self.memory, self.told.all(), lambda name, where, key: Null())
         self.board.reset()
 
     def close(self) -> None:
