@@ -312,6 +312,17 @@ def test_a_second_client_is_turned_away(listener: CharBackend) -> None:
         assert third.read(4) == b"next"
 
 
+def test_nothing_is_written_to_who_has_left_already(listener: CharBackend) -> None:
+    """TCP would take it all the same, and lose it."""
+    for _ in range(20):
+        client_of(listener).close()
+    listener.write(b"for you")
+    listener.connect(Port())
+    time.sleep(0.05)
+    with client_of(listener) as client:
+        assert client.read(7) == b"for you"
+
+
 def test_who_left_while_the_guest_takes_nothing_makes_room(listener: CharBackend) -> None:
     """Its input was not all read, so that its end was not seen."""
     port = Port(0)

@@ -39,7 +39,7 @@ class Link:
 
     def flush(self) -> None:
         """Pass on what it takes of the backlog."""
-        if self._blocked or self._mute:
+        if self._blocked or self.gone():  # TCP would take it, for a client that closed already
             return
         while self._pass_on():
             pass
@@ -56,9 +56,11 @@ class Link:
 
     def gone(self) -> bool:
         """Whoever was there has left, though not all that they said may have been heard yet."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLRDHUP)
-        return self._mute or any(events & _GONE for _, events in poll.poll(0))
+        if not self._mute:
+            poll = select.poll()
+            poll.register(self._fd, select.POLLRDHUP)
+            self._mute = any(events & _GONE for _, events in poll.poll(0))
+        return self._mute
 
     def detach(self) -> None:
         """Let go of the descriptor, which is the caller's to close."""
