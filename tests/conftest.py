@@ -7,6 +7,7 @@ import pytest
 
 from skep.errors import UserError
 from skep.guest import debian
+from skep.guest import root as debian_root
 
 hypothesis.settings.register_profile("skep", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("skep")
@@ -19,3 +20,12 @@ def guest() -> debian.Guest:
         return debian.obtain()
     except UserError as error:
         pytest.skip(f"no guest to boot: {error}")
+
+
+@pytest.fixture(scope="session")
+def root() -> debian_root.Root:
+    """A Debian root, from the cache or made in a minute or two."""
+    try:
+        return debian_root.obtain()
+    except UserError as error:
+        pytest.skip(f"no root to boot: {error}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import skep
 from skep.guest.debian import Guest
@@ -19,7 +19,7 @@ _COMPLAINT = re.compile(
 )
 
 # Commands come by the console, one a line; no prompt and no echo stands between their outputs.
-_LISTEN = """
+LISTEN = """
 dmesg -n 1
 stty -echo
 echo READY
@@ -41,13 +41,13 @@ def command_line(script: str, *words: str) -> str:
     return " ".join(("console=ttyS0", "panic=-1", *(words or ("quiet",)), f"skep.exec={script}"))
 
 
-class Linux:
-    """A guest that has booted; ``options`` are :class:`skep.Vm`'s."""
+class Session:
+    """A guest whose console takes commands; ``options`` are :class:`skep.Vm`'s. See :meth:`wait_ready`."""
 
-    def __init__(self, guest: Guest, memory: str = "512M", **options: Any) -> None:
-        self.vm = skep.Vm(
-            kernel=guest.kernel, initrd=guest.initrd, memory=memory, cmdline=command_line(_LISTEN), **options
-        )
+    power_off_command = "poweroff -f"
+
+    def __init__(self, **options: Any) -> None:
+        self.vm = skep.Vm(**options)
         try:
             self.vm.start()
             self.wait_ready()
@@ -77,14 +77,22 @@ class Linux:
     def power_off(self) -> None:
         """It has nothing to complain of, and powers off."""
         assert complaints(self("dmesg")) == []
-        self.begin("poweroff -f")
+        self.begin(self.power_off_command)
         outcome = self.vm.wait(BOOT)
         assert outcome is not None and outcome.end.value == "powered off", outcome
 
-    def __enter__(self) -> Linux:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.vm.close()
+
+
+class Linux(Session):
+    """The kernel and the initramfs of a guest, and its shell."""
+
+    def __init__(self, guest: Guest, memory: str = "512M", **options: Any) -> None:
+        cmdline = command_line(LISTEN)
+        super().__init__(kernel=guest.kernel, initrd=guest.initrd, memory=memory, cmdline=cmdline, **options)

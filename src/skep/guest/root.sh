@@ -27,6 +27,7 @@ echo "I: Settings"
 echo debian > "$tree/etc/hostname"
 printf '127.0.0.1\tlocalhost\n127.0.1.1\tdebian\n::1\tlocalhost ip6-localhost ip6-loopback\n' > "$tree/etc/hosts"
 printf 'UUID=%s / ext4 errors=remount-ro 0 1\n' "$uuid" > "$tree/etc/fstab"
+echo LANG=C.UTF-8 > "$tree/etc/default/locale"
 # Each machine that boots it chooses an identity of its own.
 : > "$tree/etc/machine-id"
 rm -f "$tree/var/lib/dbus/machine-id" "$tree/var/lib/systemd/random-seed"
