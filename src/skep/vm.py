@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from skep.chardev.plugs import Plugs
 from skep.config import Tree, check_settings
-from skep.config.sugar import add_disk
+from skep.config.sugar import add_device, add_disk
 from skep.engine.contract import Engine, EngineVm, Exit, ExitReason, Vcpu
 from skep.engine.exits import ExitRecord
 from skep.errors import EngineLimit, InternalError, SkepError, UserError
@@ -125,9 +125,9 @@ class Vm:
     """One virtual machine.
 
     Either from ``tree``, a configuration, or from keyword arguments, which only write one: ``disks`` are paths with
-    options as ``skep run --disk`` takes them; ``memory`` is text such as "512M"; ``console`` is "program" (the default:
-    see :attr:`console`), "stdio", "none" or whatever else ``lpc.com1.path`` may be. ``config`` adds keys of the tree.
-    ``diagnostics`` is called, from any thread, with one line for the user's eyes.
+    options as ``skep run --disk`` takes them, ``devices`` as ``--device``; ``memory`` is text such as "512M";
+    ``console`` is "program" (the default: see :attr:`console`), "stdio", "none" or whatever else ``lpc.com1.path`` may
+    be. ``config`` adds keys of the tree. ``diagnostics`` is called, from any thread, with one line for the user's eyes.
 
     Raises UserError for what is wrong with the configuration or with this host; nothing is left behind then.
     While any VM of the process runs, the interpreter's cyclic collector rests and threads take turns sooner.
@@ -143,6 +143,7 @@ class Vm:
         cpus: int | None = None,
         memory: str | None = None,
         disks: Iterable[str | Path] = (),
+        devices: Iterable[str] = (),
         engine: str | None = None,
         console: str | None = None,
         name: str | None = None,
@@ -169,6 +170,8 @@ class Vm:
             self.tree[key] = value
         for disk in disks:
             add_disk(self.tree, str(disk), "disks")
+        for device in devices:
+            add_device(self.tree, device, "devices")
         self.tree.freeze()
         self.settings = check_settings(self.tree)
         self.name = self.settings.name
@@ -218,9 +221,11 @@ class Vm:
         return self.serial("com1")
 
     def serial(self, name: str) -> Console:
-        """The other end of a port ("com1" to "com4") that the tree plugs into "program"."""
+        """The other end of a port that the tree plugs into "program": "com1" to "com4", or a named one of a virtio
+        console."""
         if name not in self.plugs.consoles:
-            raise UserError(f"the VM's {name} is not the program's", f"lpc.{name}.path", f"make it {PROGRAM}")
+            where = f"lpc.{name}.path" if name.startswith("com") else name
+            raise UserError(f"the VM's {name} is not the program's", where, f"make it {PROGRAM}")
         return self.plugs.consoles[name]
 
     def start(self) -> None:

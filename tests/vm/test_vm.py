@@ -540,7 +540,7 @@ def test_keyword_arguments_only_write_a_tree(make: Make, kernel: Path, tmp_path:
         ({"kernel": "/nowhere/vmlinuz"}, "no such file"),
         ({"memory": "0"}, "memory"),
         ({"cpus": 0}, "cpus"),
-        ({"console": "carrier-pigeon"}, "no such serial backend"),
+        ({"console": "carrier-pigeon"}, "no such backend"),
         ({"disks": ["/nowhere/disk"]}, "/nowhere/disk"),
         ({"config": {"pci.0.3.0.device": "virtio-fog"}}, "no such device"),
         ({"config": {"pci.0.3.0.path": "x"}}, "says nothing of its device"),

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from skep import __version__
 from skep.config import Tree
-from skep.config.sugar import add_console, add_disk, file_name
+from skep.config.sugar import add_console, add_device, add_disk, file_name
 from skep.errors import UserError
 
 DEFAULT_CMDLINE = "console=ttyS0"
@@ -79,6 +79,13 @@ def _add_run(commands: Any) -> None:
         metavar="PATH[,ro][,format=raw]...",
         write=lambda tree, text: add_disk(tree, text, "--disk"),
         help="a virtio disk; may be repeated",
+    )
+    add(
+        "--device",
+        metavar="NAME[,CONF]",
+        write=lambda tree, text: add_device(tree, text, "--device"),
+        help="a PCI device: virtio-rnd; virtio-console,NAME=/PATH/OF/SOCKET,..., of which console= is a terminal; may"
+        " be repeated",
     )
     add("--engine", metavar="ENGINE", write=_leaf("engine"), help="auto, kvm or translate (auto)")
     add(

@@ -26,15 +26,30 @@ def file_name(path: str) -> str:
 
 def add_disk(tree: Tree, text: str, where: str) -> None:
     """The next free slot of bus 0 takes a virtio disk, given as ``PATH[,option[=value]]...``."""
-    options = parse_options(text, where, first="path")
+    add_device(tree, f"virtio-blk,{text}", where)
+
+
+def add_device(tree: Tree, text: str, where: str) -> None:
+    """The next free slot of bus 0 takes a device, given as bhyve's -s has it: ``EMULATION[,option[=value]]...``.
+
+    Two emulations have a grammar of their own: ``virtio-blk,PATH[,option]...``, and ``virtio-console,NAME=PATH...``,
+    a port each, of which the one named ``console`` is a terminal of the guest's.
+    """
+    kind, comma, rest = text.partition(",")
+    options = parse_options(rest, where, first="path" if kind == "virtio-blk" else None) if comma else {}
+    keys = {key: literally(value) for key, value in options.items()}
+    if kind == "virtio-blk" and "path" in options:
+        keys["path"] = file_name(options["path"])
+    elif kind == "virtio-console":
+        keys = _ports(keys, where)
     taken = tree.node("pci.0").children()
     slot = next((slot for slot in range(FIRST_SLOT, LAST_SLOT + 1) if str(slot) not in taken), None)
     if slot is None:
-        raise UserError("no free PCI slot for another disk", where)
+        raise UserError(f"no free PCI slot for another {kind}", where)
     place = f"pci.0.{slot}.0"
-    tree[f"{place}.device"] = "virtio-blk"
-    for key, value in options.items():
-        tree[f"{place}.{key}"] = file_name(value) if key == "path" else literally(value)
+    tree[f"{place}.device"] = literally(kind)
+    for key, value in keys.items():
+        tree[f"{place}.{key}"] = value
 
 
 def add_console(tree: Tree, text: str, where: str) -> None:
@@ -46,3 +61,16 @@ def add_console(tree: Tree, text: str, where: str) -> None:
         raise UserError(f"no such port: {port!r}", where, f"say {', '.join(SERIAL_PORTS)} before the =")
     kind, colon, path = plug.partition(":")
     tree[f"lpc.{port}.path"] = f"{kind}:{file_name(path)}" if colon and kind in ("unix", "file") else literally(plug)
+
+
+def _ports(ports: dict[str, str], where: str) -> dict[str, str]:
+    """A path that begins with / is a Unix socket, as bhyve has it."""
+    keys = {}
+    for number, (name, path) in enumerate(ports.items()):
+        if not path or path == "true":
+            raise UserError(f"the port {name} goes nowhere", where, f"say {name}=/path/of/a/socket")
+        keys[f"port.{number}.name"] = name
+        keys[f"port.{number}.path"] = f"unix:{path}" if path.startswith("/") else path
+        if name == "console":
+            keys[f"port.{number}.console"] = "true"
+    return keys

@@ -32,6 +32,11 @@ def option(parse: Callable[[str], Any], default: Any = _REQUIRED, *, key: str | 
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class NoKeys:
+    """A node that has no keys but those that others read."""
+
+
 def _key(field: dataclasses.Field[Any]) -> str:
     return field.metadata["key"] or field.name
 
@@ -49,7 +54,8 @@ def view(node: Node, kind: type[T], others: Iterable[str] = ()) -> T:
         if key not in fields and not any(key == other or key.startswith(other + ".") for other in branches):
             tail = key[len(key.split(".")[0]) :]
             near = nearest(key, (*fields, *(branch + tail for branch in branches)))
-            hint = f"the nearest is {node.full(near)}" if near else f"known here: {', '.join(sorted(fields))}"
+            known = ", ".join(sorted(fields)) or "none"
+            hint = f"the nearest is {node.full(near)}" if near else f"known here: {known}"
             raise UserError("unknown configuration key", node.full(key), hint)
     given: dict[str, Any] = {}
     for key, field in fields.items():

@@ -29,7 +29,7 @@ METAPACKAGE = {"amd64": "linux-image-cloud-amd64"}
 FULL_METAPACKAGE = {"amd64": "linux-image-amd64"}
 """The same for the kernel with drivers for real machines."""
 BUSYBOX = "busybox-static"
-DRIVERS = ("virtio_pci", "virtio_blk", "ext4", "button", "evdev")
+DRIVERS = ("virtio_pci", "virtio_blk", "virtio_console", "virtio_rng", "ext4", "button", "evdev")
 """What the guest's init loads; the modules that these depend on come along."""
 
 _RECIPE = 3

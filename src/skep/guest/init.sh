@@ -34,10 +34,14 @@ load() {
     done < "/lib/modules/$1.order"
 }
 
-if cat /sys/bus/pci/devices/*/vendor 2> /dev/null | grep -q 0x1af4; then
-    load virtio_pci
-    load virtio_blk
-fi
+# The virtio devices that are there, by their PCI device IDs.
+for device in $(cat /sys/bus/pci/devices/*/device 2> /dev/null); do
+    case $device in
+        0x1042) load virtio_pci; load virtio_blk ;;
+        0x1043) load virtio_pci; load virtio_console ;;
+        0x1044) load virtio_pci; load virtio_rng ;;
+    esac
+done
 
 # Mounts the real root on /mnt. Its device may take a moment to appear.
 mount_root() {

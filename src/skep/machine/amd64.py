@@ -29,12 +29,10 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from skep.block.image import open_image
-from skep.block.options import BlockOptions
 from skep.boot.e820 import E820, RangeType
-from skep.boot.image import open_image as open_boot_image
+from skep.boot.image import open_image
 from skep.bus import Bus
-from skep.bus.pci import FUNCTIONS, SLOTS, HostBridge, PciBus, PciFunction, intx_gsi
+from skep.bus.pci import FUNCTIONS, SLOTS, HostBridge, PciBus, intx_gsi
 from skep.clock import GuestClock
 from skep.config import Node, Settings, Tree, option, values, view
 from skep.contracts.device import Device
@@ -44,8 +42,6 @@ from skep.devices import pm
 from skep.devices.i8042 import I8042
 from skep.devices.rtc import Rtc
 from skep.devices.uart import Uart
-from skep.devices.virtio.blk import VirtioBlk
-from skep.devices.virtio.pci import VirtioPci
 from skep.engine.amd64.registers import Attr, CpuState, Cr0, Rflags, Segment
 from skep.engine.amd64.tsc import read_tsc, tsc_hz
 from skep.engine.contract import Engine
@@ -58,6 +54,7 @@ from skep.irqchip.pic import Pic
 from skep.irqchip.pit import Pit
 from skep.locks import Lock, Order
 from skep.machine import Events, PlugSerial
+from skep.machine.pcidevices import Surroundings, make_pci_device
 from skep.memory import GuestMemory
 
 LOW_RAM_END = 0x9FC00
@@ -95,7 +92,7 @@ class Amd64Board:
         options = view(tree.node("lpc"), LpcOptions)
         if settings.boot_kernel is None:
             raise UserError("there is nothing to boot", "boot.kernel", "name a Linux kernel, with --kernel")
-        self._image = open_boot_image(settings.boot_kernel, settings.boot_initrd, settings.boot_cmdline)
+        self._image = open_image(settings.boot_kernel, settings.boot_initrd, settings.boot_cmdline)
         self.cpus = settings.cpus
         self.memory = memory
         self.lock = Lock("board", Order.BOARD)
@@ -107,7 +104,7 @@ class Amd64Board:
             self.bus = Bus(self.lock)
             self._interrupt_controllers(events)
             self._legacy_devices(settings, events)
-            self._pci(tree, events)
+            self._pci(tree, events, plug)
             self._serial = self._serial_ports((options.com1, options.com2, options.com3, options.com4), plug)
             self._acpi = self._tables() if settings.acpi_tables else None
             undo.pop_all()
@@ -160,33 +157,19 @@ class Amd64Board:
                 found.append(acpi.Serial(number, port, irq))
         return tuple(found)
 
-    def _pci(self, tree: Tree, events: Events) -> None:
+    def _pci(self, tree: Tree, events: Events, plug: PlugSerial) -> None:
         self.pci = PciBus(self.bus, self.apics, self.lines.source, self.pm.reset_control)
         self.pci.attach(ECAM_BASE, ECAM_SIZE)
         self.devices.append(self.pci)
+        around = Surroundings(self.memory, self.lock, plug, events.say)
         for slot, number, node in _places(tree):
-            device = self._pci_device(node, events)
+            device = make_pci_device(node, around)
             self.devices.insert(0, device)
             self.pci.add(device, slot, number)
         if (0, 0) not in self.pci.functions:
             bridge = HostBridge()
             self.devices.append(bridge)
             self.pci.add(bridge, 0)
-
-    def _pci_device(self, node: Node, events: Events) -> PciFunction:
-        kind = node.get("device")
-        match kind:
-            case "hostbridge":
-                return HostBridge()
-            case "virtio-blk":
-                options = BlockOptions.from_node(node)
-                name = f"virtio-blk {node.path.removeprefix('pci.')}"
-                failed = _stops(name, events)
-                return VirtioPci(VirtioBlk(name, self.memory, self.lock, open_image(options), options, failed))
-            case None:
-                raise UserError("says nothing of its device", node.full("device"), "use virtio-blk")
-            case _:
-                raise UserError(f"no such device: {kind!r}", node.full("device"), "known are hostbridge, virtio-blk")
 
     def _tables(self) -> acpi.Tables:
         platform = acpi.Platform(
@@ -306,15 +289,6 @@ class _Seats:
 
     def mmio_write(self, gpa: int, size: int, value: int) -> None:
         self._of_thread[threading.get_ident()].mmio_write(gpa, size, value)
-
-
-def _stops(name: str, events: Events) -> Callable[[BaseException], None]:
-    """What a device's own thread calls when it fails: the fault is ours, but the rest of the machine goes on."""
-
-    def failed(error: BaseException) -> None:
-        events.say(f"{name}: it stops, and needs a reset: {type(error).__name__}: {error}")
-
-    return failed
 
 
 def _places(tree: Tree) -> list[tuple[int, int, Node]]:

@@ -17,7 +17,7 @@ from skep.contracts.io import IrqLine
 from skep.locks import Lock, Order
 from skep.memory import GuestMemory
 
-F_VERSION_1, F_EVENT_IDX, F_INDIRECT = 1 << 32, 1 << 29, 1 << 28
+F_VERSION_1, F_EVENT_IDX, F_INDIRECT, F_RING_RESET = 1 << 32, 1 << 29, 1 << 28, 1 << 40
 NEXT, WRITE, INDIRECT = 1, 2, 4
 NEEDS_RESET = 64
 PATIENCE = 20.0
@@ -188,20 +188,28 @@ class Driver:
 
     def start(self, *, msix: bool = True, size: int | None = None, indirect: bool = False) -> DriverQueue:
         """Everything up to DRIVER_OK, with queue 0."""
+        return self.start_all(1, msix=msix, size=size, indirect=indirect)[0]
+
+    def start_all(
+        self, count: int, *, msix: bool = True, size: int | None = None, indirect: bool = False
+    ) -> list[DriverQueue]:
+        """Everything up to DRIVER_OK, with the first ``count`` queues."""
         self.negotiate()
         if msix:
             self.enable_msix()
             self.write(0x10, 2, self.CONFIG_VECTOR)
             assert self.read(0x10, 2) == self.CONFIG_VECTOR
-        queue = self.make_queue(size, msix=msix, indirect=indirect)
+        queues = [self.make_queue(size, msix=msix, indirect=indirect, index=index) for index in range(count)]
         self.write(0x14, 1, self.status | 4)
-        return queue
+        return queues
 
-    def make_queue(self, size: int | None = None, *, msix: bool = True, indirect: bool = False) -> DriverQueue:
-        self.write(0x16, 2, 0)
+    def make_queue(
+        self, size: int | None = None, *, msix: bool = True, indirect: bool = False, index: int = 0
+    ) -> DriverQueue:
+        self.write(0x16, 2, index)
         if size is not None:
             self.write(0x18, 2, size)
-        queue = DriverQueue(self, self.read(0x18, 2), indirect=indirect)
+        queue = DriverQueue(self, self.read(0x18, 2), indirect=indirect, index=index)
         if msix:
             self.write(0x1A, 2, self.QUEUE_VECTOR)
             assert self.read(0x1A, 2) == self.QUEUE_VECTOR
@@ -211,10 +219,10 @@ class Driver:
         self.write(0x1C, 2, 1)
         return queue
 
-    def notify(self) -> None:
+    def notify(self, index: int = 0) -> None:
         notify = self.structures[2]
-        self.write(0x16, 2, 0)
-        self.board.bus.mmio_write(notify.gpa + self.read(0x1E, 2) * notify.multiplier, 2, 0)
+        self.write(0x16, 2, index)
+        self.board.bus.mmio_write(notify.gpa + self.read(0x1E, 2) * notify.multiplier, 2, index)
 
     def allocate(self, n: int, align: int = 16) -> int:
         at = (self._free + align - 1) & -align
@@ -239,8 +247,9 @@ class Driver:
 class DriverQueue:
     """The driver's side of a split virtqueue (2.7)."""
 
-    def __init__(self, driver: Driver, size: int, *, indirect: bool) -> None:
+    def __init__(self, driver: Driver, size: int, *, indirect: bool, index: int = 0) -> None:
         self.driver = driver
+        self.index = index
         self.memory = driver.memory
         self.size = size
         self.indirect = indirect
@@ -290,7 +299,7 @@ class DriverQueue:
         else:
             wanted = not self.memory.load_u16(self.used) & 1
         if wanted:
-            self.driver.notify()
+            self.driver.notify(self.index)
         return wanted
 
     def take(self) -> list[tuple[int, int]]:

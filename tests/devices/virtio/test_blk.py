@@ -268,7 +268,7 @@ def test_2_1_2_a_request_without_header_or_status_needs_a_reset(
     started.queue.kick()
     assert started.board.messages.wait(driver.CONFIG_DATA)
     assert driver.status & NEEDS_RESET
-    assert started.blk.complaint
+    assert started.blk.complaints
     started.start()
     assert not started.driver.status & NEEDS_RESET
     assert len(started.read(0, 512)) == 512

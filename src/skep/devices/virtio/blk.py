@@ -51,12 +51,11 @@ class VirtioBlk(VirtioDevice):
         lock: Lock,
         backend: BlockBackend,
         options: BlockOptions,
-        failed: Callable[[BaseException], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        """``backend`` is this device's own from now on, and closed with it. ``lock`` is the board's, ``failed`` hears
-        of an error of ours."""
+        """``backend`` is this device's own from now on, and closed with it."""
         features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_CONFIG_WCE
-        super().__init__(name, memory, lock, features | (F_RO if backend.read_only else 0), [QUEUE_SIZE], failed)
+        super().__init__(name, memory, lock, features | (F_RO if backend.read_only else 0), [QUEUE_SIZE], say)
         self._backend = backend
         self._flusher = Flusher(f"{name} flush", backend.flush, self._flushed)
         self._options = options

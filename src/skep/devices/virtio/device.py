@@ -5,7 +5,11 @@ calls it, under the board lock, for the guest's register accesses. Its data half
 requests from the queues and gives each to :meth:`VirtioDevice.serve`.
 
 A reset by the guest, a status of 0, does not wait for requests that are under way: status keeps its value until they
-are done, as 4.1.4.3.1 allows, and drivers wait for the 0. A reset by the board does wait.
+are done, as 4.1.4.3.1 allows, and drivers wait for the 0; it is the same with the reset of one queue. A reset by the
+board does wait.
+
+A driver that breaks a rule, and a mistake of ours on the worker's thread, end the same way: the device needs a reset,
+and tells why.
 """
 
 from __future__ import annotations
@@ -26,11 +30,16 @@ ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 6
 _DRIVERS_BITS = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED
 
 # 6, features that are no particular device's.
-F_INDIRECT_DESC, F_EVENT_IDX, F_VERSION_1 = 1 << 28, 1 << 29, 1 << 32
+F_INDIRECT_DESC, F_EVENT_IDX, F_VERSION_1, F_RING_RESET = 1 << 28, 1 << 29, 1 << 32, 1 << 40
+
+PUT_BACK = -1
+"""What :meth:`VirtioDevice.serve` gives for a request that it could not finish now."""
 
 _TURN_NS = 100_000
 """How long a worker serves requests before it considers an interrupt: what the first of them waits at most, but for the
 time that the last takes."""
+_COMPLAINTS = 8
+"""The last so many are kept: a driver may make as many as it likes."""
 
 
 class Transport(Protocol):
@@ -44,6 +53,9 @@ class Transport(Protocol):
 
     def device_reset(self) -> None:
         """The device has been reset, and so must be what the transport keeps for it."""
+
+    def queue_reset(self, index: int) -> None:
+        """The same of one queue."""
 
 
 class VirtioDevice(Fields):
@@ -63,16 +75,16 @@ class VirtioDevice(Fields):
         lock: Lock,
         features: int,
         queue_sizes: list[int],
-        failed: Callable[[BaseException], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        """``lock`` is the board's; ``features`` are the device's own, to which the queue's are added. ``failed`` hears
-        of an error of ours on the worker's thread."""
+        """``lock`` is the board's; ``features`` are the device's own, to which the queue's are added. ``say`` gets one
+        line for the user when the device first needs a reset, and returns at once."""
         self.name = name
         self.memory = memory
         self.lock = lock
-        self.features = features | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
-        self.queues = [Queue(memory, size) for size in queue_sizes]
-        self.worker = Worker(name, self._turn, self._report, self._count_unfinished, failed)
+        self.features = features | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX | F_RING_RESET
+        self.queues = [Queue(memory, size, index) for index, size in enumerate(queue_sizes)]
+        self.worker = Worker(name, self._turn, self._report, self._count_unfinished, self.fail)
         self.status = 0
         self.driver_features = 0
         self.generation = 0
@@ -80,24 +92,38 @@ class VirtioDevice(Fields):
         self._dma = False
         self._paused = False
         self._resetting = False
+        self._queue_resets: set[int] = set()
         self._config_changed = False
+        self._asked = [False] * len(self.queues)
+        """Which queues the worker is to look at. It takes a flag back before it looks, and who sets one rings after."""
         self._unfinished = 0
         self._finished: deque[tuple[Chain, int]] = deque()
         # Written in a turn, taken in the report that follows it.
         self._to_interrupt: set[int] = set()
         self._broken: str | None = None
-        self.complaint: str | None = None
-        """What the driver did that made the device ask for a reset; for diagnosis."""
+        self.complaints: deque[str] = deque(maxlen=_COMPLAINTS)
+        """Why the device asked for a reset: what the driver did, or what of ours failed. The last few times."""
+        self._say = say
 
     # For subclasses.
 
     def serve(self, chain: Chain) -> int | None:
         """Do what a request asks; returns how many bytes of its writable part were written, counted from the start; or
-        None, and :meth:`finish` is called later.
+        None, and :meth:`finish` is called later; or PUT_BACK, and it is served again after the next :meth:`ask`.
 
         On the worker's thread, without locks. Raises DriverError where the request has no place for an answer.
         """
         raise NotImplementedError
+
+    def ready(self, queue: Queue) -> bool:
+        """On the worker's thread: a request of this queue could be served now. Where not, they stay in their ring until
+        :meth:`ask`."""
+        return True
+
+    def ask(self, index: int) -> None:
+        """From any thread: let the worker look at queue ``index``."""
+        self._asked[index] = True
+        self.worker.ring()
 
     def finish(self, chain: Chain, written: int) -> None:
         """From any thread: a request for which ``serve`` gave None is done."""
@@ -106,10 +132,15 @@ class VirtioDevice(Fields):
 
     def config_read(self, offset: int, size: int) -> int:
         """Device-specific configuration (2.5); what lies outside reads as 0."""
-        raise NotImplementedError
+        return 0
 
     def config_write(self, offset: int, size: int, value: int) -> None:
         """Most have nothing to write."""
+
+    def fail(self, error: BaseException) -> None:
+        """From any thread: what the device's data half does went wrong, and it is our mistake."""
+        self._broken = f"it stops, and needs a reset: {type(error).__name__}: {error}"
+        self.worker.ring()
 
     def negotiated(self) -> None:
         """FEATURES_OK was set: the features are final."""
@@ -117,9 +148,14 @@ class VirtioDevice(Fields):
     def power_on(self) -> None:
         """Reset what is the device's own."""
 
+    def queue_reset(self, index: int) -> None:
+        """Reset what the device keeps for one queue."""
+
     def config_changed(self) -> None:
-        """The configuration space reads otherwise than before."""
+        """The configuration space reads otherwise than before. Under the board lock."""
         self._config_changed = True
+        if self.status & DRIVER_OK and self._transport is not None:
+            self._transport.config_interrupt()
 
     # For transports, under the board lock.
 
@@ -173,10 +209,20 @@ class VirtioDevice(Fields):
                 self._start(queue)
                 self._update()
 
-    def notify(self) -> None:
-        """Available buffer notification (2.9): of which queue does not matter, one worker looks at all."""
-        if not self.worker.held:
-            self.worker.ring()
+    def notify(self, index: int) -> None:
+        """Available buffer notification (2.9)."""
+        if not self.worker.held and index < len(self.queues):
+            self.ask(index)
+
+    def reset_queue(self, index: int) -> None:
+        """2.6.1: stop, and return to what it was before it was set up. ``queue_resetting`` until that is done."""
+        if self.driver_features & F_RING_RESET and self.queues[index].enabled and not self._resetting:
+            self._queue_resets.add(index)
+            if self.worker.hold():
+                self._finish_queue_resets()
+
+    def queue_resetting(self, index: int) -> bool:
+        return index in self._queue_resets
 
     def read_generation(self) -> int:
         """4.1.4.3.1: differs from what it was before the configuration last changed."""
@@ -227,7 +273,8 @@ class VirtioDevice(Fields):
     def _update(self) -> None:
         """Hold or release the worker, as everything together has it."""
         ready = self.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK
-        if ready and self._dma and not self._paused and not self._resetting:
+        if ready and self._dma and not (self._paused or self._resetting or self._queue_resets):
+            self._asked[:] = [True] * len(self.queues)
             self.worker.release()
         else:
             self.worker.hold()
@@ -237,11 +284,13 @@ class VirtioDevice(Fields):
         try:
             queue.start(indirect=bool(features & F_INDIRECT_DESC), event_idx=bool(features & F_EVENT_IDX))
         except DriverError as e:
-            self._ask_for_reset(str(e))
+            self._ask_for_reset(_against_the_rules(e))
 
     def _ask_for_reset(self, complaint: str) -> None:
         """2.1.2: nothing more is done until the driver resets us."""
-        self.complaint = complaint
+        if self._say is not None and not self.complaints:
+            self._say(f"{self.name}: {complaint}")
+        self.complaints.append(complaint)
         if not self.status & NEEDS_RESET:
             self.status |= NEEDS_RESET
             self.worker.hold()
@@ -251,6 +300,7 @@ class VirtioDevice(Fields):
     def _finish_reset(self) -> None:
         """The worker is held and idle."""
         self._resetting = False
+        self._queue_resets.clear()
         self._to_interrupt.clear()
         self._broken = None
         self.status = 0
@@ -264,19 +314,31 @@ class VirtioDevice(Fields):
             self._transport.device_reset()
         self._update()
 
+    def _finish_queue_resets(self) -> None:
+        """The worker is held and idle."""
+        for index in self._queue_resets:
+            self.queues[index].reset()
+            self.queue_reset(index)
+            if self._transport is not None:
+                self._transport.queue_reset(index)
+        self._queue_resets.clear()
+        self._update()
+
     def _report(self) -> None:
         """After each turn, on the worker's thread."""
-        if self._to_interrupt or self._broken is not None or self._resetting:
+        if self._to_interrupt or self._broken is not None or self._resetting or self._queue_resets:
             with self.lock:
                 self._take_report()
 
     def _take_report(self) -> None:
         if self._resetting and self.worker.idle:
             self._finish_reset()
-        for index in self._to_interrupt:
+        for index in self._to_interrupt - self._queue_resets:  # of which nothing more is told (2.6.1.1.1)
             if self._transport is not None:
                 self._transport.queue_interrupt(index)
         self._to_interrupt.clear()
+        if self._queue_resets and self.worker.idle:
+            self._finish_queue_resets()
         if self._broken is not None:
             complaint, self._broken = self._broken, None
             self._ask_for_reset(complaint)
@@ -289,27 +351,34 @@ class VirtioDevice(Fields):
         try:
             while self._finished:
                 chain, written = self._finished.popleft()
-                chain.queue.push(chain, written)
                 self._unfinished -= 1
+                chain.queue.push(chain, written)
             for index, queue in enumerate(self.queues):
-                if queue.started:
-                    more |= self._serve_queue(queue, until)
-                    if queue.settle():
-                        self._to_interrupt.add(index)
+                if not queue.started:
+                    continue
+                if self._asked[index]:
+                    self._asked[index] = False
+                    if self._serve_queue(queue, until):
+                        self._asked[index] = more = True
+                if queue.settle():
+                    self._to_interrupt.add(index)
         except DriverError as e:
-            self._broken = str(e)
+            self._broken = _against_the_rules(e)
             more = False
         return more
 
     def _serve_queue(self, queue: Queue, until: int) -> bool:
         """Requests until there are none, the turn's time is over or the worker is held. True: there are more."""
         queue.silence()
-        while not self.worker.held:
+        while not self.worker.held and self.ready(queue):
             chain = queue.pop()
             if chain is not None:
                 written = self.serve(chain)
                 if written is None:
                     self._unfinished += 1
+                elif written == PUT_BACK:
+                    queue.put_back(chain)
+                    break
                 else:
                     queue.push(chain, written)
                 if time.monotonic_ns() > until:
@@ -322,3 +391,7 @@ class VirtioDevice(Fields):
 
     def _count_unfinished(self) -> int:
         return self._unfinished
+
+
+def _against_the_rules(error: DriverError) -> str:
+    return f"the driver broke the rules, and has to reset it: {error}"

@@ -48,7 +48,7 @@ class VirtioPci(PciFunction):
         vectors = self.add_msix(queues + 1, 1)  # one for configuration changes
         self._signal = vectors.signal
         self._vectors = vectors
-        self._add_structure(COMMON_CFG, COMMON, 0x38)
+        self._add_structure(COMMON_CFG, COMMON, 0x3C)
         self._add_structure(ISR_CFG, ISR, 1)
         self._add_structure(DEVICE_CFG, DEVICE, _PAGE)
         self._add_structure(NOTIFY_CFG, NOTIFY, NOTIFY_MULTIPLIER * queues, NOTIFY_MULTIPLIER.to_bytes(4, "little"))
@@ -88,6 +88,9 @@ class VirtioPci(PciFunction):
         self.queue_vectors = [NO_VECTOR] * len(self.device.queues)
         self.isr = 0
         self.set_intx(False)
+
+    def queue_reset(self, index: int) -> None:
+        self.queue_vectors[index] = NO_VECTOR
 
     # Configuration space.
 
@@ -160,7 +163,7 @@ class _Registers:
     def write(self, offset: int, size: int, value: int) -> None:
         page = offset & ~(_PAGE - 1)
         if page == NOTIFY:
-            self._device.notify()
+            self._device.notify((offset - NOTIFY) // NOTIFY_MULTIPLIER)
         elif page == COMMON:
             self._write_common(offset, size, value)
         elif page == DEVICE:
@@ -205,6 +208,8 @@ class _Registers:
                 return int(queue.enabled) if queue else 0
             case 0x1E, 2:
                 return index if queue else 0
+            case 0x3A, 2:
+                return int(queue is not None and device.queue_resetting(index))
             case ((0x20 | 0x24 | 0x28 | 0x2C | 0x30 | 0x34), 4) if queue:
                 area = (queue.desc, queue.driver, queue.device)[(offset - 0x20) >> 3]
                 return _word(area, offset >> 2 & 1)
@@ -231,11 +236,14 @@ class _Registers:
                 self._write_queue(offset, size, value)
 
     def _write_queue(self, offset: int, size: int, value: int) -> None:
-        """The registers of the selected queue. Once it is enabled, all but its vector are final."""
+        """The registers of the selected queue. Once it is enabled, all but its vector are final, until its
+        reset."""
         index = self._function.queue_select
         queue = self._device.queues[index]
         if (offset, size) == (0x1A, 2):
             self._function.queue_vectors[index] = self._vector(value)
+        elif (offset, size, value) == (0x3A, 2, 1):
+            self._device.reset_queue(index)
         if queue.enabled:
             return
         match offset, size:

@@ -30,11 +30,13 @@ class DriverError(Exception):
 class Chain:
     """A buffer that the driver made available: views of guest memory, valid until the chain is pushed back."""
 
-    __slots__ = ("head", "queue", "readable", "writable", "written_to")
+    __slots__ = ("at", "head", "queue", "readable", "writable", "written_to")
 
-    def __init__(self, queue: Queue, head: int) -> None:
+    def __init__(self, queue: Queue, head: int, at: int) -> None:
         self.queue = queue
         self.head = head
+        self.at = at
+        """The index in the available ring where it was found."""
         self.readable: list[memoryview] = []
         self.writable: list[memoryview] = []
         self.written_to: list[tuple[int, int]] = []
@@ -46,8 +48,10 @@ class Queue(Fields):
 
     state_fields = ("size", "enabled", "desc", "driver", "device", "next_avail", "next_used", "signalled")
 
-    def __init__(self, memory: GuestMemory, max_size: int) -> None:
+    def __init__(self, memory: GuestMemory, max_size: int, index: int = 0) -> None:
+        """``index`` is its place among its device's queues."""
         self.max_size = max_size
+        self.index = index
         self._memory = memory
         self._fence = make_fence()
         self._views: list[memoryview] = []
@@ -116,10 +120,14 @@ class Queue(Fields):
                 raise DriverError(f"available index {idx} is more than a queue ahead of {at}")
             self._seen_avail = idx
         # x86 makes loads in order: the ring's element is not older than the index. The descriptors follow by data.
-        chain = Chain(self, self._avail[2 + (at & self._mask)])
+        chain = Chain(self, self._avail[2 + (at & self._mask)], at)
         self._walk(chain)
         self.next_avail = (at + 1) & 0xFFFF
         return chain
+
+    def put_back(self, chain: Chain) -> None:
+        """The chain that was popped last is still available, and popped again next time."""
+        self.next_avail = chain.at
 
     def _walk(self, chain: Chain) -> None:
         """Collect a chain's buffers (2.7.5): at most as many as the queue is long, readable before writable ones."""

@@ -33,8 +33,8 @@ class Worker:
     ``unfinished`` counts what turns have left to other threads; its growing is a turn's doing, and a fall is followed
     by a ring.
 
-    The thread starts with the first :meth:`release`. An exception in it is ours: it goes to ``failed``, if there is
-    one, and no turn follows.
+    The thread starts with the first :meth:`release`. An exception in it is ours: it goes to ``failed``, and the report
+    that follows is to stop what goes wrong.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Worker:
         turn: Callable[[], bool],
         report: Callable[[], None],
         unfinished: Callable[[], int],
-        failed: Callable[[BaseException], None] | None = None,
+        failed: Callable[[BaseException], None],
     ) -> None:
         self.name = name
         self.held = True
@@ -102,20 +102,17 @@ class Worker:
         os.close(self._bell)
 
     def _run(self) -> None:
-        try:
-            while not self._closing:
-                os.eventfd_read(self._bell)
-                more = True
-                while more and self._begin():
+        while not self._closing:
+            os.eventfd_read(self._bell)
+            more = True
+            while more and self._begin():
+                try:
                     more = self._turn()
-                    self._end()
-                    self._report()
-        except BaseException as error:
-            self.held = True
-            self._idle.set()
-            if self._failed is None:
-                raise
-            self._failed(error)
+                except Exception as error:
+                    more = False
+                    self._failed(error)
+                self._end()
+                self._report()
 
     def _begin(self) -> bool:
         with self._lock:

@@ -1,0 +1,71 @@
+"""The devices that a tree may put into PCI slots, whatever the kind of machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from skep.block.image import open_image
+from skep.block.options import BlockOptions
+from skep.bus.pci import HostBridge, PciFunction
+from skep.config import Node, view
+from skep.config.views import NoKeys
+from skep.devices.virtio.blk import VirtioBlk
+from skep.devices.virtio.console import VirtioConsole, port_options
+from skep.devices.virtio.pci import VirtioPci
+from skep.devices.virtio.rnd import VirtioRnd
+from skep.errors import UserError
+from skep.locks import Lock
+from skep.machine import PlugSerial
+from skep.memory import GuestMemory
+
+
+class Surroundings(NamedTuple):
+    """What a device gets of the board that it is on."""
+
+    memory: GuestMemory
+    lock: Lock
+    plug: PlugSerial
+    say: Callable[[str], None]
+
+
+def make_pci_device(node: Node, board: Surroundings) -> PciFunction:
+    """The device that ``node`` describes. Raises UserError, and leaves nothing open then."""
+    kind = node.get("device")
+    if kind is None:
+        raise UserError("says nothing of its device", node.full("device"), f"known are {', '.join(_MAKERS)}")
+    if kind not in _MAKERS:
+        raise UserError(f"no such device: {kind!r}", node.full("device"), f"known are {', '.join(_MAKERS)}")
+    return _MAKERS[kind](f"{kind} {node.path.removeprefix('pci.')}", node, board)
+
+
+def _hostbridge(name: str, node: Node, board: Surroundings) -> PciFunction:
+    view(node, NoKeys, others=("device",))
+    return HostBridge()
+
+
+def _virtio_blk(name: str, node: Node, board: Surroundings) -> PciFunction:
+    options = BlockOptions.from_node(node)
+    return VirtioPci(VirtioBlk(name, board.memory, board.lock, open_image(options), options, board.say))
+
+
+def _virtio_console(name: str, node: Node, board: Surroundings) -> PciFunction:
+    ports = port_options(node)
+    backends = {
+        number: board.plug(port.name or f"{name} port {number}", port.path, node.full(f"port.{number}.path"))
+        for number, port in ports.items()
+    }
+    return VirtioPci(VirtioConsole(name, board.memory, board.lock, ports, backends, board.say))
+
+
+def _virtio_rnd(name: str, node: Node, board: Surroundings) -> PciFunction:
+    view(node, NoKeys, others=("device",))
+    return VirtioPci(VirtioRnd(name, board.memory, board.lock, board.say))
+
+
+_MAKERS: dict[str, Callable[[str, Node, Surroundings], PciFunction]] = {
+    "hostbridge": _hostbridge,
+    "virtio-blk": _virtio_blk,
+    "virtio-console": _virtio_console,
+    "virtio-rnd": _virtio_rnd,
+}
