@@ -104,11 +104,26 @@ def test_the_later_option_wins(tmp_path: Path) -> None:
     assert dump("-k", str(conf), "word")["name"] == "word"
 
 
+def test_devices_as_bhyve_has_them() -> None:
+    leaves = dump("--device", "virtio-rnd", "--device", "virtio-console,org.x=/run/x%y,console=stdio", "--disk", "/y")
+    assert {key: value for key, value in leaves.items() if key.startswith("pci")} == {
+        "pci.0.2.0.device": "virtio-rnd",
+        "pci.0.3.0.device": "virtio-console",
+        "pci.0.3.0.port.0.name": "org.x",
+        "pci.0.3.0.port.0.path": "unix:/run/x%%y",
+        "pci.0.3.0.port.1.name": "console",
+        "pci.0.3.0.port.1.path": "stdio",
+        "pci.0.3.0.port.1.console": "true",
+        "pci.0.4.0.device": "virtio-blk",
+        "pci.0.4.0.path": "/y",
+    }
+
+
 def test_a_disk_takes_the_next_free_slot() -> None:
     leaves = dump("-o", "pci.0.2.0.device=virtio-blk", "-o", "pci.0.2.0.path=/x", "--disk", "/y")
     assert leaves["pci.0.3.0.path"] == "/y"
     done = skep("run", *(word for _ in range(30) for word in ("--disk", "/x")))
-    assert (done.returncode, done.stderr) == (2, "skep: --disk: no free PCI slot for another disk\n")
+    assert (done.returncode, done.stderr) == (2, "skep: --disk: no free PCI slot for another virtio-blk\n")
 
 
 def test_a_dump_fed_back_dumps_the_same(tmp_path: Path) -> None:
@@ -140,6 +155,7 @@ def test_a_dump_fed_back_dumps_the_same(tmp_path: Path) -> None:
         ("run -k /nonexistent", "/nonexistent: No such file or directory"),
         ("run -k /", "/: Is a directory"),
         ("run --disk ,ro", "--disk: path is missing"),
+        ("run --device virtio-console,x", "--device: the port x goes nowhere; say x=/path/of/a/socket"),
         ("guest plan9", "argument system: invalid choice: 'plan9'"),
         ("guest debian --arch pdp11", "--arch: no Debian guest for 'pdp11'; one of: amd64"),
     ],

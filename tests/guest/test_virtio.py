@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from skep.guest.debian import Guest
 from tests.linux import BOOT, Linux
 

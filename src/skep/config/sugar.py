@@ -37,11 +37,12 @@ def add_device(tree: Tree, text: str, where: str) -> None:
     """
     kind, comma, rest = text.partition(",")
     options = parse_options(rest, where, first="path" if kind == "virtio-blk" else None) if comma else {}
-    keys = {key: literally(value) for key, value in options.items()}
+    if kind == "virtio-console":
+        keys = _ports(options, where)
+    else:
+        keys = {key: literally(value) for key, value in options.items()}
     if kind == "virtio-blk" and "path" in options:
         keys["path"] = file_name(options["path"])
-    elif kind == "virtio-console":
-        keys = _ports(keys, where)
     taken = tree.node("pci.0").children()
     slot = next((slot for slot in range(FIRST_SLOT, LAST_SLOT + 1) if str(slot) not in taken), None)
     if slot is None:
@@ -59,18 +60,23 @@ def add_console(tree: Tree, text: str, where: str) -> None:
         port, plug = "com1", text
     if port not in SERIAL_PORTS:
         raise UserError(f"no such port: {port!r}", where, f"say {', '.join(SERIAL_PORTS)} before the =")
-    kind, colon, path = plug.partition(":")
-    tree[f"lpc.{port}.path"] = f"{kind}:{file_name(path)}" if colon and kind in ("unix", "file") else literally(plug)
+    tree[f"lpc.{port}.path"] = _plug(plug)
+
+
+def _plug(text: str) -> str:
+    """Where a port leads; the name of a file in it also for who reads the tree in another directory."""
+    kind, colon, path = text.partition(":")
+    return f"{kind}:{file_name(path)}" if colon and kind in ("unix", "file") else literally(text)
 
 
 def _ports(ports: dict[str, str], where: str) -> dict[str, str]:
-    """A path that begins with / is a Unix socket, as bhyve has it."""
+    """The keys of a virtio console's ports. A path that begins with / is a Unix socket, as bhyve has it."""
     keys = {}
     for number, (name, path) in enumerate(ports.items()):
         if not path or path == "true":
             raise UserError(f"the port {name} goes nowhere", where, f"say {name}=/path/of/a/socket")
-        keys[f"port.{number}.name"] = name
-        keys[f"port.{number}.path"] = f"unix:{path}" if path.startswith("/") else path
+        keys[f"port.{number}.name"] = literally(name)
+        keys[f"port.{number}.path"] = _plug(f"unix:{path}" if path.startswith("/") else path)
         if name == "console":
             keys[f"port.{number}.console"] = "true"
     return keys

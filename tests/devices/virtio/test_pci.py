@@ -222,7 +222,8 @@ class TestRingReset:
         made = Disk(BlockOptions(path="none"), backend)
         made.start(ALL | F_RING_RESET)
         driver = made.driver
-        made.queue.add([(driver.allocate(16), 16, False), (driver.allocate(512), 512, True), (driver.allocate(1), 1, True)])
+        header, data, status = driver.allocate(16), driver.allocate(512), driver.allocate(1)
+        made.queue.add([(header, 16, False), (data, 512, True), (status, 1, True)])
         made.queue.kick()
         assert backend.entered.acquire(timeout=20)
         driver.write(self.QUEUE_RESET, 2, 1)
