@@ -397,7 +397,7 @@ def test_a_disk_that_another_vm_has(run: Start, files: Path, kernel: Path) -> No
         ("-o pci.0.2.0.device=virtio-net", "pci.0.2.0.device: no such device: 'virtio-net'"),
         ("-o pci.0.2.0.pth=x", "pci.0.2.0.device: says nothing of its device"),
         ("-o lpc.com1.pth=x", "lpc.com1.pth: unknown configuration key; the nearest is lpc.com1.path"),
-        ("--console teletype", "lpc.com1.path: no such backend: 'teletype'"),
+        ("--console teletype", "lpc.com1.path: no such serial backend: 'teletype'"),
         ("--disk DISK,rw", "pci.0.2.0.rw: unknown configuration key; the nearest is pci.0.2.0.ro"),
         ("--disk DISK,format=zip", "pci.0.2.0.format: 'zip' is not one of raw"),
         ("--cmdline " + "x" * 3000, "boot.cmdline: the kernel's command line has 3000 bytes, this kernel takes 2047"),

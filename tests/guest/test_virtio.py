@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 from skep.guest.debian import Guest
 from tests.linux import BOOT, Linux
 
-DEVICES = {
-    "pci.0.5.0.device": "virtio-rnd",
-    "pci.0.6.0.device": "virtio-console",
-    "pci.0.6.0.port.0.path": "program",
-    "pci.0.6.0.port.0.name": "terminal",
-    "pci.0.6.0.port.0.console": "true",
-    "pci.0.6.0.port.3.path": "program",
-    "pci.0.6.0.port.3.name": "org.skep.test",
-}
+
+class Client:
+    """Somebody at a port's socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(BOOT)
+        self.socket.connect(str(path))
+
+    def expect(self, data: bytes) -> None:
+        got = b""
+        while len(got) < len(data):
+            got += self.socket.recv(1 << 16)
+        assert got == data
+
+    def close(self) -> None:
+        self.socket.close()
 
 
-def test_random_numbers_a_terminal_and_a_named_port(guest: Guest) -> None:
-    with Linux(guest, config=DEVICES) as linux:
+def test_random_numbers_a_terminal_and_named_ports(guest: Guest, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    devices = ["virtio-rnd", f"virtio-console,console=program,org.one={one},org.two={two}"]
+    with Linux(guest, devices=devices) as linux:
         assert linux("cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0\n"
         sums = linux("for i in 1 2; do dd if=/dev/hwrng bs=512 count=4 2> /dev/null | sha256sum; done").splitlines()
         assert len(set(sums)) == 2 and linux("dd if=/dev/hwrng bs=512 count=4 2> /dev/null | wc -c") == "2048\n"
 
         # The terminal: a login shell would run there.
-        terminal = linux.vm.serial("terminal")
+        terminal = linux.vm.serial("console")
         linux.begin("setsid sh -c 'exec sh < /dev/hvc0 > /dev/hvc0 2>&1'")
         terminal.send("echo $((6 * 7)); tty\n")
         terminal.expect(r"42\r\n/dev/hvc0\r\n", timeout=BOOT)
@@ -32,12 +45,28 @@ def test_random_numbers_a_terminal_and_a_named_port(guest: Guest) -> None:
         terminal.send("exit\n")
         linux.end()
 
-        # The named port, which is a pipe: bytes as they are.
-        port = linux.vm.serial("org.skep.test")
-        assert linux("cat /sys/class/virtio-ports/*/name").split() == ["terminal", "org.skep.test"]
-        node = "/dev/" + linux("cd /sys/class/virtio-ports && grep -l org.skep.test */name").split("/")[0]
-        linux.begin(f"read -r line < {node}; echo got $line; seq 1 3000 > {node}")
-        port.send("a line\n")
-        assert port.expect(r"\n2999\n3000\n", timeout=BOOT).string.startswith("1\n2\n")
+        # The named ports are pipes: bytes as they are, and nobody reads until somebody is there.
+        names = linux("cd /sys/class/virtio-ports && grep . */name").split()
+        nodes = {name: "/dev/" + line.split("/")[0] for line in names for name in [line.rpartition(":")[2]]}
+        assert sorted(nodes) == ["console", "org.one", "org.two"]
+        linux.begin(f"read -r line < {nodes['org.one']}; echo got $line; seq 1 3000 > {nodes['org.two']}")
+        first, second = Client(one), Client(two)
+        first.socket.sendall(b"a line\n")
+        second.expect(b"".join(b"%d\n" % i for i in range(1, 3001)))
         assert linux.end() == "got a line\n"
+
+        # A reader that reads nothing makes the guest wait, and loses nothing.
+        linux.begin(f"dd if=/dev/zero of={nodes['org.two']} bs=64k count=48 2> /dev/null; echo done")
+        linux.vm.freeze()  # also while it waits
+        linux.vm.thaw()
+        second.expect(bytes(48 << 16))
+        assert linux.end() == "done\n"
+
+        # One leaves, another comes.
+        second.close()
+        second = Client(two)
+        linux(f"echo again > {nodes['org.two']}")
+        second.expect(b"again\n")
+        first.close()
+        second.close()
         linux.power_off()

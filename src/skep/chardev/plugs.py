@@ -46,6 +46,8 @@ class Plugs:
 
         Raises UserError for what is none of them, or cannot be had.
         """
+        if port in self._backends:
+            raise UserError(f"another port is called {port} too", key)
         backend = self._backends[port] = self._make(port, where, key)
         return backend
 
