@@ -18,6 +18,7 @@ import gc
 import queue
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,6 +181,8 @@ class Vm:
         self._outcome: Outcome | None = None
         self._ended = threading.Event()
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
+        self._waiting: deque[_Request] = deque()
+        """Taken from there, and coming next."""
         self._processors: list[_Processor] = []
         self._engine_vm: EngineVm | None = None
         self._tuned = False
@@ -240,7 +243,9 @@ class Vm:
     def freeze(self) -> None:
         """Nothing of the VM changes any more when it returns, and its time stands still.
 
-        In this order: processors, time, devices with their backends.
+        In this order: processors, time, devices with their backends. What the guest had asked for by then has happened:
+        a reset, or its end, and then there is nothing to freeze, which a UserError says. What is pressed from now on
+        takes effect at the thaw.
         """
         self._ask(Step.FREEZE)
 
@@ -303,21 +308,24 @@ class Vm:
 
     def _main(self) -> None:
         while self.state is not State.CLOSED:
-            request = self._requests.get()
+            request = self._waiting.popleft() if self._waiting else self._requests.get()
             after = TRANSITIONS.get((self.state, request.step))
             if request.asker is not None and request.asker not in self._processors:
                 pass  # it was asked before a reset that came in between
             elif after is None:
                 request.error = UserError(f"cannot {request.step.value} a VM that is {self.state.value}", self.name)
-            else:
-                self._take(request, after)
+            elif not self._take(request, after):
+                continue
             request.done.set()
 
-    def _take(self, request: _Request, after: State) -> None:
+    def _take(self, request: _Request, after: State) -> bool:
+        """Take a step. False: others come first, and then this one again."""
         before = self.state
         try:
             if after is not before or request.step is Step.RESET:
                 self._do(request, after)
+                if request.step is Step.FREEZE and self._guest_was_first(request):
+                    return False
             self.state = after
         except BaseException as error:
             request.error = error
@@ -327,6 +335,17 @@ class Vm:
                 self._tell(_Request(Step.END, _failure(error, request.step.value)))
         if self._outcome is not None:
             self._ended.set()
+        return True
+
+    def _guest_was_first(self, request: _Request) -> bool:
+        """The guest asked for its end or a reset before it stood still: that comes next, and behind it ``request``."""
+        waiting = [*self._waiting]
+        while not self._requests.empty():  # nobody else takes
+            waiting.append(self._requests.get())
+        guests = [one for one in waiting if one.asker in self._processors]
+        others = [one for one in waiting if one.asker not in self._processors]
+        self._waiting = deque([*guests, request, *others] if guests else others)
+        return bool(guests)
 
     def _do(self, request: _Request, after: State) -> None:
         board = self.board
@@ -418,11 +437,19 @@ class Vm:
         return Events(
             power_off=lambda: self._guest_ends(Outcome(End.POWERED_OFF)),
             reset=self._guest_resets,
-            start_cpu=lambda index, state: self._processors[index].begin(state),
-            stop_cpu=lambda index: self._processors[index].hold(),
+            start_cpu=self._start_cpu,
+            stop_cpu=self._stop_cpu,
             failed=self._failed,
             say=self.say,
         )
+
+    def _start_cpu(self, index: int, state: Any) -> None:
+        for processor in self._processors[index : index + 1]:  # there are none between two lives
+            processor.begin(state)
+
+    def _stop_cpu(self, index: int) -> None:
+        for processor in self._processors[index : index + 1]:
+            processor.hold()
 
     def _guest_ends(self, outcome: Outcome) -> None:
         if self._processors:
@@ -505,8 +532,9 @@ class _Processor:
 
     def hold(self) -> None:
         """Stop, and wait for the next ``begin``."""
-        self._held = True
-        self._next_state = None
+        with self._guard:
+            self._held = True
+            self._next_state = None
         self._interrupt()
 
     def kick(self) -> None:
@@ -590,8 +618,13 @@ class _Processor:
             if self._engine_vm is None:
                 raise InternalError(f"processor {self.index} was started after its end")
             vcpu = self._vcpu = self._engine_vm.create_vcpu(self.index, self._board.interrupts(self.index))
-        vcpu.set_state(self._next_state)
-        self._held, self._next_state, self._halted = False, None, None
+        with self._guard:
+            state, self._next_state = self._next_state, None
+            if state is None:  # held again meanwhile
+                return
+            self._held = False
+        vcpu.set_state(state)
+        self._halted = None
 
     def _handle(self, exit_: Exit, vcpu: Vcpu) -> None:
         match exit_.reason:

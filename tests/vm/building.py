@@ -22,37 +22,37 @@ _ROUND = r"""
 # round NUMBER: sources are made, compiled side by side, linked; the program is run, everything hashed and packed.
 round() {
     mkdir $1 && cd $1 || exit 1
-    for unit in 1 2 3; do
+    for unit in 1 2; do
         awk -v unit=$unit -v round=$1 'BEGIN {
-            for (i = 0; i < 30; i++) {
-                printf "int f%d_%d(int x) { int a[16], i; for (i = 0; i < 16; i++) a[i] = x * %d + i;", unit, i, i * round
+            for (i = 0; i < 12; i++) {
+                printf "int f%d_%d(int x) { int a[16], i; for (i = 0; i < 16; i++) a[i] = x * %d;", unit, i, i * round
                 printf " for (i = 1; i < 16; i++) a[i] ^= a[i - 1] * %d; return a[15] >> %d; }\n", unit + 2 * i, i % 9
             }
             printf "int u%d(int x) { return x", unit
-            for (i = 0; i < 30; i++) printf " ^ f%d_%d(x + %d)", unit, i, i
+            for (i = 0; i < 12; i++) printf " ^ f%d_%d(x + %d)", unit, i, i
             print "; }"
         }' > $unit.c
         (tcc -c $unit.c -o $unit.o; sha256sum $unit.c $unit.o > $unit.sum) &
     done
     wait
-    tcc -nostdlib -o program "$WORK/main.c" 1.o 2.o 3.o $LIBC
+    tcc -nostdlib -o program "$WORK/main.c" 1.o 2.o $LIBC
     ./program
-    cat 1.sum 2.sum 3.sum
+    cat 1.sum 2.sum
     for file in program 1.c; do gzip -c < $file | tee $file.gz | md5sum; gzip -dc < $file.gz | cmp - $file; done
     cd .. && rm -r $1
 }
 """
 
 _MAIN = """
-int printf(const char *, ...), fflush(void *), u1(int), u2(int), u3(int);
+int printf(const char *, ...), fflush(void *), u1(int), u2(int);
 void exit(int);
 
 void _start(void)
 {
     int i, sum = 0;
     __asm__("and $-16, %rsp");
-    for (i = 0; i < 500; i++)
-        sum += u1(i) ^ u2(sum) ^ u3(i - sum);
+    for (i = 0; i < 200; i++)
+        sum += u1(i) ^ u2(sum);
     printf("%d\\n", sum);
     fflush(0);
     exit(0);
@@ -88,8 +88,8 @@ void _start(void)
                 printf("clock %d: %ld after %ld\\n", i, now, last[i]);
             last[i] = now;
         }
-        if (++looks % 200 == 0)
-            usleep(3000);
+        if (++looks % 50 == 0)
+            usleep(10000);
     }
     printf("clocks went back %d times\\n", backwards);
     fflush(0);
@@ -97,11 +97,11 @@ void _start(void)
 }
 """
 
-# Two builders, a clock watcher and a sleeper, until /tmp/stop is there. Between rounds a builder rests, so that the
-# processor is idle at times.
+# Two builders, a writer, a clock watcher and a sleeper, until /tmp/stop is there. They rest now and then, so
+# that the processor is idle at times.
 _START = """
 mount -t ext4 /dev/vda /mnt && cd /mnt || exit 1
-export WORK=/work LIBC=%(libc)s
+export WORK=/work LIBC=LIBRARY
 tcc -nostdlib -o /tmp/clocks /work/clocks.c $LIBC || exit 2
 . /work/round.sh
 build() {
@@ -109,8 +109,15 @@ build() {
     while [ ! -e /tmp/stop ]; do
         echo round $number $(round $number 2>&1 | md5sum) >> /tmp/rounds
         sync
-        usleep 60000
+        usleep 100000
         number=$((number + 2))
+    done
+}
+writer() {
+    while [ ! -e /tmp/stop ]; do
+        dd if=/bin/busybox of=written bs=64k count=4 conv=fsync,notrunc
+        cmp -n 262144 written /bin/busybox || echo WRONG
+        usleep 50000
     done
 }
 sleeper() {
@@ -120,16 +127,17 @@ all() {
     build 1 &
     build 2 &
     sleeper &
+    writer > /tmp/written.said 2> /dev/null &
     /tmp/clocks > /tmp/clocks.said
     wait
     cd / && umount /mnt && echo done > /tmp/done
 }
 all > /dev/null 2>&1 &
-""" % {"libc": _LIBC}
+""".replace("LIBRARY", _LIBC)
 
 START = "sh /work/start.sh"
 """Begins the work, and returns."""
-FINISH = "touch /tmp/stop; while [ ! -e /tmp/done ]; do usleep 50000; done; cat /tmp/clocks.said /tmp/rounds"
+FINISH = "touch /tmp/stop; while [ ! -e /tmp/done ]; do usleep 50000; done; cat /tmp/*.said /tmp/rounds"
 
 
 def make_disk(path: Path) -> Path:

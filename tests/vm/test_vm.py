@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import sys
 import threading
 import time
@@ -357,6 +358,161 @@ def test_reset_by_the_program_and_while_frozen(make: Make) -> None:
     assert vm.state is State.FROZEN and not any(cpu.runs for cpu in engine.vms[1].vcpus)
     vm.thaw()
     vcpu(vm)
+
+
+def test_the_guest_asked_for_a_reset_before_it_was_frozen(make: Make) -> None:
+    """The reset happens, and the guest is frozen before it runs again."""
+
+    def last_word(cpu: ScriptedVcpu) -> None:
+        cpu.spin()
+        reset(cpu)
+
+    vm = make(once(last_word))
+    vm.start()
+    first = vcpu(vm)
+    until(lambda: not vm._processors[0]._sleeping)
+    vm.freeze()
+    engine = vm.engine
+    assert isinstance(engine, ScriptedEngine)
+    assert vm.state is State.FROZEN and first.closed and len(engine.vms) == 2
+    time.sleep(0.02)
+    assert not any(cpu.runs for cpu in engine.vms[1].vcpus)
+    vm.thaw()
+    vcpu(vm)
+
+
+@pytest.mark.parametrize(
+    ("action", "end"),
+    [(power_off, End.POWERED_OFF), (lambda cpu: Exit(ExitReason.SHUTDOWN), End.TRIPLE_FAULT)],
+    ids=["powered off", "triple fault"],
+)
+def test_a_guest_that_ended_is_not_frozen(make: Make, action: Callable[[ScriptedVcpu], Exit | None], end: End) -> None:
+    def last_word(cpu: ScriptedVcpu) -> Exit | None:
+        cpu.spin()
+        return action(cpu)
+
+    vm = make(once(last_word))
+    vm.start()
+    vcpu(vm)
+    with pytest.raises(UserError, match="cannot freeze a VM that is ended"):
+        vm.freeze()
+    outcome = vm.wait(10)
+    assert outcome is not None and outcome.end is end
+
+
+def test_buttons_act_at_the_thaw(make: Make) -> None:
+    vm = make(once(lambda cpu: cpu.io.port_write(0x602, 2, 1 << 8)))
+    vm.start()
+    cpu = vcpu(vm)
+    board: Any = vm.board
+    vm.freeze()
+    frozen = [device.save() for device in board.devices]
+    for _ in range(2):
+        vm.power_button()
+        vm.nmi()
+    assert [device.save() for device in board.devices] == frozen
+    vm.thaw()
+    assert cpu.io.port_read(0x600, 2) & 1 << 8
+    vm.freeze()
+    vm.power_button()
+    vm.reset()
+    vm.thaw()
+    assert not vcpu(vm).io.port_read(0x600, 2) & 1 << 8
+
+
+def test_freezes_and_all_else_from_several_threads(make: Make) -> None:
+    """Whoever asks, and whatever the guest asks meanwhile: it holds together, and goes on."""
+
+    def program(cpu: ScriptedVcpu) -> Exit:
+        if cpu.runs % 50 == 3:
+            reset(cpu)
+        return HALTED if cpu.runs % 3 else cpu.spin()
+
+    vm = make(program, cpus=2)
+    vm.start()
+    acts = [vm.freeze, vm.thaw, vm.freeze, vm.thaw, vm.power_button, vm.nmi, vm.reset]
+    errors: list[BaseException] = []
+
+    def disturb(seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(60):
+                rng.choice(acts)()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=disturb, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == [] and vm.wait(0) is None
+    vm.freeze()
+    cpus = [cpu for one in vm.engine.vms for cpu in one.vcpus]  # type: ignore[attr-defined]
+    runs = [cpu.runs for cpu in cpus]
+    time.sleep(0.02)
+    assert [cpu.runs for cpu in cpus] == runs
+    vm.thaw()
+    vm.reset()
+    vcpu(vm)
+
+
+def test_a_vm_that_ends_while_it_is_frozen_and_thawed(make: Make) -> None:
+    """Freeze and thaw are done, or say that there is nothing to freeze any more; nobody is left waiting."""
+    for number in range(30):
+        vm = make(once(lambda cpu: cpu.spin(), power_off) if number % 2 else spin)
+        vm.start()
+
+        def freeze(vm: Vm = vm) -> None:
+            try:
+                while True:
+                    vm.freeze()
+                    vm.thaw()
+            except UserError as error:
+                assert "ended" in str(error) or "closed" in str(error)
+
+        threads = [threading.Thread(target=freeze) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        if not number % 2:
+            vm.stop()
+        assert vm.wait(10) is not None
+        if number % 3:
+            vm.close()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_messages_that_start_and_stop_processors_come_at_any_time(make: Make) -> None:
+    """A guest may have its devices send them, so that they come while it is reset, or one upon the other."""
+    vm = make(spin, cpus=2)
+    vm.start()
+    board: Any = vm.board
+    done = threading.Event()
+    errors: list[BaseException] = []
+
+    def send() -> None:
+        try:
+            while not done.is_set():
+                with board.lock:
+                    board.lapics[1].accept(5, 0, False)
+                    board.lapics[1].accept(6, 8, False)
+        except BaseException as error:
+            errors.append(error)
+
+    senders = [threading.Thread(target=send) for _ in range(2)]
+    for sender in senders:
+        sender.start()
+    for _ in range(10):
+        vm.freeze()
+        vm.thaw()
+        vm.reset()
+        vcpu(vm)
+    done.set()
+    for sender in senders:
+        sender.join(10)
+    assert errors == [] and vm.wait(0) is None
 
 
 def test_a_triple_fault_is_no_reboot(make: Make) -> None:

@@ -96,6 +96,8 @@ class Amd64Board:
         self.cpus = settings.cpus
         self.memory = memory
         self.lock = Lock("board", Order.BOARD)
+        self._paused = False
+        self._pressed: list[Callable[[], None]] = []
         self.devices: list[Device] = []
         """Everything with a life, in the order in which it pauses; closed the other way round."""
         with ExitStack() as undo:
@@ -217,6 +219,7 @@ class Amd64Board:
         for device in self.devices:
             device.reset()
         with self.lock:
+            self._pressed.clear()
             self.pci.assign(PCI_PORTS, PCI_MEMORY)
         self.memory.clear()
         rsdp = 0
@@ -226,6 +229,8 @@ class Amd64Board:
         return {**power_on_state(), **self._image.load(self.memory, self.memory_map(), rsdp)}
 
     def pause(self) -> None:
+        with self.lock:
+            self._paused = True
         self.clock.freeze()
         for device in self.devices:
             device.pause()
@@ -234,6 +239,11 @@ class Amd64Board:
         for device in reversed(self.devices):
             device.resume()
         self.clock.thaw()
+        with self.lock:
+            self._paused = False
+            pressed, self._pressed = self._pressed, []
+            for act in pressed:
+                act()
 
     def close(self) -> None:
         clock = getattr(self, "clock", None)
@@ -259,16 +269,26 @@ class Amd64Board:
         apic = self.lapics[index]
         return apic.nmi_latched or (interrupts_on and apic.pending())
 
+    # Buttons. Nothing changes while the board is paused: what is pressed then acts when it goes on.
+
     def power_button(self) -> None:
-        with self.lock:
-            self.pm.press_power_button()
+        self._press(self.pm.press_power_button)
 
     def nmi(self) -> None:
-        """The wire of a PC's NMI button is LINT1 of every processor (MADT); the guest chooses which of them listens."""
+        self._press(self._pulse_lint1)
+
+    def _press(self, act: Callable[[], None]) -> None:
         with self.lock:
-            for apic in self.lapics:
-                apic.set_lint(1, True)
-                apic.set_lint(1, False)
+            if not self._paused:
+                act()
+            elif act not in self._pressed:
+                self._pressed.append(act)
+
+    def _pulse_lint1(self) -> None:
+        """The wire of a PC's NMI button is LINT1 of every processor (MADT); the guest chooses which of them listens."""
+        for apic in self.lapics:
+            apic.set_lint(1, True)
+            apic.set_lint(1, False)
 
 
 class _Seats:
