@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.console import CUT, BenchmarkError
 
-_LINE = re.compile(rb"BENCH (\S+) \d+ (\d+) (\d+) ([0-9a-f]{16})")
+_LINE = re.compile(rb"BENCH (\S+) \d+ (\d+) (\d+) (\d+) ([0-9a-f]{16})")
 _LACKING = 3
 """Status of ``bench`` where the CPU lacks what a row needs."""
 
@@ -27,8 +27,6 @@ class Repetition:
     """By the clock of the machine that did it."""
     cpu: float
     """CPU time it took on the host: of the whole hypervisor, or of the program."""
-    wall: float | None
-    """By the host's clock, for guests: from one line of the console to the next."""
     check: str
     """What the row's work came to."""
 
@@ -40,6 +38,7 @@ class Guest:
         self._command = command
         self._seen = b""
         self._last: deque[bytes] = deque(maxlen=15)
+        self._clocks: list[tuple[float, float]] = []
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
         )
@@ -53,23 +52,34 @@ class Guest:
 
     def run(self, row: str, count: int, timeout: float) -> list[Repetition]:
         """Do a row ``count`` times; empty where this guest's CPU lacks what it needs."""
-        assert self._process.stdin is not None
         deadline = time.monotonic() + timeout
-        wall, cpu = time.monotonic(), self.cpu()
-        self._process.stdin.write(f"{row} {count}\n".encode())
-        self._process.stdin.flush()
+        command = f"{row} {count}\n"
         done: list[Repetition] = []
+        cpu = self._type(command)
         while True:
             line = self._line(deadline)
-            now, used = time.monotonic(), self.cpu()
             if (found := _LINE.fullmatch(line)) and found[1].decode() == row:
-                done.append(Repetition(int(found[2]) / 1e9, used - cpu, now - wall, found[4].decode()))
-                wall, cpu = now, used
+                self._clocks.append((time.monotonic(), int(found[4]) / 1e9))
+                done.append(Repetition(int(found[2]) / 1e9, self.cpu() - cpu, found[5].decode()))
+                cpu = self._type("\n") if len(done) < count else cpu
             elif line.startswith(b"DONE "):
                 status = int(line.split()[1])
                 if status not in (0, _LACKING) or len(done) != (0 if status else count):
                     raise self._failed(f"{row} ended with status {status}")
                 return done
+
+    def clock(self) -> float:
+        """How the guest's clock has gone beside the host's, over all that was run: 1 where they agree."""
+        (host, guest), (host_end, guest_end) = self._clocks[0], self._clocks[-1]
+        return (guest_end - guest) / (host_end - host)
+
+    def _type(self, text: str) -> float:
+        """Send to the guest's console; returns the CPU time used so far."""
+        assert self._process.stdin is not None
+        cpu = self.cpu()
+        self._process.stdin.write(text.encode())
+        self._process.stdin.flush()
+        return cpu
 
     def cpu(self) -> float:
         """Seconds of CPU time that the process has used."""
@@ -125,4 +135,4 @@ class Host:
         if done.returncode not in (0, _LACKING):
             raise BenchmarkError(f"{row}, natively: status {done.returncode}: {done.stderr.decode(errors='replace')}")
         found = (_LINE.fullmatch(line) for line in done.stdout.splitlines())
-        return [Repetition(int(m[2]) / 1e9, int(m[3]) / 1e9, None, m[4].decode()) for m in found if m]
+        return [Repetition(int(m[2]) / 1e9, int(m[3]) / 1e9, m[5].decode()) for m in found if m]

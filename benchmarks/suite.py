@@ -8,7 +8,6 @@ memory that a host has not touched yet is slow, and code that a translator has n
 from __future__ import annotations
 
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -56,7 +55,7 @@ def run(
             one.close()
     return {
         "idle": idle,
-        "clock": {name: _clock(samples, name) for name in guests},
+        "clock": {name: one.clock() for name, one in guests.items()},
         "rows": {
             row: {name: [asdict(r) for r in batch] for name, batch in done.items()} for row, done in samples.items()
         },
@@ -83,9 +82,3 @@ def _idle(guests: dict[str, Guest]) -> dict[str, float]:
     before = {name: guest.cpu() for name, guest in guests.items()}
     time.sleep(IDLE_SECONDS)
     return {name: (guest.cpu() - before[name]) / IDLE_SECONDS for name, guest in guests.items()}
-
-
-def _clock(samples: Samples, name: str) -> float | None:
-    """How a guest's clock went beside the host's: 1 where they agree."""
-    ratios = [r.elapsed / r.wall for done in samples.values() for r in done[name] if r.wall]
-    return statistics.median(ratios) if ratios else None

@@ -4,16 +4,25 @@
 
 #include "bench.h"
 
-/* Arithmetic in registers: chains of add, xor, shift, rotate and multiply. */
+/* Arithmetic in registers: xoshiro256** (Blackman and Vigna 2018) into sums of 128 bits, minima and signs. */
 uint64_t alu(void)
 {
-    uint64_t a = 1, b = 2, c = 3;
-    for (uint64_t i = 0; i < 30000000; i++) {
-        a = (a << 13 | a >> 51) + (b ^ i);
-        b = (b ^ a >> 7) * 0x9E3779B97F4A7C15u;
-        c += (a & b) - (c >> 3);
+    uint64_t a = 1, b = 2, c = 3, d = 4, least = ~0ull, negative = 0;
+    unsigned __int128 sum = 0;
+    for (uint64_t i = 0; i < 12000000; i++) {
+        uint64_t x = b * 5, t = b << 17;
+        x = (x << 7 | x >> 57) * 9;
+        c ^= a;
+        d ^= b;
+        b ^= c;
+        a ^= d;
+        c ^= t;
+        d = d << 45 | d >> 19;
+        sum += (unsigned __int128)x << (i & 31);
+        least = x < least ? x : least;
+        negative += (int64_t)x < 0;
     }
-    return a ^ b ^ c;
+    return (uint64_t)sum ^ (uint64_t)(sum >> 64) ^ least ^ negative;
 }
 
 /* Calls and returns: Fibonacci as nobody should. The attributes keep the compiler from unrolling the recursion. */

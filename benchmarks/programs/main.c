@@ -1,12 +1,14 @@
 /* bench ROW COUNT: do the row's work COUNT times and print of each, as soon as it is done,
- *     BENCH row number elapsed-ns cpu-ns check
- * The same program runs in both guests and on the host. Its work directory is the current one; BENCH_ROOT says where
+ *     BENCH row number elapsed-ns cpu-ns clock-ns check
+ * Between two of them it waits for a line on its standard input, so that whoever measures from outside knows where one
+ * ends and the next begins. The same program runs in both guests and on the host. Its work directory is the current one; BENCH_ROOT says where
  * Debian's programs are. Ends with status 3 where the CPU lacks what the row needs. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "bench.h"
 
@@ -48,6 +50,12 @@ static uint64_t cpu(void)
     return sum * 1000;
 }
 
+static void wait_for_line(void)
+{
+    for (char c = 0; c != '\n' && read(0, &c, 1) == 1;)
+        ;
+}
+
 int main(int argc, char **argv)
 {
     if (argc != 3) {
@@ -61,12 +69,15 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         if (strcmp(argv[1], rows[i].name))
             continue;
-        for (int n = 0; n < atoi(argv[2]); n++) {
+        for (int n = 0, count = atoi(argv[2]); n < count; n++) {
             uint64_t used = cpu(), start = now();
             uint64_t check = rows[i].work();
             uint64_t elapsed = now() - start;
-            printf("BENCH %s %d %lu %lu %016lx\n", argv[1], n, elapsed, cpu() - used, check);
+            used = cpu() - used;
+            printf("BENCH %s %d %lu %lu %lu %016lx\n", argv[1], n, elapsed, used, now(), check);
             fflush(stdout);
+            if (n + 1 < count)
+                wait_for_line();
         }
         return 0;
     }

@@ -65,12 +65,12 @@ def test_picture_is_svg_with_a_bar_for_each_row() -> None:
     assert "4.0" in {text.text for text in root.findall(f"{space}text")}
 
 
-BENCH = '#!/bin/sh\necho "BENCH $1 0 1500000 1000000 $RESULT"\n'
+BENCH = '#!/bin/sh\necho "BENCH $1 0 1500000 1000000 5 $RESULT"\n'
 CONSOLE = """
 import sys
 print("firmware's wordsREADY", flush=True)
 for line in sys.stdin:
-    print("BENCH", line.split()[0], "0 2000000 0 00000000000000ab\\nDONE 0", flush=True)
+    print("BENCH", line.split()[0], "0 2000000 0 5 00000000000000ab\\nDONE 0", flush=True)
 """
 
 
@@ -86,7 +86,7 @@ def test_results_of_all_machines_are_compared(tmp_path: Path, result: str, agree
         machines: dict[str, Guest | Host] = {"native": Host(tmp_path, tmp_path), "skep": guest}
         if agrees:
             done = suite.batches(machines, ["alu"], 1, "", lambda _: None)["alu"]
-            assert done["native"] == [Repetition(0.0015, 0.001, None, result)]
+            assert done["native"] == [Repetition(0.0015, 0.001, result)]
             assert (done["skep"][0].elapsed, done["skep"][0].check) == (0.002, result)
         else:
             with pytest.raises(BenchmarkError, match="do not agree"):
