@@ -53,7 +53,7 @@ def test_version_imports_next_to_nothing() -> None:
 
 def test_every_option_writes_its_key(tmp_path: Path) -> None:
     assert dump(
-        *("web", "--kernel", "k", "--initrd", "i", "--cmdline", "a=b c", "--cpus", "2", "--memory", "1G"),
+        *("web", "--kernel", "k", "--initrd", "i", "--cmdline", "a=b c", "--cpus", "2,max=9", "--memory", "1G"),
         *("--disk", "d.img,ro,ser=x", "--disk", "/e.img", "--engine", "translate", "--console", "none"),
         *("--no-reboot", "-o", "cpu.model=host"),
         cwd=tmp_path,
@@ -63,6 +63,7 @@ def test_every_option_writes_its_key(tmp_path: Path) -> None:
         "boot.initrd": f"{tmp_path}/i",
         "boot.cmdline": "a=b c",
         "cpus": "2",
+        "max_cpus": "9",
         "memory.size": "1G",
         "pci.0.2.0.device": "virtio-blk",
         "pci.0.2.0.path": f"{tmp_path}/d.img",
@@ -144,6 +145,8 @@ def test_a_dump_fed_back_dumps_the_same(tmp_path: Path) -> None:
         ("run --cpus", "argument -c/--cpus: expected one argument; see `skep run --help`"),
         ("run --cpus 0", "cpus: 0 is not in 1 to 255"),
         ("run --cpus 256", "cpus: 256 is not in 1 to 255"),
+        ("run --cpus 2,max=1", "max_cpus: 1 is less than cpus, 2"),
+        ("run --cpus 2,min=1", "--cpus: no such option: min"),
         ("run --memory 0", "memory.size: 0 bytes of memory are too few"),
         ("run --memory 1M", "memory.size: 1048576 bytes of memory are too few"),
         ("run --memory 512T", "memory.size: 536870912 MiB are more than this host's"),

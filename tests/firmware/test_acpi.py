@@ -17,9 +17,10 @@ from skep.firmware import acpi, aml
 BASE = 0xE0000
 
 
-def platform(cpus: int = 2) -> acpi.Platform:
+def platform(cpus: int = 2, possible: int | None = None) -> acpi.Platform:
     return acpi.Platform(
         cpus=cpus,
+        possible_cpus=possible or cpus,
         lapic=0xFEE00000,
         ioapic=0xFEC00000,
         ioapic_id=0,
@@ -73,19 +74,35 @@ def walk(tables: acpi.Tables) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("cpus", [1, 2, 255])
-def test_tables_are_found_and_whole(cpus: int) -> None:
-    found = walk(acpi.build(platform(cpus), BASE, 0x20000))
-    assert set(found) == {"XSDT", "FACP", "APIC", "MCFG", "DSDT", "FACS"}
-    assert len(found["FACP"]) == 276 and len(found["FACS"]) == 64
-    entries = found["APIC"][44:]
-    lapics = []
+def processors(madt: bytes) -> list[tuple[int, int, int]]:
+    """(UID, APIC identifier, flags) of every processor."""
+    found = []
+    entries = madt[44:]
     while entries:
         if entries[0] == 0:
-            lapics.append(entries[3])
-            assert entries[4] == 1
+            found.append((entries[2], entries[3], entries[4]))
+        elif entries[0] == 9:
+            apic_id, flags, uid = struct.unpack_from("<III", entries, 4)
+            assert apic_id >= 255, "smaller ones have the other entry (5.2.12.12)"
+            found.append((uid, apic_id, flags))
         entries = entries[entries[1] :]
-    assert lapics == list(range(cpus))
+    return found
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 255])
+def test_tables_are_found_and_whole(cpus: int) -> None:
+    found = walk(acpi.build(platform(cpus), BASE, 0x10000))
+    assert set(found) == {"XSDT", "FACP", "APIC", "MCFG", "DSDT", "FACS"}
+    assert len(found["FACP"]) == 276 and len(found["FACS"]) == 64
+    assert processors(found["APIC"]) == [(i, i, 1) for i in range(cpus)]
+
+
+def test_processors_that_could_be_there_are_told() -> None:
+    """Enabled those that are, online capable the others; beyond 254 as local x2APICs, with an NMI entry of theirs."""
+    madt = acpi.madt(platform(3, 300))
+    assert processors(madt) == [(i, i, 1 if i < 3 else 2) for i in range(300)]
+    assert b"\x0a\x0c\0\0\xff\xff\xff\xff\x01\0\0\0" in madt
+    assert b"\x0a\x0c\0\0\xff" not in acpi.madt(platform(3, 255))
 
 
 def test_too_little_room_is_said() -> None:
@@ -93,11 +110,11 @@ def test_too_little_room_is_said() -> None:
         acpi.build(platform(255), BASE, 4096)
 
 
-@pytest.mark.parametrize("cpus", [1, 255])
-def test_iasl_accepts_the_tables_and_compiles_them_back(cpus: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cpus", "possible"), [(1, 1), (2, 255), (300, 300)])
+def test_iasl_accepts_the_tables_and_compiles_them_back(cpus: int, possible: int, tmp_path: Path) -> None:
     iasl = shutil.which("iasl")
     assert iasl, "iasl comes with acpica-tools"
-    for name, table in walk(acpi.build(platform(cpus), BASE, 0x20000)).items():
+    for name, table in walk(acpi.build(platform(cpus, possible), BASE, 0x10000)).items():
         path = tmp_path / f"{name.lower()}.dat"
         path.write_bytes(table)
         down = subprocess.run([iasl, "-d", path], capture_output=True, text=True, timeout=60, check=False)

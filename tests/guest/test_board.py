@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from skep.guest import debian
 from skep.guest.debian import Guest
-from tests.linux import Linux
+from tests.linux import Linux, complaints
 
 PORTS = ("com2", "com3", "com4")
 ASK = 60.0
+UUID = "01234567-89ab-cdef-0123-456789abcdef"
 
 
 @pytest.fixture(scope="module")
 def linux(guest: Guest) -> Iterator[Linux]:
     config = {f"lpc.{port}.path": "program" for port in PORTS}
+    config |= {"max_cpus": "255", "system.product_name": "Straw hive", "uuid": UUID}
     with Linux(guest, config=config) as linux:
         yield linux
         linux.power_off()
@@ -38,3 +42,27 @@ def test_serial_ports_speak_both_ways_at_once_by_interrupts(linux: Linux) -> Non
         linux.vm.serial(name).expect(f"{name} hello, {name}\n", ASK)
     counted = dict(re.findall(r"^ *([34]): +(\d+) .*ttyS", linux("cat /proc/interrupts"), re.MULTILINE))
     assert int(counted["3"]) >= 4 and int(counted["4"]) >= 2
+
+
+def test_255_processors_are_possible(linux: Linux) -> None:
+    assert linux("cat /sys/devices/system/cpu/possible /sys/devices/system/cpu/online") == "0-254\n0\n"
+
+
+def test_smbios_names_the_machine(linux: Linux) -> None:
+    said = linux("cd /sys/class/dmi/id && cat sys_vendor product_name product_uuid bios_vendor").split("\n")
+    assert said == ["Skep", "Straw hive", UUID, "Skep", ""]
+    listed = linux("ls /sys/firmware/dmi/entries").split()
+    assert [entry for entry in listed if entry.startswith("4-")] == ["4-0"] and "19-0" in listed
+
+
+@pytest.mark.slow
+def test_without_acpi_linux_boots_by_the_mp_table(tmp_path: Path) -> None:
+    """The full kernel; the cloud's has no reader for it."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"straw".ljust(1 << 20))
+    with Linux(debian.obtain(full=True), disks=[disk], config={"acpi_tables": "false"}) as linux:
+        log = linux("dmesg")
+        assert "MPTABLE: OEM ID: SKEP" in log and "ACPI: RSDP" not in log
+        assert linux("head -c 5 /dev/vda") == "straw"
+        assert re.search(r"^ *4: +[1-9]\d* +IO-APIC +4-edge +ttyS0", linux("cat /proc/interrupts"), re.MULTILINE)
+        assert complaints(log) == []

@@ -86,6 +86,8 @@ def test_the_memory_map_is_sorted_disjoint_and_all_there(tmp_path: Path, size: i
             told += length
         elif kind is RangeType.ACPI:
             assert made.memory.read(start, 8) == b"RSD PTR "
+        elif start == amd64.BIOS_BASE:
+            assert made.memory.read(start, 4) == b"_MP_"
         else:
             assert not any(made.memory.is_ram(start + i) for i in range(0, length, 4096))
     assert size - told == MiB - amd64.LOW_RAM_END, "only what lies below 1 MiB is kept back"

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from skep import __version__
 from skep.config import Tree
-from skep.config.sugar import add_console, add_device, add_disk, file_name
+from skep.config.sugar import add_console, add_device, add_disk, file_name, set_cpus
 from skep.errors import UserError
 
 DEFAULT_CMDLINE = "console=ttyS0"
@@ -72,7 +72,13 @@ def _add_run(commands: Any) -> None:
     add("--kernel", metavar="FILE", write=_file("boot.kernel"), help="the kernel: a Linux bzImage, or a vmlinux (PVH)")
     add("--initrd", metavar="FILE", write=_file("boot.initrd"), help="the initramfs that goes with it")
     add("--cmdline", metavar="TEXT", write=_leaf("boot.cmdline"), help=f"its command line ({DEFAULT_CMDLINE})")
-    add("-c", "--cpus", metavar="N", write=_leaf("cpus"), help="virtual CPUs (1)")
+    add(
+        "-c",
+        "--cpus",
+        metavar="N[,max=M]",
+        write=lambda tree, text: set_cpus(tree, text, "--cpus"),
+        help="virtual CPUs, and how many there could be (1)",
+    )
     add("-m", "--memory", metavar="SIZE", write=_leaf("memory.size"), help="512M, 4G; a bare number is MiB (256M)")
     add(
         "--disk",

@@ -16,7 +16,7 @@ _PAGE = 4096
 _LEAST_MEMORY = 2 * values.MIB
 """The first MiB is spoken for by a PC's history; a guest needs some of its own."""
 
-BRANCHES = ("pci", "lpc")
+BRANCHES = ("pci", "lpc", "bios", "system", "board", "chassis", "x86")
 """Branches of the tree whose keys the devices declare."""
 
 
@@ -26,6 +26,9 @@ class Settings:
 
     name: str = option(values.text, "guest", doc="what the VM is called, in messages and thread names")
     cpus: int = option(values.integer(1, MAX_CPUS), 1, doc="number of virtual CPUs")
+    max_cpus: int | None = option(
+        values.integer(1, MAX_CPUS), None, doc="how many there could be, as the guest's tables tell; at least cpus"
+    )
     memory_size: int = option(
         values.memory_size, 256 * values.MIB, key="memory.size", doc="guest memory: 512M, 4G; a bare number is MiB"
     )
@@ -60,6 +63,8 @@ def check_settings(tree: Tree) -> Settings:
         raise UserError(f"{memory} bytes of memory are too few", "memory.size", "give 512M or more to boot a Linux")
     if memory % _PAGE:
         raise UserError(f"{memory} bytes are not whole pages of {_PAGE}", "memory.size")
+    if settings.max_cpus is not None and settings.max_cpus < settings.cpus:
+        raise UserError(f"{settings.max_cpus} is less than cpus, {settings.cpus}", "max_cpus")
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if memory > host:
         raise HostError(f"{memory >> 20} MiB are more than this host's {host >> 20} MiB", "memory.size", "ask for less")

@@ -80,3 +80,12 @@ def _ports(ports: dict[str, str], where: str) -> dict[str, str]:
         if name == "console":
             keys[f"port.{number}.console"] = "true"
     return keys
+
+
+def set_cpus(tree: Tree, text: str, where: str) -> None:
+    """Processors, given as ``N[,max=M]``."""
+    keys = {"cpus": "cpus", "max": "max_cpus"}
+    for key, value in parse_options(text, where, first="cpus").items():
+        if key not in keys:
+            raise UserError(f"no such option: {key}", where, "it is N[,max=M]")
+        tree[keys[key]] = value

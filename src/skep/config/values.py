@@ -26,6 +26,13 @@ def any_text(value: str) -> str:
     return value
 
 
+def label(value: str) -> str:
+    """What firmware tables have room for: 1 to 64 printable ASCII characters."""
+    if not 1 <= len(value) <= 64 or not value.isascii() or not value.isprintable():
+        raise ValueError(f"{value!r} is not 1 to 64 printable ASCII characters")
+    return value
+
+
 def boolean(value: str) -> bool:
     """As bhyve_config(5): true, on, yes, 1, and their opposites."""
     lower = value.lower()

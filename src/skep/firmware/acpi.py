@@ -13,6 +13,7 @@ from typing import NamedTuple
 from skep.firmware import aml
 
 _OEM_ID, _OEM_TABLE_ID, _CREATOR = b"SKEP  ", b"SKEPAMD6", b"SKEP"
+_LAST_XAPIC_ID = 0xFE  # 0xff is for all
 _SYSTEM_IO = 1  # address spaces of a generic address structure, 5.2.3.2
 _BYTE, _WORD, _DWORD = 1, 2, 3  # its access sizes
 
@@ -40,7 +41,9 @@ class Platform(NamedTuple):
     """What the tables tell."""
 
     cpus: int
-    """Their APIC identifiers count from 0."""
+    """Their APIC identifiers, and ACPI's own, count from 0."""
+    possible_cpus: int
+    """With those that are not there yet."""
     lapic: int
     ioapic: int
     ioapic_id: int
@@ -156,16 +159,22 @@ def fadt(platform: Platform, facs_address: int, dsdt_address: int) -> bytes:
 
 def madt(platform: Platform) -> bytes:
     """Multiple APIC Description Table, revision 5 (5.2.12): who may be interrupted, and through what."""
-    enabled, pcat_compat, all_processors, lint1 = 1, 1, 0xFF, 1
+    enabled, online_capable, pcat_compat, lint1 = 1 << 0, 1 << 1, 1, 1
     level_high = 0b11 << 2 | 0b01
     body = struct.pack("<II", platform.lapic, pcat_compat)
-    for i in range(platform.cpus):
-        body += struct.pack("<BBBBI", 0, 8, i, i, enabled)
+    for i in range(platform.possible_cpus):
+        flags = enabled if i < platform.cpus else online_capable
+        if i <= _LAST_XAPIC_ID:
+            body += struct.pack("<BBBBI", 0, 8, i, i, flags)
+        else:
+            body += struct.pack("<BBHIII", 9, 16, 0, i, flags, i)  # local x2APIC
     body += struct.pack("<BBBBII", 1, 12, platform.ioapic_id, 0, platform.ioapic, 0)
     for irq, gsi in platform.overrides:
         body += struct.pack("<BBBBIH", 2, 10, 0, irq, gsi, 0)
     body += struct.pack("<BBBBIH", 2, 10, 0, platform.sci, platform.sci, level_high)
-    body += struct.pack("<BBBHB", 4, 6, all_processors, 0, lint1)
+    body += struct.pack("<BBBHB", 4, 6, 0xFF, 0, lint1)  # every local APIC's NMI
+    if platform.possible_cpus > _LAST_XAPIC_ID + 1:
+        body += struct.pack("<BBHIB3x", 10, 12, 0, 0xFFFF_FFFF, lint1)  # every local x2APIC's
     return _table(b"APIC", 5, body)
 
 
@@ -208,8 +217,13 @@ def dsdt(platform: Platform) -> bytes:
         for com in platform.serial
     ]
     processors = [
-        aml.device(f"C{i:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(i)))
-        for i in range(platform.cpus)
+        aml.device(
+            f"C{i:03X}",
+            aml.name("_HID", aml.string("ACPI0007")),
+            aml.name("_UID", aml.integer(i)),
+            *([aml.name("_STA", aml.integer(0))] if i >= platform.cpus else []),
+        )
+        for i in range(platform.possible_cpus)
     ]
     return _table(
         b"DSDT",
