@@ -18,13 +18,14 @@ from __future__ import annotations
 import faulthandler
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from skep.engine.amd64.registers import Cr0, Cr4, Efer, Pte
-from skep.engine.contract import Engine, Exit, ExitReason
+from skep.engine.contract import Engine, Exit, ExitReason, Vcpu
 from skep.memory import GuestMemory
 from tests.engine.assemble import Program, assemble
 from tests.engine.place import GPRS, PAGE
@@ -35,6 +36,8 @@ STACK = 0x80000
 """Initial RSP. RSP0 of the TSS and the IST stacks follow, a page each."""
 RSP0 = STACK + 0x1000
 IST = tuple(STACK + 0x1000 * (1 + n) for n in range(1, 8))
+OTHER_STACK = 0x200
+"""Bytes of stack of each vCPU but the first."""
 USER_STACK = 0xA0000
 PROGRAM = 0x100000
 IDENTITY = 0x200000
@@ -201,6 +204,7 @@ class Tiny:
         cpu_model: str = "host",
         bits: int = 64,
         base: int = 0,
+        cpus: int = 1,
     ) -> None:
         self.base = base
         self.memory = GuestMemory(RAM)
@@ -219,10 +223,16 @@ class Tiny:
             raise TinyError("the program is too long")
         self.memory.write(PROGRAM, self.program.code)
         self._tables(handlers or {}, ist or {})
-        self.vm = engine.create_vm(self.memory, self.io, 1, cpu_model, 0)
+        self.vm = engine.create_vm(self.memory, self.io, cpus, cpu_model, 0)
         self.vcpu = self.vm.create_vcpu(0, self.interrupts)
         self.interrupts.kick = self.vcpu.kick
-        self.set(**self._start(user, xsave=cpu_model == "host"))
+        start = self._start(user, xsave=cpu_model == "host")
+        self.set(**start)
+        self.others: list[Vcpu] = []
+        for index in range(1, cpus):
+            vcpu = self.vm.create_vcpu(index, TestInterrupts())
+            vcpu.set_state(start | {"rdi": index, "rsp": start["rsp"] - index * OTHER_STACK})
+            self.others.append(vcpu)
 
     # Building
 
@@ -361,6 +371,38 @@ class Tiny:
             watchdog.cancel()
             watchdog.join()
 
+    def run_together(self, timeout: float = 30.0) -> None:
+        """Run all vCPUs, each on a thread, until each has halted; rdi is a vCPU's number, and it has a stack of its
+        own."""
+        problems: list[str] = []
+
+        def run(vcpu: Vcpu, name: str) -> None:
+            left = vcpu.run()
+            while left.reason is ExitReason.KICKED and not expired.is_set():
+                left = vcpu.run()
+            if left.reason is not ExitReason.HALTED:
+                problems.append(f"{name}: {left}, at {vcpu.get_state()['rip']:#x}")
+
+        expired = threading.Event()
+        everyone = [self.vcpu, *self.others]
+        threads = [threading.Thread(target=run, args=(v, f"vCPU {i}")) for i, v in enumerate(everyone)]
+        faulthandler.dump_traceback_later(timeout + _DEAF, exit=True)
+        try:
+            for thread in threads:
+                thread.start()
+            end = time.monotonic() + timeout
+            for thread in threads:
+                thread.join(max(end - time.monotonic(), 0))
+            expired.set()
+            for vcpu in everyone:
+                vcpu.request_exit()
+            for thread in threads:
+                thread.join()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        if problems:
+            raise TinyError("; ".join(problems))
+
     @property
     def exception(self) -> Frame | None:
         """The exception that ended the program, if one did."""
@@ -371,7 +413,8 @@ class Tiny:
         return Frame(vector, error, rip, cs, rflags, rsp, ss, state["cr2"])
 
     def close(self) -> None:
-        self.vcpu.close()
+        for vcpu in (self.vcpu, *self.others):
+            vcpu.close()
         self.vm.close()
         self.memory.close()
 

@@ -8,7 +8,6 @@ from skep.engine.amd64 import features
 from skep.engine.translate.faults import CATCHER
 from skep.engine.translate.shared import Shared
 from skep.engine.translate.vcpu import TranslateVcpu
-from skep.errors import UserError
 from skep.memory import GuestMemory
 
 
@@ -21,9 +20,6 @@ class TranslateEngine:
         self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
     ) -> TranslateVm:
         features.require()
-        if max_vcpus > 1:
-            # Another processor starts in real mode, which is not there yet, and one code cache for all needs shootdown.
-            raise UserError("the translator runs one CPU only, so far", "cpus", "ask for 1")
         return TranslateVm(memory, io, max_vcpus, cpu_model, tsc_offset)
 
 

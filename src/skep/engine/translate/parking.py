@@ -28,7 +28,9 @@ from skep.engine.translate.asm import (
 )
 from skep.engine.translate.layout import BRK_STOP, OFFSETS
 
-_FUTEX = 202
+_SCHED_YIELD, _FUTEX = 24, 202
+PATIENCE = 64
+"""PAUSE instructions between two offers of the host's CPU."""
 _WAIT, _WAKE = 128, 129  # FUTEX_PRIVATE_FLAG with either
 _SPINS = 2000
 """Looks before sleeping: guest code comes by a check within microseconds."""
@@ -43,6 +45,18 @@ def _futex(a: Assembler, word: int, operation: int, value: int) -> None:
     a.xor(R10, R10, size=32)
     a.mov(RAX, _FUTEX, size=32)
     a.syscall()
+
+
+def give_way(a: Assembler) -> None:
+    """sched_yield, with every register of the guest's and the flags as they were."""
+    for reg in (RAX, RCX):
+        a.push(reg)
+    a.mov(RAX, _SCHED_YIELD, size=32)
+    a.syscall()
+    for reg in (RCX, RAX):
+        a.pop(reg)
+    a.mov(gs(OFFSETS["spins"]), PATIENCE)
+    a.ret()
 
 
 def say_in(a: Assembler, refused: Label) -> None:

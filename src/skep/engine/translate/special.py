@@ -56,6 +56,7 @@ class Special(Emitter):
             m.CALL: self._call, m.JMP: self._jmp, m.RET: self._ret,
             m.PUSHFQ: self._pushfq, m.POPFQ: self._popfq, m.STI: self._sti, m.CLI: self._cli,
             m.STAC: self._stac, m.CLAC: self._stac, m.SWAPGS: self._swapgs, m.INVLPG: self._invlpg,
+            m.PAUSE: self._pause,
             m.IRETQ: self._leave_by, m.SYSRETQ: self._leave_by, m.SYSCALL: self._leave_by,
             m.RDTSC: self._rdtsc, m.RDTSCP: self._rdtsc, m.IN: self._port, m.OUT: self._port,
             m.RDFSBASE: self._segment_base, m.RDGSBASE: self._segment_base,
@@ -301,6 +302,23 @@ class Special(Emitter):
         a.mov(state("iflag"), 0x200)
         a.mov(R11, state("irq"))
         a.mov(gs(BRK_STI), R11, size=8)
+
+    def _pause(self, ins: Instruction) -> None:
+        """Now and then the host's CPU goes to somebody else, who may be the one that is waited for."""
+        a = self.a
+        over, zero = a.label(), a.label()
+        a.raw(b"\xf3\x90")
+        a.mov(R11, state("spins"))
+        a.lea(R11, Mem(R11, disp=-1))
+        a.mov(state("spins"), R11)
+        a.xchg(RCX, R11)
+        a.jrcxz(zero)
+        a.xchg(RCX, R11)
+        a.jmp(over)
+        a.bind(zero)
+        a.xchg(RCX, R11)
+        a.call(state("yield_"))
+        a.bind(over)
 
     def _cli(self, ins: Instruction) -> None:
         self.a.mov(state("iflag"), 0)

@@ -17,6 +17,7 @@ emu_exit               ``jmp``: r10 is the address of an instruction for Python
 iret, syscall, sysret  ``jmp``: r10 is the instruction's address
 cr3_load, invlpg       ``push offset; call``: r10 is the operand
 rep_stos, rep_movs, rep_cmps  ``push desc; call``
+yield_                 ``call``: only r11 may change
 =====================  ==========================================================================
 """
 
@@ -48,7 +49,7 @@ from skep.engine.translate.asm import (
     gs,
 )
 from skep.engine.translate.layout import EMPTY_JC, JC, JC_ARRAY, OFFSETS, TLB, XSAVE_AREA, Kind, Mode
-from skep.engine.translate.parking import go_all, park, say_in, say_out, stop_all
+from skep.engine.translate.parking import give_way, go_all, park, say_in, say_out, stop_all
 
 CALLER_SAVED = {"rax": RAX, "rcx": RCX, "rdx": RDX, "rsi": RSI, "rdi": RDI, "r8": R8, "rsp": R9}
 """Guest registers (by name) in host registers that a routine may change."""
@@ -208,6 +209,8 @@ class Stubs:
         self._begin("leave")
         say_out(a)
         a.ret()
+        self._begin("yield_")
+        give_way(a)
         self._begin("stop_all")
         stop_all(a)
         self._begin("go_all")

@@ -24,6 +24,7 @@ from skep.engine.translate.emulate import Emulator
 from skep.engine.translate.forms import Legality
 from skep.engine.translate.layout import BRK, BRK_STI, OFFSETS, PDPTE, XSAVE_AREA, Kind, Mode, StateBlock
 from skep.engine.translate.modelspecific import ModelSpecific
+from skep.engine.translate.parking import PATIENCE
 from skep.engine.translate.port import GuestFault, TripleFault
 from skep.engine.translate.shared import Shared
 from skep.errors import HostError
@@ -62,6 +63,7 @@ class TranslateVcpu(Alone):
         st.rw_delta = cache.buffer.rw - cache.buffer.rx
         st.pairs = self.pairs.address
         st.pair_tags = self.pairs.tags_address
+        st.spins = PATIENCE
         st.pdep_mask = 0x3FFE0
         for name, address in cache.stubs.items():
             if name in OFFSETS:

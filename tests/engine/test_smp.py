@@ -1,0 +1,262 @@
+"""Several vCPUs of one VM: atomic instructions, the order of memory, code that one changes while others run it, and
+stopping them all."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from skep.engine.translate import TranslateEngine
+from skep.engine.translate.vcpu import TranslateVcpu
+from tests.engine.tiny import Tiny
+
+CPUS = 4
+
+
+def together(text: str, cpus: int = CPUS, timeout: float = 60) -> Tiny:
+    guest = Tiny(TranslateEngine(), text, cpus=cpus)
+    guest.run_together(timeout)
+    return guest
+
+
+ADD_ONE = {
+    "inc": "lock inc qword [rbx]",
+    "xadd": "mov eax, 1\nlock xadd [rbx], rax",
+    "cmpxchg": "mov rax, [rbx]\nretry: lea rdx, [rax + 1]\nlock cmpxchg [rbx], rdx\njne retry",
+    "cmpxchg16b": "mov rsi, rbx\nmov rax, [rsi]\nmov rdx, [rsi + 8]\nretry: lea rbx, [rax + 1]\nmov rcx, rdx\n"
+    "lock cmpxchg16b [rsi]\njne retry\nmov rbx, rsi",
+    "xchg": "take: mov eax, 1\nxchg [rbx + 8], eax\ntest eax, eax\nje taken\npause\njmp take\n"
+    "taken: inc qword [rbx]\nmov dword [rbx + 8], 0",
+    "bts": "take: lock bts dword [rbx + 8], 3\njnc taken\npause\njmp take\ntaken: inc qword [rbx]\n"
+    "lock btr dword [rbx + 8], 3",
+    "bts by register": "mov eax, 67\ntake: lock bts dword [rbx], eax\njnc taken\npause\njmp take\n"
+    "taken: inc qword [rbx]\nlock btr dword [rbx], eax",
+}
+
+
+@pytest.mark.parametrize("how", ADD_ONE)
+@pytest.mark.parametrize("place", ["aligned", "on two pages", "beside code"])
+def test_atomic_instructions(how: str, place: str) -> None:
+    """SDM 3, 9.1: locked instructions are atomic wherever their operand lies."""
+    if place == "on two pages" and how == "cmpxchg16b":
+        pytest.skip("must be aligned")
+    rounds = {"aligned": 20000, "on two pages": 200, "beside code": 300}[place]  # some hosts slow split locks down
+    where = {"aligned": "0x180000", "on two pages": "0x180ffc", "beside code": "rip + data"}[place]
+    text = f"""
+        start: lea rbx, [{where}]
+        mov r15d, {rounds}
+        again: {ADD_ONE[how]}
+        dec r15d
+        jne again
+        hlt
+        align 16
+        data: dq 0, 0
+    """
+    guest = together(text)
+    with guest:
+        assert guest.load("data" if place == "beside code" else int(where, 0)) == rounds * CPUS
+
+
+def test_stores_are_seen_in_order() -> None:
+    """SDM 3, 9.2.3.2: what was stored first is seen first."""
+    text = """
+        start: xor r15d, r15d
+        test edi, edi
+        jne reader
+        mov ecx, 200000
+        writer: inc r15
+        mov [0x180000], r15
+        mov [0x181000], r15
+        dec ecx
+        jne writer
+        hlt
+        reader: mov rax, [0x181000]
+        mov rdx, [0x180000]
+        cmp rdx, rax
+        jb wrong
+        cmp rax, 200000
+        jb reader
+        hlt
+        wrong: mov dword [0x182000], 1
+        hlt
+    """
+    with together(text) as guest:
+        assert guest.load(0x182000) == 0
+
+
+def test_a_fence_orders_a_store_before_a_load() -> None:
+    """SDM 3, 9.2.3.4 and 9.2.5: with MFENCE or a locked instruction between, not both of two vCPUs miss the other."""
+    text = """
+        start: xor r15d, r15d
+        mov r14, rdi
+        xor r14, 1
+        again: inc r15
+        ; both meet, then each stores to its own word and loads the other's
+        lock inc dword [0x183000]
+        lea rax, [r15 + r15]
+        meet: pause
+        cmp [0x183000], eax
+        jb meet
+        mov [0x180000 + rdi * 8], r15
+        mfence
+        mov rax, [0x180000 + r14 * 8]
+        mov [0x181000 + rdi * 8], rax
+        lock inc dword [0x183008]
+        lea rax, [r15 + r15]
+        met: pause
+        cmp [0x183008], eax
+        jb met
+        test edi, edi
+        jne next
+        cmp [0x181000], r15
+        je next
+        cmp [0x181008], r15
+        je next
+        inc dword [0x182000]
+        next: lock inc dword [0x183010]
+        lea rax, [r15 + r15]
+        all: pause
+        cmp [0x183010], eax
+        jb all
+        cmp r15, 3000
+        jb again
+        hlt
+    """
+    with together(text, 2) as guest:
+        assert guest.load(0x182000) == 0
+
+
+@pytest.mark.parametrize("data_too", [False, True])
+def test_code_changed_by_another(data_too: bool) -> None:
+    """SDM 3, 9.1.3, cross-modifying code: who was told of new code and has serialized runs the new code."""
+    text = f"""
+        start: xor r15d, r15d
+        test edi, edi
+        jne runner
+        writer: inc r15d
+        mov [rip + patch + 1], r15d
+        {"mov [rip + beside], r15d" if data_too else ""}
+        mov [0x180000], r15d
+        mov ecx, 1
+        waits: mov eax, [0x181000 + rcx * 4]
+        cmp eax, r15d
+        jb pauses
+        inc ecx
+        cmp ecx, {CPUS}
+        jb waits
+        cmp r15d, 150
+        jb writer
+        hlt
+        pauses: pause
+        jmp waits
+        runner: call function
+        mov r14d, [0x180000]
+        cmp r14d, r15d
+        je runner
+        cpuid
+        call function
+        cmp eax, r14d
+        jne wrong
+        mov r15d, r14d
+        mov [0x181000 + rdi * 4], r15d
+        cmp r15d, 150
+        jb runner
+        hlt
+        wrong: inc dword [0x182000]
+        mov dword [0x181000 + rdi * 4], -1
+        hlt
+        align 64
+        function: nop
+        nop
+        nop
+        patch: mov eax, 0
+        ret
+        beside: dd 0
+    """
+    with together(text) as guest:
+        assert guest.load(0x182000) == 0
+
+
+def test_pages_that_are_code_and_data_by_turns() -> None:
+    """One vCPU writes routines into fresh pages, the others call them at once."""
+    text = """
+        start: mov rbx, 0x140000
+        xor r15d, r15d
+        test edi, edi
+        jne runner
+        writer: inc r15d
+        mov byte [rbx], 0xb8
+        mov [rbx + 1], r15d
+        mov byte [rbx + 5], 0xc3
+        mov [0x180000], rbx
+        waits: mov eax, [0x182000]
+        lea ecx, [r15 + r15 * 2]
+        cmp eax, ecx
+        jae go
+        pause
+        jmp waits
+        go: add rbx, 0x100
+        cmp rbx, 0x160000
+        jb writer
+        mov rbx, 0x140000
+        cmp r15d, 200
+        jb writer
+        mov qword [0x180000], 1
+        hlt
+        runner: mov rax, [0x180000]
+        cmp rax, 1
+        je over
+        cmp rax, r14
+        jne called
+        pause
+        jmp runner
+        called: mov r14, rax
+        inc r15d
+        cpuid
+        call r14
+        cmp eax, r15d
+        je right
+        inc dword [0x183000]
+        right: lock inc dword [0x182000]
+        jmp runner
+        over: hlt
+    """
+    with together(text) as guest:
+        assert guest.load(0x183000) == 0
+        assert guest.load(0x182000) >= 600
+
+
+def test_stopped_ten_thousand_times() -> None:
+    """Everybody stops at once, nothing is lost, and nobody runs meanwhile."""
+    text = """
+        start: mov rcx, rdi
+        shl rcx, 12
+        again: inc qword [0x140000 + rcx]
+        lock inc qword [0x180000]
+        cmp dword [0x181000], 0
+        je again
+        hlt
+    """
+    with Tiny(TranslateEngine(), text, cpus=CPUS) as guest:
+        vcpu = guest.vcpu
+        assert isinstance(vcpu, TranslateVcpu)
+        world = vcpu.cache.world
+        moved = 0
+        ran = threading.Thread(target=guest.run_together, args=(120,))
+        ran.start()
+        try:
+            last = 0
+            for _ in range(10000):
+                with world.stopped():
+                    now = guest.load(0x180000)
+                    assert now == guest.load(0x180000)
+                    assert now >= last
+                moved += now > last
+                last = now
+        finally:
+            guest.memory.store_u32(0x181000, 1)
+            ran.join()
+        assert moved > 10
+        alone = sum(guest.load(0x140000 + (i << 12)) for i in range(CPUS))
+        assert alone == guest.load(0x180000)
