@@ -32,7 +32,6 @@ MISTAKES = {
     "too little memory": "--kernel good --memory 1M",
     "more memory than there is": "--kernel good --memory 512T",
     "no CPUs": "--kernel good --cpus 0",
-    "more CPUs than the translator runs": "--kernel good --cpus 2 --engine translate",
     "unknown key": "--kernel good -o memroy.size=1G",
     "unknown key of a disk": "--kernel good --disk disk,sectorsiez=512",
     "disk missing": "--kernel good --disk absent",
