@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from skep.guest.root import Root
+from skep.config.values import size
+from skep.guest.root import CMDLINE, Root
+from skep.vm import End
 from tests.debian import Debian, copy_of
-from tests.linux import complaints
+from tests.linux import BOOT, complaints
 
 WORK = Path(__file__).with_name("work.sh")
 
@@ -55,4 +58,78 @@ def test_a_debian_at_work(root: Root, disk: Path, tmp_path: Path) -> None:
         assert complaints(journal) == []
         assert debian("WORK=/tmp/work PYTHON=/usr/bin/python3 sh /dev/vdb") == natively(tmp_path)
         debian.power_off()
+    check_file_system(disk)
+
+
+@pytest.mark.slow
+def test_the_same_work_on_a_cpu_like_the_hosts(root: Root, disk: Path, tmp_path: Path) -> None:
+    with Debian(root, disk, disks=(script_disk(tmp_path),), config={"cpu.model": "host"}) as debian:
+        for _ in range(3):
+            assert debian("WORK=/tmp/work PYTHON=/usr/bin/python3 sh /dev/vdb") == natively(tmp_path)
+        debian.power_off()
+    check_file_system(disk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["512M", "5G"])
+def test_five_boots_of_five(root: Root, disk: Path, memory: str) -> None:
+    """From one disk: the first boot gives it an identity, the others find what the one before left."""
+    if size(memory) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        pytest.skip(f"this host has no {memory}")
+    identities = set()
+    for number in range(1, 6):
+        with Debian(root, disk, memory=memory, words="") as debian:
+            assert debian("systemctl --failed --no-legend") == ""
+            assert len(debian("journalctl --list-boots --no-pager -o json").split('"boot_id"')) == number + 1
+            identities.add(debian("cat /etc/machine-id"))
+            debian.power_off()
+        check_file_system(disk)
+    assert len(identities) == 1 and re.fullmatch(r"[0-9a-f]{32}\n", identities.pop())
+
+
+@pytest.mark.slow
+def test_a_reboot_comes_up_again(root: Root, disk: Path) -> None:
+    with Debian(root, disk) as debian:
+        before = debian("cat /proc/sys/kernel/random/boot_id")
+        debian("echo left by the first > /root/note")
+        debian.begin("systemctl reboot")
+        debian.wait_ready()
+        assert debian("cat /root/note") == "left by the first\n"
+        assert debian("cat /proc/sys/kernel/random/boot_id") != before
+        assert complaints(debian("journalctl --boot=-1 --no-pager")) == []
+        debian.power_off()
+    check_file_system(disk)
+
+
+@pytest.mark.slow
+def test_the_power_button_shuts_systemd_down(root: Root, disk: Path) -> None:
+    with Debian(root, disk) as debian:
+        debian.vm.power_button()
+        outcome = debian.vm.wait(BOOT)
+        assert outcome is not None and outcome.end is End.POWERED_OFF, outcome
+    check_file_system(disk)
+    with Debian(root, disk) as debian:
+        said = debian("journalctl --boot=-1 --no-pager")
+        assert "Power key pressed" in said and "System is powering down" in said
+        debian.power_off()
+
+
+@pytest.mark.slow
+def test_sigterm_presses_it(root: Root, disk: Path) -> None:
+    """`skep run` as a service manager would run it."""
+    command = [sys.executable, "-m", "skep.cli", "run", "--memory", "512M", "--disk", str(disk)]
+    command += ["--kernel", str(root.kernel), "--initrd", str(root.initrd), "--cmdline", f"{CMDLINE} quiet"]
+    environment = {**os.environ, "PYTHONPATH": "src"}
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        try:
+            printed = b""
+            while b"root@debian:~# " not in printed:
+                printed += (read := os.read(process.stdout.fileno(), 4096))
+                assert read, printed
+            process.terminate()
+            process.communicate(timeout=BOOT)
+            assert process.returncode == 0
+        finally:
+            process.kill()
     check_file_system(disk)

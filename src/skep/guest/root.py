@@ -134,6 +134,7 @@ def _build(arch: str, scratch: Path, made: Path) -> None:
     with as_file(files("skep.guest") / "root.sh") as script, Ticker() as ticker:
         apart = _APART if os.geteuid() == 0 else (*_APART, *_AS_ROOT)
         tree, image = scratch / "tree", made / "root.img"
+        tree.mkdir()
         command = (*apart, "sh", script, release, mirror, arch, kernel, tree, image, str(bytes_of(SIZE)))
         last = _follow(command, ticker)
     if last:

@@ -2,7 +2,8 @@
 # Makes a Debian root, and an ext4 image of it without mounting anything of ours.
 #   root.sh SUITE MIRROR ARCH KERNEL_DEB TREE IMAGE SIZE
 # It runs as root, or as a user namespace's root, in mount and PID namespaces of its own: what debootstrap mounts in TREE
-# and whoever it starts are gone with it. TREE is removed at the end. Lines that begin with "I: " are for the user.
+# and whoever it starts are gone with it, and so is the root itself: it is made in memory, half a gigabyte. Whenever this
+# is cut off, nothing is left that only another owner could remove. Lines that begin with "I: " are for the user.
 set -eu
 suite=$1 mirror=$2 arch=$3 kernel=$4 tree=$5 image=$6 size=$7
 packages=systemd,systemd-sysv,udev,dbus,login,procps,kmod,iproute2,netbase,e2fsprogs,python3,openssl,gzip,sqlite3
@@ -11,8 +12,7 @@ uuid=736b6570-2d72-4f6f-8000-000000000001
 
 umask 022
 export LC_ALL=C.UTF-8 PATH=/usr/sbin:/usr/bin:/sbin:/bin
-# What is being made is thrown away if it is cut off: no fsync for each file.
-export DPKG_FORCE=unsafe-io
+mount -t tmpfs -o mode=755,size=2G root "$tree"
 # To debootstrap this is a container, where it binds the devices that it may not make.
 export container=lxc
 debootstrap --variant=minbase --arch="$arch" --include="$packages" "$suite" "$tree" "$mirror"
@@ -50,4 +50,3 @@ echo "I: Writing the image"
 truncate -s "$size" "$image"
 mke2fs -q -t ext4 -d "$tree" -L debian -U "$uuid" -m 1 \
     -E "hash_seed=$uuid,lazy_itable_init=0,lazy_journal_init=0" "$image"
-rm -rf "$tree"
