@@ -284,6 +284,24 @@ def test_a_spinning_guest_can_be_frozen_and_goes_on(make: Make) -> None:
     assert ended(vm) is End.STOPPED
 
 
+def test_a_freeze_right_after_the_start(make: Make, kernel: Path) -> None:
+    """Wherever the processor's thread is by then."""
+    engine = make("s").engine.name
+    for number in range(20):
+        with Vm(kernel=kernel, memory="64M", cmdline="s", engine=engine) as vm:
+            vm.start()
+            time.sleep(number * 0.0002)
+            vm.freeze()
+            count = vm.board.memory.load_u64(0x70000)
+            time.sleep(0.005)
+            assert vm.board.memory.load_u64(0x70000) == count
+            vm.thaw()
+            deadline = time.monotonic() + 20
+            while vm.board.memory.load_u64(0x70000) == count:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+
+
 def test_an_nmi_wakes_a_guest_that_has_interrupts_off(make: Make) -> None:
     vm = make("n")
     vm.console.expect("Hi\n", timeout=20)
