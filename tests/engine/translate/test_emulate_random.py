@@ -29,7 +29,7 @@ def forms() -> dict[int, list[bytes]]:
     all opcodes, each ModRM reg field with a register and with memory operands, each mandatory prefix."""
     found: dict[int, list[bytes]] = {}
     for bits in (64, 32):
-        for prefix in ("", "66", "f3", "f2", "48", "6648", "f348") if bits == 64 else ("", "66", "f3"):
+        for prefix in ("", "66", "f3", "f2", "48", "6648", "f348") if bits == 64 else ("", "66", "67", "f3"):
             for escape in ESCAPES:
                 start = bytes.fromhex(prefix + escape)
                 for opcode in range(256):

@@ -97,6 +97,12 @@ class Access:
     def invalidate_page(self, va: int) -> None:
         self._invalidate(va)
 
+    @property
+    def linear_rip(self) -> int:
+        """The linear address of the instruction at rip, which is an offset in CS."""
+        st = self.st
+        return st.cs_base + st.rip & 0xFFFFFFFF if st.mode & Mode.NARROW else st.rip
+
     def code_address(self, va: int) -> int | None:
         """Physical address of code at ``va``; None where it is no RAM."""
         st = self.st
@@ -130,16 +136,22 @@ class Access:
         return 32 if self.st.mode & Mode.CODE32 else 16 if self.st.mode & Mode.CODE16 else 64
 
     def bytes_at_rip(self) -> tuple[bytes, int]:
-        """Up to 15 bytes of code at rip, and rip's offset in its page."""
+        """Up to 15 bytes of code at rip, and the offset in their page. #GP if the instruction is not all in CS."""
         st = self.st
-        va = st.rip
+        va = self.linear_rip
         supervisor = st.cpl < 3
         offset = va & 4095
         room = 4096 - offset
-        data = self.read(va, min(15, room), supervisor)
-        if room < 15 and Decoder(self._bits, data, ip=offset).decode().is_invalid:
-            self.physical(va + room, execute=True)
-            data += self.read(va + room, 15 - room, supervisor)
+        most = 15
+        if st.mode & Mode.SEGMENTED and st.cs_limit - st.rip < 14:
+            most = max(0, st.cs_limit + 1 - st.rip)
+        data = self.read(va, min(most, room), supervisor) if most else b""
+        if room < most and Decoder(self._bits, data, ip=offset).decode().is_invalid:
+            following = va + room & (0xFFFFFFFF if st.mode & Mode.NARROW else _M64)
+            self.physical(following, execute=True)
+            data += self.read(following, most - room, supervisor)
+        if most < 15 and Decoder(self._bits, data, ip=offset).decode().is_invalid:
+            raise GuestFault(Vector.GP, 0)
         return data, offset
 
 

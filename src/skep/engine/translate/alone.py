@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from iced_x86 import Decoder, Mnemonic, OpKind, Register
+from iced_x86 import Decoder, FlowControl, Mnemonic, OpKind, Register
 
 from skep.contracts.interrupts import LocalInterrupts
 from skep.engine.amd64.registers import Cr0, Cr4, Vector
@@ -126,13 +126,15 @@ class Alone(Access, ABC):
         ins = Decoder(self._bits, data, ip=offset).decode()
         if ins.mnemonic in _LEAVING or (missed and ins.is_string_instruction):
             return self._emulate()
+        if st.mode & Mode.NARROW and ins.flow_control != FlowControl.NEXT:
+            return self._emulate()
         buffers: dict[int, int] = {}
         pending: dict[int, tuple[int, int]] = {}
         if missed:
             self._fill_bounce(st.desc >> 26 & 3, buffers, pending)
         while True:
             st.target = self.cache.single(data, offset, st.mode, buffers, self._scratch)
-            st.page = st.rip & ~4095
+            st.page = st.rip - offset
             st.single = 1
             start = st.rip
             self._enter_at()
@@ -142,8 +144,6 @@ class Alone(Access, ABC):
                 for number, (va, size) in pending.items():
                     at = BOUNCE + number * BOUNCE_SIZE + buffers[number]
                     self.write(va, bytes(st.bytes[at : at + size]))
-                if st.mode & Mode.NARROW:
-                    st.rip &= 0xFFFFFFFF
                 return False
             if kind == Kind.PORT:
                 self._port()
@@ -160,6 +160,8 @@ class Alone(Access, ABC):
                 return self._emulate()
             elif kind == Kind.EXCEPTION:
                 raise GuestFault(Vector.PF, st.w_error, st.va)
+            elif kind == Kind.SEGMENT:
+                raise GuestFault(st.info, 0)
             elif kind == Kind.FAULT:
                 raise self._host_fault()
             elif kind == Kind.BREAK:
@@ -204,7 +206,7 @@ class Alone(Access, ABC):
         if desc >> 22 & 3 and (va & 4095) + size <= 4096:
             gpa = self._walk(va, WRITE, st.mode & 3) or st.w_pa
             if gpa > 255 and self.memory.is_ram(gpa, size):
-                here = self._fetch(st.rip) or st.w_pa
+                here = self._fetch(self.linear_rip) or st.w_pa
                 if abs(gpa - here) > _NEAR:
                     if desc >> 28 & 1:  # a string instruction: it will go on over the page
                         size = 4096 - (gpa & 4095)
@@ -232,12 +234,12 @@ class Alone(Access, ABC):
         """The host CPU faulted in translated code: which exception of the guest's that is."""
         st = self.st
         fault = HostFault(st.info)
-        offset = self.cache.locate(st.va) if not st.single else st.rip & 4095
+        offset = self.cache.locate(st.va) if not st.single else st.rip - st.page
         self._leave()
         if offset is None or fault.vector is None:
             at = st.va - self.cache.buffer.rx
             raise Unsupported(f"host {fault} at {at:#x} of the code buffer, guest page {st.page:#x}")
-        st.rip = st.page | offset
+        st.rip = st.page + offset & (0xFFFFFFFF if st.mode & Mode.NARROW else -1)
         if fault.vector == Vector.GP and self.instruction().mnemonic in _MASKED_BY_XCR0:
             st.rax, st.rdx, st.flags = st.t0, st.t1, st.t2 & 0xCD5 | 2
         if fault.vector == Vector.XM and not st.cr4 & Cr4.OSXMMEXCPT:

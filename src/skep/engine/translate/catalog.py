@@ -7,6 +7,7 @@ from iced_x86 import Decoder, Instruction
 from skep.engine.translate.forms import Form, Open, Template
 from skep.engine.translate.layout import Mode
 from skep.engine.translate.lower import Lowering
+from skep.engine.translate.narrow import Narrow
 
 MAX_FORMS = 1 << 17
 """Instructions whose bytes are remembered, by mode: what a guest can make us keep has a bound."""
@@ -24,7 +25,7 @@ class Catalog:
     def mode(self, mode: int) -> tuple[Lowering, dict[bytes, Form]]:
         known = self._modes.get(mode)
         if known is None:
-            known = self._modes[mode] = (Lowering(mode), {})
+            known = self._modes[mode] = (Narrow(mode) if mode & Mode.NARROW else Lowering(mode), {})
             self._shapes[mode] = {}
         return known
 

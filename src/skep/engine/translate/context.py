@@ -12,9 +12,9 @@ from iced_x86 import CodeSize, Instruction, MemorySizeExt, OpKind, Register, Reg
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.amd64.cpuid import Cpuid
-from skep.engine.amd64.registers import Attr, Cr0, Rflags, Vector, canonical
+from skep.engine.amd64.registers import Attr, Rflags, Vector, canonical
 from skep.engine.translate import segments
-from skep.engine.translate.delivery import Stack, in_limit
+from skep.engine.translate.delivery import Stack
 from skep.engine.translate.layout import SEGMENTS, XSAVE_AREA, StateBlock
 from skep.engine.translate.modelspecific import ModelSpecific
 from skep.engine.translate.port import CpuPort, GuestFault
@@ -131,6 +131,12 @@ class Context:
             size = MemorySizeExt.size(i.memory_size)
             self.write(i, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
 
+    def load_segment(self, name: str, selector: int) -> None:
+        """A load of any segment register but CS, with all checks."""
+        segments.put(self.st, name, segments.check_register(self.cpu, name, selector))
+        if self.bits != 64:
+            self.cpu.state_changed()
+
     # Memory operands
 
     def address_size(self, i: Instruction) -> int:
@@ -167,10 +173,9 @@ class Context:
                 raise GuestFault(vector, 0)
             return offset
         held = segments.held(st, segment)
-        if st.cr0 & Cr0.PE:
-            if not held.present or (write and not held.writable_data) or not (write or held.readable):
-                raise GuestFault(vector, 0)
-            in_limit(held, offset, size, vector=vector)
+        start, *ends = segments.window(held, rights=not segments.paragraphs(st))
+        if offset < start or offset + size > ends[write]:
+            raise GuestFault(vector, 0)
         return held.base + offset & M32
 
     def address(self, i: Instruction, size: int, *, write: bool = False, plus: int = 0) -> int:

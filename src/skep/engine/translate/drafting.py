@@ -21,7 +21,8 @@ MAX_BYTES = 192
 _NO, _YES, _JCC, _JMP, _CALL, _LOOP = Ends.NO, Ends.YES, Ends.JCC, Ends.JMP, Ends.CALL, Ends.LOOP
 _SHADOW, _MODE, _LOOK = Ends.SHADOW, Ends.MODE, Ends.LOOK
 _GO_ON = (_NO, _JCC, _LOOP, _MODE, _LOOK)
-_NEAR = (OpKind.NEAR_BRANCH32, OpKind.NEAR_BRANCH64)
+_NEAR = {OpKind.NEAR_BRANCH16: 1 << 15, OpKind.NEAR_BRANCH32: 1 << 31, OpKind.NEAR_BRANCH64: 1 << 63}
+"""Relative branches, and from where on a target relative to the page is a negative number."""
 _BRANCH_BYTES = bytes(
     1 if 0x70 <= b < 0x80 or b in (0xE8, 0xE9, 0xEB) else 2 if b == 0x0F else 0 for b in range(256)
 )
@@ -202,8 +203,8 @@ class Drafting:
                 ends = form.ends
                 if ends and (ends == _LOOP or (ends <= _CALL and ins.op_count and ins.op0_kind in _NEAR)):
                     extra = ins.near_branch_target
-                    if extra >= half:
-                        extra -= half << 1
+                    if extra >= _NEAR[ins.op0_kind]:
+                        extra -= _NEAR[ins.op0_kind] << 1
             items.append((form, offset + at, n, extra))
             at += n
             if ends:
@@ -258,7 +259,8 @@ class Drafting:
             live = 0
             open_.append(follow)
         needs: list[bool] = []
-        for form, _, _, extra in reversed(draft.items):
+        wide = draft.lowering.wide
+        for form, at, _, extra in reversed(draft.items):
             e = form.ends
             if e:
                 if e == _JMP or e == _CALL:
@@ -268,7 +270,7 @@ class Drafting:
                     live = ALL_FLAGS
                     open_ = []
                 if e == _JCC or e == _LOOP or e == _JMP or e == _CALL:
-                    if 0 <= extra < 4096:
+                    if 0 <= extra < 4096 and (wide or draft.lowering.near(extra, at, form.narrow)):
                         open_.append(extra)
                     else:
                         live = ALL_FLAGS

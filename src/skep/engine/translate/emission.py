@@ -15,6 +15,7 @@ from skep.engine.translate.drafting import Draft, Known
 from skep.engine.translate.forms import TLB_MASK, Ends
 from skep.engine.translate.layout import JC, JC_ARRAY, OFFSETS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
 from skep.engine.translate.lower import Lowering
+from skep.engine.translate.narrow import Narrow
 from skep.engine.translate.stubs import field as state
 from skep.engine.translate.stubs import restore_flags, save_flags
 
@@ -99,7 +100,8 @@ class Emission:
         slow: list[tuple[int, int, int, bool]] = []
         links: list[tuple[int, int]] = []  # (position of a displacement, key)
         breaks: list[tuple[int, int]] = []  # (position of a displacement, offset to go on at)
-        far: list[tuple[int, int]] = []  # (position of a displacement, target)
+        far: list[tuple[int, int, int, bool]] = []  # (position of a displacement, target, at, narrow)
+        wide = lowering.wide
         marks = array("H")
         mark = marks.append
         own = pa << Mode.BITS | mode
@@ -122,9 +124,9 @@ class Emission:
             else:
                 links.append((here, key))
 
-        def leave(target: int, looks: bool, mode_: int) -> None:
-            """Go to ``target``, unconditionally."""
-            if 0 <= target < 4096:
+        def leave(target: int, looks: bool, mode_: int, at: int = -1, narrow: bool = False) -> None:
+            """Go to ``target``, unconditionally: by the branch at offset ``at``, or (-1) behind an instruction."""
+            if 0 <= target < 4096 and (wide or lowering.near(target, at, narrow)):
                 if looks:
                     if self._live_at(page, target, mode_):
                         extend(_CHECK_LIVE)
@@ -136,7 +138,7 @@ class Emission:
                         extend(b"\0\0\0\0")
                 direct(b"\xe9", target, mode_)
             else:
-                extend(self.long(lowering, target))
+                extend(self.long(lowering, target, at, narrow))
 
         i = len(draft.items)
         for form, at, n, extra in draft.items:
@@ -147,20 +149,25 @@ class Emission:
             e = form.ends
             if e == _JCC:
                 cc = form.cond
-                if at < extra < 4096 and not shadow:
+                if not 0 <= extra < 4096 or not (wide or lowering.near(extra, at, form.narrow)):
+                    extend(_JCC_CODE[cc] + b"\0\0\0\0")
+                    far.append((base + 2, extra, at, form.narrow))
+                elif at < extra and not shadow:
                     direct(_JCC_CODE[cc], extra, mode)
-                elif 0 <= extra < 4096:
+                else:
                     extend(_JCC_CODE[cc ^ 1] + b"\0\0\0\0")
                     skip = len(out)
-                    leave(extra, True, mode)
+                    leave(extra, True, mode, at, form.narrow)
                     _i32(out, skip - 4, len(out) - skip)
-                else:
-                    extend(_JCC_CODE[cc] + b"\0\0\0\0")
-                    far.append((base + 2, extra))
+                continue
+            if e == _LOOP and form.loop:
+                extend(form.loop)
+                skip = len(out)
+                leave(at + n, True, mode)
+                _i32(out, skip - 4, len(out) - skip)
+                leave(extra, True, mode, at, form.narrow)
                 continue
             if e == _LOOP:
-                if not lowering.wide:
-                    out.append(0x67)  # counts in ECX
                 extend(data[at - offset : at - offset + n - 1] + b"\0")
                 skip = len(out)
                 leave(at + n, True, mode)
@@ -168,7 +175,7 @@ class Emission:
                 leave(extra, True, mode)
                 continue
             if e == _JMP:
-                leave(extra, extra <= at or shadow, mode)
+                leave(extra, extra <= at or shadow, mode, at, form.narrow)
                 continue
             t = form.templates[needs[i]]
             if t is None:
@@ -184,7 +191,7 @@ class Emission:
                     out[base + to : base + to + k] = data[of : of + k]
             if e:
                 if e == _CALL:
-                    leave(extra, extra <= at or shadow, mode)
+                    leave(extra, extra <= at or shadow, mode, at, form.narrow)
                 elif e == _MODE:
                     leave(at + n, False, mode ^ Mode.AC)
                 elif e == _LOOK:
@@ -206,13 +213,15 @@ class Emission:
         for site, target in breaks:
             _i32(out, site, len(out) - site - 4)
             extend(_LOAD_PAGE + b"\x4d\x8d\x92" + target.to_bytes(4, "little") + _BRK_JUMP)
-        for site, target in far:
+        for site, target, at, narrow in far:
             _i32(out, site, len(out) - site - 4)
-            extend(self.long(lowering, target))
+            extend(self.long(lowering, target, at, narrow))
         return Emitted(out, entry, marks)
 
-    def long(self, lowering: Lowering, target: int) -> bytes:
+    def long(self, lowering: Lowering, target: int, at: int = -1, narrow: bool = False) -> bytes:
         """Go to another page: its address relative to this one's, through the jump cache."""
+        if isinstance(lowering, Narrow):
+            return lowering.way_out(target, at, narrow)
         if not -(1 << 31) <= target < 1 << 31:
             a = Assembler()
             a.mov(R11, target)
@@ -238,6 +247,12 @@ class Emission:
         second = len(a)
         a.raw(bytes(4))
         a.bind(meant)
+        if mode & Mode.NARROW:
+            a.mov(R10, R10, size=32)  # tag to linear address
+        if mode & Mode.SEGMENTED:  # to offset in CS
+            a.mov(RCX, state("cs_base"))
+            a.not_(RCX)
+            a.lea(R10, Mem(R10, RCX, disp=1), size=32)
         if live:
             a.mov(RCX, gs(OFFSETS["brk"]), size=32)
             go = a.label()
@@ -254,9 +269,7 @@ class Emission:
             a.raw(b"\x0f\x85")
             brk = len(a)
             a.raw(bytes(4))
-        if mode & Mode.NARROW:
-            a.mov(R10, R10, size=32)
-        a.raw(b"\x4d\x8d\x92")  # lea r10, [r10 + disp32]
+        a.raw(b"\x45\x8d\x92" if mode & Mode.NARROW else b"\x4d\x8d\x92")  # lea r10, [r10 + disp32]
         page = len(a)
         a.raw(bytes(4))
         a.mov(state("page"), R10)
@@ -271,6 +284,10 @@ class Emission:
         save_flags(a)
         a.mov(R10, state("page"))
         a.lea(R10, Mem(R10, disp=4096), size=32 if mode & Mode.NARROW else 64)
+        if mode & Mode.SEGMENTED:
+            a.cmp(R10, state("code_end"))
+            a.jcc(Cond.AE, bad)
+            a.add(R10, state("cs_base"), size=32)
         a.mov(R11, R10, size=32)
         a.shr(R11, 7, size=32)
         a.and_(R11, TLB_MASK, size=32)
@@ -319,8 +336,7 @@ class Emission:
             out.extend(bytes((0x0F, 0x80 | form.cond)) + len(other).to_bytes(4, "little") + other + leave(target))
         elif form.ends == Ends.LOOP:
             other = leave(n32)
-            narrow = b"" if lowering.wide else b"\x67"
-            out.extend(narrow + data[: ins.len - 1] + bytes((len(other),)) + other + leave(target))
+            out.extend(data[: ins.len - 1] + bytes((len(other),)) + other + leave(target))
         elif form.ends == Ends.JMP:
             out.extend(leave(target))
         elif form.ends not in (Ends.YES, Ends.CALL):

@@ -130,10 +130,11 @@ class Emitter:
         a = self.a
         if self.bounce is not None:
             a.jmp(state("done_exit"))
-            return
-        if not self.wide:
-            a.mov(R11, (self.mode & Mode.TAGGED) << Mode.TAG_SHIFT)
-            a.lea(R10, Mem(R10, R11))
+        else:
+            self.jump(a)
+
+    def jump(self, a: Assembler) -> None:
+        """Go to the jump-cache tag in r10."""
         jump_set(a)
         a.jmp(Mem(R11, disp=JC + self.array * JC_ARRAY + 8, gs=True))
 
@@ -248,13 +249,11 @@ class Emitter:
         self.segment(ins)
 
     def segment(self, ins: Instruction) -> None:
-        """Add the segment's base to r10. In 64-bit code only FS and GS have one; flat 32-bit code has no others."""
+        """Add the segment's base to r10. In 64-bit code only FS and GS have one."""
         seg = ins.memory_segment
         if seg in (Register.FS, Register.GS):
             self.a.mov(R11, state("fs_base" if seg == Register.FS else "gs_base"))
             self.a.lea(R10, Mem(R10, R11))
-            if not self.wide:
-                self.a.mov(R10, R10, size=32)
 
     def generic(self, ins: Instruction, data: bytes) -> None:
         """An instruction of the allow-list: the same on the host, with its operands where they are here."""
@@ -363,10 +362,20 @@ class Emitter:
         self.encoder.encode(self.moved(ins), 0)
         self.a.raw(self.encoder.take_buffer())
 
-    @property
-    def word(self) -> int:
-        """Bytes of a stack slot."""
-        return 8 if self.wide else 4
+    def stack_at(self, disp: int) -> None:
+        """r10 = the address ``disp`` bytes from the top of the stack."""
+        if disp:
+            self.a.lea(R10, Mem(R9, disp=disp))
+        else:
+            self.a.mov(R10, R9)
 
-    def stack_at(self, reg: int, disp: int) -> None:
-        self.a.lea(reg, Mem(R9, disp=disp), size=64 if self.wide else 32)
+    def stack_move(self, disp: int) -> None:
+        """Move the stack pointer."""
+        self.a.lea(R9, Mem(R9, disp=disp))
+
+    def near(self, target: int, at: int, narrow: bool) -> bool:
+        """Whether a branch at offset ``at`` to an offset of the same page is certainly that, wherever the page is."""
+        return True
+
+    def branch_target(self, size: int) -> None:
+        """r10 is where a near branch with an operand of ``size`` bytes goes; nothing is committed yet."""

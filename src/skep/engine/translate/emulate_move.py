@@ -47,7 +47,7 @@ def load_register(e: Context, register: Register_, selector: int) -> None:
     if register == Register.CS:
         raise GuestFault(Vector.UD)
     name = SEGMENT_NAME[register]
-    segments.put(e.st, name, segments.check_register(e.cpu, name, selector))
+    e.load_segment(name, selector)
     e.shadow = name == "ss"
 
 
@@ -56,7 +56,7 @@ def load_far_pointer(e: Context, i: Instruction) -> None:
     size = RegisterExt.size(i.op0_register)
     raw = e.read(i, size + 2)
     name = _POINTER_SEGMENT[i.mnemonic]
-    segments.put(e.st, name, segments.check_register(e.cpu, name, int.from_bytes(raw[size:], "little")))
+    e.load_segment(name, int.from_bytes(raw[size:], "little"))
     e.put(i.op0_register, int.from_bytes(raw[:size], "little"))
 
 

@@ -10,7 +10,7 @@ from iced_x86 import Code, Instruction, Mnemonic, OpKind
 
 from skep.engine.amd64.registers import Attr, Cr0, Efer, Rflags, Vector, canonical
 from skep.engine.translate import delivery, segments
-from skep.engine.translate.context import M32, M64, RCX, RDX, RSP, Context, Handler
+from skep.engine.translate.context import M32, M64, MASK, RCX, RDX, RSP, Context, Handler
 from skep.engine.translate.port import GuestFault
 from skep.engine.translate.segments import FLAT, Loaded
 
@@ -23,6 +23,11 @@ _FAR_SIZE = {
     Code.RETFW: 2, Code.RETFD: 4, Code.RETFQ: 8,
     Code.RETFW_IMM16: 2, Code.RETFD_IMM16: 4, Code.RETFQ_IMM16: 8,
 }  # fmt: skip
+_COUNT_SIZE = {
+    value: 8 if "RCX" in name else 4 if "ECX" in name else 2
+    for name, value in vars(Code).items()
+    if isinstance(value, int) and name.startswith(("LOOP", "JCXZ", "JECXZ", "JRCXZ"))
+}
 _NEAR_SIZE = {
     Code.JMP_RM16: 2, Code.JMP_RM32: 4, Code.JMP_RM64: 8, Code.CALL_RM16: 2, Code.CALL_RM32: 4, Code.CALL_RM64: 8,
 }  # fmt: skip
@@ -100,6 +105,36 @@ def _near_target(e: Context, i: Instruction) -> tuple[int, int]:
     code = segments.held(e.st, "cs")
     segments.check_code_target(e.cpu, code, target)
     return target, size
+
+
+def _holds(condition: int, flags: int) -> bool:
+    """Whether a condition code (1 to 16: O, NO, B .. G) holds."""
+    pair, negated = divmod(condition - 1, 2)
+    less = bool(flags & Rflags.SF) != bool(flags & Rflags.OF)
+    tests = (
+        flags & Rflags.OF, flags & Rflags.CF, flags & Rflags.ZF, flags & (Rflags.CF | Rflags.ZF),
+        flags & Rflags.SF, flags & Rflags.PF, less, less or flags & Rflags.ZF,
+    )  # fmt: skip
+    return bool(tests[pair]) != bool(negated)
+
+
+def jcc(e: Context, i: Instruction) -> None:
+    if _holds(i.condition_code, e.st.flags):
+        _jmp_near(e, i)
+
+
+def loop(e: Context, i: Instruction) -> None:
+    """LOOP and LOOPcc."""
+    size = _COUNT_SIZE[i.code]
+    count = e.st.q[RCX] - 1 & MASK[size]
+    if count and (i.is_loop or _holds(i.condition_code, e.st.flags)):
+        _jmp_near(e, i)
+    e.put_number(RCX, size, count)
+
+
+def jcxz(e: Context, i: Instruction) -> None:
+    if not e.st.q[RCX] & MASK[_COUNT_SIZE[i.code]]:
+        _jmp_near(e, i)
 
 
 def _jmp_near(e: Context, i: Instruction) -> None:
@@ -257,7 +292,15 @@ def sysexit(e: Context, i: Instruction) -> None:
     _switch(e, _flat_code(selector, 3, wide=wide), _flat_stack(selector + 8, 3), 3, rip)
 
 
+_CONDITIONAL = [
+    getattr(Mnemonic, "J" + name)
+    for name in ("O", "NO", "B", "AE", "E", "NE", "BE", "A", "S", "NS", "P", "NP", "L", "GE", "LE", "G")
+]
+
 HANDLERS: dict[int, Handler] = {
+    **dict.fromkeys(_CONDITIONAL, jcc),
+    **dict.fromkeys((Mnemonic.LOOP, Mnemonic.LOOPE, Mnemonic.LOOPNE), loop),
+    **dict.fromkeys((Mnemonic.JCXZ, Mnemonic.JECXZ, Mnemonic.JRCXZ), jcxz),
     Mnemonic.JMP: jmp,
     Mnemonic.CALL: call,
     Mnemonic.RETF: retf,

@@ -85,6 +85,8 @@ class Form:
     relative: bool = False  # has a RIP-relative operand, blanked in the key
     emulate: bool = False
     memory: bool = False  # may have checks
+    narrow: bool = False  # a branch whose target has 16 bits
+    loop: bytes = b""  # LOOP, JCXZ in 16- and 32-bit code: counts, and ends in the displacement of the jump if taken
     plain: bool = False  # its displacement, relative to RIP, is its end: there is no immediate
     open: Open = Open()
     templates: list[Template | None] = field(default_factory=lambda: [None, None])
@@ -166,12 +168,6 @@ FXSAVE = {Mnemonic.FXSAVE, Mnemonic.FXSAVE64}
 FXRSTOR = {Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64}
 WRITES = (OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
 PLAIN_WRITE = (OpAccess.WRITE,)
-LOOP16 = frozenset(
-    v
-    for n, v in vars(Code).items()
-    if n.startswith(("LOOP", "JCXZ")) and n.endswith(("_CX", "JCXZ_REL8_32")) and isinstance(v, int)
-)
-"""Those of 32-bit code that count in CX."""
 UNALIGNED = frozenset(
     getattr(Mnemonic, n)
     for n in """MOVUPS MOVUPD MOVDQU LDDQU PCMPESTRI PCMPESTRM PCMPISTRI PCMPISTRM PCMPESTRI64 PCMPESTRM64""".split()

@@ -42,6 +42,11 @@ _FIELDS = (
     *(f"{s}_limit" for s in SEGMENTS),  # in bytes, granularity applied
     # descriptor bits 40-47 and 52-55 as in VMX/SVM: type, S, DPL, P, -, AVL, L, D, G (bits 0-7, 12-15)
     *(f"{s}_attr" for s in SEGMENTS),
+    # for 16- and 32-bit code: offsets from start up to the end that a read, a write may not go beyond (segments.window)
+    *(f"{s}_start" for s in SEGMENTS),
+    *(f"{s}_rend" for s in SEGMENTS),
+    *(f"{s}_wend" for s in SEGMENTS),
+    "code_end",  # what lies below it in CS lies in pages that are wholly inside the limit
     "ldtr_sel", "ldtr_base", "ldtr_limit", "ldtr_attr",
     "tr_sel", "tr_base", "tr_limit", "tr_attr",
     "gdt_base", "gdt_limit", "idt_base", "idt_limit",
@@ -75,7 +80,7 @@ _FIELDS = (
     "spins",  # PAUSE instructions until the host's CPU is offered to others
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
-    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "span_exit", "port_exit",
+    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "span_exit", "port_exit", "segment_exit",
     "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs", "rep_cmps", "yield_",
     "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link",  # counters
 )
@@ -125,6 +130,9 @@ class Mode:
     CODE32 = 4
     CODE16 = 8
     NARROW = CODE32 | CODE16
+    SEGMENTED = 16  # CS, DS, ES or SS is not flat: bases are added, limits checked. All 16-bit code is taken so
+    STACK16 = 32  # SS.B is clear
+    REAL = 64  # real or virtual-8086 mode: a selector is a paragraph's number
     SHAPE = 0xFF
     CLASS_SHIFT = 8
     BITS = 16  # a block's key is its physical address above its mode
@@ -145,6 +153,7 @@ class Kind:
     SPAN = 7  # a block on two pages whose second is not in the TLB, or is another now
     PORT = 8  # IN or OUT: info is lower.port_info; rip is behind it
     STOPPED = 9  # the vCPU was to enter guest code while it must not
+    SEGMENT = 11  # an access outside its segment: exception `info` with error code 0
     DELIVER = 10  # the interrupt in `inject` is for Python to deliver
     PAIR = 6  # map the frames of tag `info` side by side, then run the instruction at rip again
 

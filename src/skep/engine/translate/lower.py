@@ -29,7 +29,6 @@ from skep.engine.translate.forms import (
     FXSAVE,
     GENERAL_SPECIAL,
     INTEGER,
-    LOOP16,
     MOFFS,
     NO_OPERATION,
     NOTHING_OPEN,
@@ -50,9 +49,14 @@ from skep.engine.translate.forms import (
 from skep.engine.translate.special import Special
 from skep.engine.translate.stubs import field as state
 
+_INDIRECT64 = (Code.JMP_RM64, Code.CALL_RM64)
+_INDIRECT = (Code.JMP_RM32, Code.CALL_RM32, Code.JMP_RM16, Code.CALL_RM16)
+
 
 class Lowering(Special):
     """Makes the forms and templates of one mode."""
+
+    near_kinds: tuple[int, ...] = (OpKind.NEAR_BRANCH64,)
 
     def __init__(self, mode: int) -> None:
         super().__init__(mode)
@@ -145,16 +149,14 @@ class Lowering(Special):
         return self.memory_operand(ins) and self.size(ins) == 0
 
     def _branch_is_python(self, ins: Instruction) -> bool:
-        if self.wide:
-            return not (
-                ins.is_jcc_short_or_near
-                or ins.is_jmp_short_or_near
-                or ins.is_call_near
-                or ins.is_jcx_short
-                or ins.is_loop
-                or ins.is_loopcc
-            ) or ins.op0_kind not in (OpKind.NEAR_BRANCH64,)
-        return ins.op0_kind != OpKind.NEAR_BRANCH32 or ins.code in LOOP16
+        return not (
+            ins.is_jcc_short_or_near
+            or ins.is_jmp_short_or_near
+            or ins.is_call_near
+            or ins.is_jcx_short
+            or ins.is_loop
+            or ins.is_loopcc
+        ) or ins.op0_kind not in self.near_kinds
 
     def _allowed_special(self, ins: Instruction) -> bool:
         """For a mnemonic with a handler: whether this form, in this mode, is the handler's."""
@@ -178,13 +180,13 @@ class Lowering(Special):
                 return False
             if ins.op0_kind == OpKind.REGISTER and ins.op0_register in SREG_FIELD:
                 return False
-            return bool(ins.stack_pointer_increment in ((-8, 8) if self.wide else (-4, 4)))
+            return not self.wide or ins.stack_pointer_increment in (-8, 8)
         if m in (Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RET):
             flow = ins.flow_control
             if m == Mnemonic.RET:
-                return code in ((Code.RETNQ, Code.RETNQ_IMM16) if self.wide else (Code.RETND, Code.RETND_IMM16))
+                return not self.wide or code in (Code.RETNQ, Code.RETNQ_IMM16)
             if flow in (FlowControl.INDIRECT_BRANCH, FlowControl.INDIRECT_CALL):
-                return code in ((Code.JMP_RM64, Code.CALL_RM64) if self.wide else (Code.JMP_RM32, Code.CALL_RM32))
+                return code in (_INDIRECT64 if self.wide else _INDIRECT)
             return not self._branch_is_python(ins)
         if m in (Mnemonic.IN, Mnemonic.OUT):
             return not self.user

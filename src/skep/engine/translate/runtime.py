@@ -734,11 +734,18 @@ def resume() -> int:
             st.kind = Kind.DELIVER
             return 0
         st.inject = 0
+    if st.mode & Mode.SEGMENTED:
+        if st.rip >= st.code_end:
+            st.kind = Kind.JUMP
+            st.site = 0
+            return 0
+        return lookup((st.cs_base + st.rip) & 0xFFFFFFFF)
     return lookup(st.rip)
 
 
 def lookup(va: int) -> int:
-    """Where the guest goes on at ``va`` in this mode: a checked entry, with ``st.tag`` and ``st.set``; or 0, JUMP."""
+    """Where the guest goes on at the linear address ``va`` in this mode: a checked entry, with ``st.tag`` and
+    ``st.set``; or 0, JUMP."""
     me = st.self_
     mode = st.mode
     tag = va + ((mode & Mode.TAGGED) << Mode.TAG_SHIFT)
@@ -772,14 +779,17 @@ def lookup(va: int) -> int:
             st8(me + JC_PAGES + ((va >> 12) & (JC_PAGES_SIZE - 1)), 1)
             st.set = offset
             return target
-    elif failed == 14:
+    rip = va
+    if mode & Mode.SEGMENTED:
+        rip = (va - st.cs_base) & 0xFFFFFFFF
+    if failed == 14:
         error = st.w_error
-        if deliver(14, error, 1, va):
+        if deliver(14, error, 1, rip):
             st.cr2 = va
             st.n_pf = st.n_pf + 1
             return lookup(st.rip)
         st.w_error = error
-    st.rip = va
+    st.rip = rip
     st.kind = Kind.JUMP
     st.site = 0
     return 0

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skep.engine.amd64.registers import Attr, Cr0, Efer, SystemType, Vector
-from skep.engine.translate.layout import StateBlock
+from skep.engine.amd64.registers import Attr, Cr0, Efer, Rflags, SystemType, Vector
+from skep.engine.translate.layout import SEGMENTS, Mode, StateBlock
 from skep.engine.translate.port import CpuPort, GuestFault
 
 FLAT = 0xFFFF_FFFF
@@ -70,6 +70,11 @@ def is_null(selector: int) -> bool:
 def long_mode(st: StateBlock) -> bool:
     """IA-32e mode: 64-bit or compatibility mode."""
     return bool(st.efer & Efer.LMA)
+
+
+def paragraphs(st: StateBlock) -> bool:
+    """Real or virtual-8086 mode, where a selector is a sixteenth of the segment's base."""
+    return not st.cr0 & Cr0.PE or bool(st.sysfl & Rflags.VM)
 
 
 def code_bits(st: StateBlock) -> int:
@@ -136,6 +141,48 @@ def held(st: StateBlock, name: str) -> Loaded:
     return Loaded(selector, base, limit, attributes)
 
 
+def window(segment: Loaded, *, rights: bool) -> tuple[int, int, int]:
+    """The offsets that may be accessed: from the first number up to, not including, the second (reads) or the third
+    (writes). ``rights``: of protected mode; elsewhere only the limit counts."""
+    end = segment.limit + 1
+    if not rights:
+        return 0, end, end
+    start = 0
+    if segment.is_data and segment.attributes & Attr.EXPAND_DOWN:
+        start, end = end, 1 << 32 if segment.attributes & Attr.D else 1 << 16
+    usable = segment.present
+    return start, end if usable and segment.readable else 0, end if usable and segment.writable_data else 0
+
+
+def narrow_mode(st: StateBlock) -> int:
+    """The mode bits of 16- or 32-bit code under the present segments; what translated code checks is brought up to
+    date with them."""
+    real = paragraphs(st)
+    bits = Mode.CODE32 if st.cs_attr & Attr.D else Mode.CODE16
+    flat = bool(st.cs_attr & Attr.D) and not real
+    for name in SEGMENTS:
+        segment = held(st, name)
+        bounds = window(segment, rights=not real)
+        for part, value in zip(("_start", "_rend", "_wend"), bounds, strict=True):
+            setattr(st, name + part, value)
+        if name == "cs":
+            flat &= not segment.base and segment.limit == FLAT
+        elif name in ("ss", "ds", "es"):
+            flat &= not segment.base and bounds == (0, 1 << 32, 1 << 32)
+    end = st.cs_limit + 1
+    if end <= FLAT:
+        end = max(0, end - (st.cs_base + end & 0xFFF))
+    if bits == Mode.CODE16:
+        end = min(end, 0x10000 - (st.cs_base & 0xFFF))
+    st.code_end = end
+    if real:
+        bits |= Mode.REAL
+    if not st.ss_attr & Attr.D:
+        bits |= Mode.STACK16
+        flat = False
+    return bits if flat else bits | Mode.SEGMENTED
+
+
 def check_stack(cpu: CpuPort, selector: int, cpl: int, *, wide: bool, vector: int = Vector.GP, ext: int = 0) -> Loaded:
     """A load of SS for code at ``cpl``. ``wide``: that code is 64-bit, where SS may be null below privilege 3.
 
@@ -168,7 +215,7 @@ def check_data(cpu: CpuPort, selector: int) -> Loaded:
 def check_register(cpu: CpuPort, name: str, selector: int) -> Loaded:
     """The load that MOV, POP and LDS.. do: of any segment register but CS, in any mode."""
     st = cpu.st
-    if not st.cr0 & Cr0.PE:
+    if paragraphs(st):
         return Loaded(selector, selector << 4, getattr(st, f"{name}_limit"), getattr(st, f"{name}_attr"))
     if name == "ss":
         segment = check_stack(cpu, selector, st.cpl, wide=code_bits(st) == 64)

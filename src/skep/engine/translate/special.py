@@ -148,14 +148,14 @@ class Special(Emitter):
 
     def _push(self, ins: Instruction) -> None:
         a = self.a
-        w = self.word
+        w = -ins.stack_pointer_increment
         kind = ins.op0_kind
         if kind == OpKind.MEMORY:
             self.address(ins)
             self.check(w, READ)
             a.mov(R10, Mem(R10), size=w * 8)
             a.mov(state("t0"), R10)
-        self.stack_at(R10, -w)
+        self.stack_at(-w)
         self.check(w, WRITE)
         if kind == OpKind.MEMORY:
             a.mov(R11, state("t0"))
@@ -169,12 +169,12 @@ class Special(Emitter):
             a.mov(Mem(R10), Reg(h), size=w * 8)
         else:
             a.mov(Mem(R10), sign_extend(ins.immediate(0) & 0xFFFFFFFF, 32), size=w * 8)
-        self.stack_at(R9, -w)
+        self.stack_move(-w)
 
     def _pop(self, ins: Instruction) -> None:
         a = self.a
-        w = self.word
-        a.mov(R10, R9)
+        w = ins.stack_pointer_increment
+        self.stack_at(0)
         self.check(w, READ)
         number = GPR[ins.op0_register][0]
         h = home(number)
@@ -186,40 +186,41 @@ class Special(Emitter):
             return
         else:
             a.mov(h, Mem(R10), size=w * 8)
-        self.stack_at(R9, w)
+        self.stack_move(w)
 
-    def push_next(self) -> None:
-        """Push the address of the next instruction; r10 and r11 are free."""
+    def push_next(self, w: int) -> None:
+        """Push the address of the next instruction in ``w`` bytes; r10 and r11 are free."""
         a = self.a
-        w = self.word
-        self.stack_at(R10, -w)
+        self.stack_at(-w)
         self.check(w, WRITE)
         self.page_plus(R11, HOLE_NEXT)
         a.mov(Mem(R10), R11, size=w * 8)
-        self.stack_at(R9, -w)
+        self.stack_move(-w)
 
     def _indirect_target(self, ins: Instruction) -> None:
         """r10 = where an indirect branch goes."""
         a = self.a
         if ins.op0_kind == OpKind.MEMORY:
+            w = self.size(ins)
             self.address(ins)
-            self.check(self.word, READ)
-            a.mov(R10, Mem(R10), size=self.word * 8)
+            self.check(w, READ)
+            a.mov(R10, Mem(R10), size=w * 8)
         else:
-            self.load(R10, GPR[ins.op0_register][0])
-            if not self.wide:
-                a.mov(R10, R10, size=32)
+            number, w = GPR[ins.op0_register]
+            self.load(R10, number)
+        self.branch_target(w)
 
     def _call(self, ins: Instruction) -> None:
+        w = -ins.stack_pointer_increment
         if ins.flow_control == FlowControl.CALL:
-            self.push_next()
+            self.push_next(w)
             if self.bounce is not None:
                 self.page_plus(R10, HOLE_TARGET)
                 self.dispatch()
             return
         self._indirect_target(ins)
         self.a.mov(state("t0"), R10)
-        self.push_next()
+        self.push_next(w)
         self.a.mov(R10, state("t0"))
         self.dispatch()
 
@@ -229,12 +230,13 @@ class Special(Emitter):
             self.dispatch()
 
     def _ret(self, ins: Instruction) -> None:
-        a = self.a
-        w = self.word
-        a.mov(R10, R9)
+        released = ins.immediate(0) if ins.op_count else 0
+        w = ins.stack_pointer_increment - released
+        self.stack_at(0)
         self.check(w, READ)
-        a.mov(R10, Mem(R10), size=w * 8)
-        self.stack_at(R9, w + (ins.immediate(0) if ins.op_count else 0))
+        self.a.mov(R10, Mem(R10), size=w * 8)
+        self.branch_target(w)
+        self.stack_move(w + released)
         self.dispatch()
 
     def _leave(self, ins: Instruction) -> None:
@@ -246,7 +248,7 @@ class Special(Emitter):
 
     def _pushfq(self, ins: Instruction) -> None:
         a = self.a
-        self.stack_at(R10, -8)
+        self.stack_at(-8)
         self.check(8, WRITE)
         a.pushfq()
         a.pop(R11)
@@ -260,7 +262,7 @@ class Special(Emitter):
         if self.live:
             restore_flags(a)
         a.mov(Mem(R10), R11)
-        self.stack_at(R9, -8)
+        self.stack_move(-8)
 
     def _popfq(self, ins: Instruction) -> None:
         """POPFQ at CPL 0. Where it changes more than the arithmetic flags, DF and IF, Python does it."""
@@ -437,7 +439,10 @@ class Special(Emitter):
         a.pop(RCX)
         a.lea(R10, Mem(R10, R11, size))
         part = ins.memory_base if ins.memory_base != Register.NONE else ins.memory_index
-        if not self.wide or RegisterExt.size(part) == 4:
+        address_size = RegisterExt.size(part) or ins.memory_displ_size
+        if address_size == 2:
+            a.movzx(R10, R10, 16)
+        elif not self.wide or address_size == 4:
             a.mov(R10, R10, size=32)
         self.check(size, READ if ins.mnemonic == Mnemonic.BT else READ_WRITE)
         self.load(R11, number)

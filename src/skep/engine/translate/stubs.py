@@ -170,6 +170,7 @@ class Stubs:
             ("emu_exit", Kind.EMULATE),
             ("span_exit", Kind.SPAN),
             ("port_exit", Kind.PORT),
+            ("segment_exit", Kind.SEGMENT),
         ):
             self._begin(name)
             a.mov(field("rip"), R10)
@@ -187,6 +188,12 @@ class Stubs:
         a.jmp(self._exit_saved())
         self._begin("exit_saved")
         a.bind(self._exit_label)
+        wide = a.label()
+        a.test(field("mode"), Mode.NARROW, size=8)
+        a.jcc(Cond.E, wide)
+        a.mov(RAX, field("rip"), size=32)
+        a.mov(field("rip"), RAX)
+        a.bind(wide)
         for name, reg in CALLEE_SAVED.items():
             a.mov(field(name), reg)
         a.cld()

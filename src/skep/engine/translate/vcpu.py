@@ -13,11 +13,11 @@ from typing import Any
 
 from skep.contracts.interrupts import LocalInterrupts
 from skep.engine.amd64 import cpuid as cpuid_models
-from skep.engine.amd64.registers import Cr0, Cr4, Efer, Rflags, Vector
+from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Rflags, Vector
 from skep.engine.amd64.tsc import tsc_hz
 from skep.engine.contract import Exit, ExitReason
 from skep.engine.exits import Exits
-from skep.engine.translate import delivery, saved
+from skep.engine.translate import delivery, saved, segments
 from skep.engine.translate.access import Unsupported
 from skep.engine.translate.alone import Alone
 from skep.engine.translate.emulate import Emulator
@@ -92,7 +92,7 @@ class TranslateVcpu(Alone):
         self._exit_requested = False
         self._nmi = False
         self._fresh = True
-        self.counts = [0] * 11
+        self.counts = [0] * 12
         st.q[XSAVE_AREA >> 3] = 0x37F
         st.bytes[XSAVE_AREA + 24 : XSAVE_AREA + 28] = (0x1F80).to_bytes(4, "little")
         self._closed = False
@@ -136,7 +136,8 @@ class TranslateVcpu(Alone):
                 kind = q[_KIND]
                 counts[kind] += 1
                 if kind == Kind.JUMP:
-                    self._translate()
+                    if self._translate():
+                        return self._halted()
                 elif kind == Kind.EMULATE:
                     if self._emulate():
                         return self._halted()
@@ -144,11 +145,10 @@ class TranslateVcpu(Alone):
                     self._port()
                 elif kind == Kind.MEM:
                     self._finish_access()
-                elif kind == Kind.BREAK:
-                    if st.mode & Mode.NARROW:
-                        st.rip &= 0xFFFFFFFF
                 elif kind == Kind.EXCEPTION:
                     raise GuestFault(Vector.PF, st.w_error, st.va)
+                elif kind == Kind.SEGMENT:
+                    raise GuestFault(st.info, 0)
                 elif kind == Kind.PAIR:
                     self.pairs.map(st.info, self._world)
                 elif kind == Kind.SPAN:
@@ -233,11 +233,14 @@ class TranslateVcpu(Alone):
         self.st.inject = 0
         delivery.deliver_interrupt(self, vector)
 
-    def _translate(self) -> None:
-        """Make the block at rip unless it is there, and patch the jump that led to it."""
+    def _translate(self) -> bool:
+        """Make the block at rip unless it is there, and patch the jump that led to it. Where nothing can be translated,
+        run the one instruction; True: it was HLT."""
         st = self.st
         cache = self.cache
-        va = st.rip
+        va = self.linear_rip
+        if st.mode & Mode.SEGMENTED and self._beyond(va):
+            return self._alone()
         with self._world.lock:
             pa = self.code_address(va)
             if pa is not None:
@@ -254,16 +257,26 @@ class TranslateVcpu(Alone):
                 site = st.site
                 if site and block.pa2 is None:
                     cache.link(site, block)
-        if pa is None:  # outside RAM
-            self._alone()
+        return self._alone() if pa is None else False  # outside RAM
+
+    def _beyond(self, va: int) -> bool:
+        """Whether rip, at the linear address ``va``, is where its segment lets no whole page be run (narrow.py); so is
+        the end of the last page that may be run, because an instruction might go on in the next."""
+        st = self.st
+        page = st.rip - (va & 4095)
+        return st.rip >= st.code_end or (va & 4095 > 4096 - 15 and page + 4096 >= st.code_end)
 
     def _respan(self) -> None:
         """The block at rip lies on two pages: bring the second into the TLB; if it has changed, drop the block."""
         st = self.st
+        va = self.linear_rip
+        if st.mode & Mode.SEGMENTED and self._beyond(va):
+            self._alone()
+            return
         with self._world.lock:
-            pa = self.code_address(st.rip)
+            pa = self.code_address(va)
             block = None if pa is None else self.cache.blocks.get(pa << Mode.BITS | st.mode)
-            if block is not None and block.pa2 != self.second_page(st.rip):
+            if block is not None and block.pa2 != self.second_page(va):
                 with self._world.stopped():
                     self.cache.kill(block)
 
@@ -288,10 +301,8 @@ class TranslateVcpu(Alone):
             legality |= Legality.OSXSAVE
         mode = legality << Mode.CLASS_SHIFT
         attributes = st.cs_attr
-        if not (efer & Efer.LMA and attributes & 0x2000):
-            mode |= Mode.CODE32 if attributes & 0x4000 else Mode.CODE16
-            if mode & Mode.CODE16 or st.cs_base:
-                raise Unsupported("the guest runs 16-bit code or a segment base, which this engine does not have yet")
+        if not (efer & Efer.LMA and attributes & Attr.L):
+            mode |= segments.narrow_mode(st)
         if st.cpl == 3:
             mode |= Mode.USER
         elif st.sysfl & Rflags.AC:
