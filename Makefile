@@ -9,8 +9,8 @@ PYTHON ?= python3
 MEMORY ?= 512M
 
 RUN_PACKAGES := python3 python3-venv
-TEST_PACKAGES := $(RUN_PACKAGES) acpica-tools binutils cpio debootstrap dmidecode e2fsprogs lz4 openssl qemu-user qemu-utils \
-    sqlite3 tcc xz-utils zstd
+TEST_PACKAGES := $(RUN_PACKAGES) acpica-tools binutils cpio debootstrap dmidecode e2fsprogs linux-perf lz4 openssl qemu-user \
+    qemu-utils sqlite3 tcc xz-utils zstd
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev qemu-system-x86
 
 BIN := .venv/bin

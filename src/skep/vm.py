@@ -185,6 +185,8 @@ class Vm:
         """Taken from there, and coming next."""
         self._processors: list[_Processor] = []
         self._engine_vm: EngineVm | None = None
+        self.statistics: dict[str, int | float] = {}
+        """What the engine did from the last power-on to the end, where the tree says ``stats``."""
         self._tuned = False
         self._parting = False
         """The guest asked for its end or a reset, and may well halt for good until that comes."""
@@ -387,6 +389,8 @@ class Vm:
         self._engine_vm = self._engine.create_vm(
             board.memory, board.io, board.cpus, self.settings.cpu_model, board.clock.tsc_offset
         )
+        if self.settings.stats or self.settings.perf_map:
+            self._engine_vm.observe(times=self.settings.stats, perf_map=self.settings.perf_map)
         board.clock.add_offset_listener(self._engine_vm.set_tsc_offset)
         self._processors = [_Processor(self, i, board, self._engine_vm, paused=paused) for i in range(board.cpus)]
         self._processors[0].begin(state)
@@ -402,6 +406,8 @@ class Vm:
     def _processors_off(self) -> None:
         if self._processors:
             self._park()
+            if self.settings.stats and self._engine_vm is not None:
+                self.statistics = self._engine_vm.statistics()
         for processor in self._processors:
             processor.end()
         self._processors = []

@@ -102,6 +102,8 @@ def _add_run(commands: Any) -> None:
         " or file:PATH (stdio); may be repeated",
     )
     add("--no-reboot", nargs=0, write=_leaf("no_reboot"), help="a reboot of the guest ends it, with status 0")
+    add("--stats", nargs=0, write=_leaf("stats"), help="tell at the end what the engine did")
+    add("--perf-map", nargs=0, write=_leaf("perf_map"), help="name the guest's code for Linux perf")
     add("-o", metavar="KEY=VALUE", write=lambda tree, text: tree.assign(text), help="set any key of the tree")
     add("-k", metavar="FILE", write=lambda tree, path: tree.load(path), help="read a file of KEY=VALUE lines")
     run.add_argument("-v", "--verbose", action="store_true", help="say what is chosen, and why, on standard error")

@@ -6,7 +6,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -38,6 +38,8 @@ def run(tree: Tree, verbose: bool) -> int:
             print(f"  {line}", file=sys.stderr)
     elif verbose:
         messages.say(str(outcome))
+    for line in statistics_lines(vm.statistics):
+        print(line, file=sys.stderr)
     return outcome.exit_status
 
 
@@ -71,6 +73,12 @@ def register_lines(registers: dict[str, Any]) -> Iterator[str]:
         if name in registers:
             parts = " ".join(f"{part}={value:x}" for part, value in registers[name].items())
             yield f"{name}: {parts}"
+
+
+def statistics_lines(statistics: Mapping[str, int | float]) -> Iterator[str]:
+    """What an engine did, one to a line: whole numbers are counts."""
+    for name, value in statistics.items():
+        yield f"{value:>15,}  {name}" if isinstance(value, int) else f"{value:>15,.2f}  {name}"
 
 
 class Signals:

@@ -52,6 +52,8 @@ class Settings:
     boot_initrd: str | None = option(values.text, None, key="boot.initrd", doc="the initramfs that goes with it")
     boot_cmdline: str = option(values.any_text, "", key="boot.cmdline", doc="the kernel's command line")
     no_reboot: bool = option(values.boolean, False, doc="a reboot of the guest ends the VM")
+    stats: bool = option(values.boolean, False, doc="tell at the VM's end what the engine did")
+    perf_map: bool = option(values.boolean, False, doc="name the guest's code for Linux perf, in /tmp/perf-PID.map")
     config_dump: bool = option(values.boolean, False, key="config.dump", doc="print the tree and exit")
 
 

@@ -72,6 +72,14 @@ class EngineVm(Protocol):
     def set_tsc_offset(self, offset: int) -> None:
         """The guest's TSC is the host's plus ``offset`` from now on. Called while no vCPU runs: at a thaw."""
 
+    def observe(self, *, times: bool, perf_map: bool) -> None:
+        """Before the first vCPU is made: keep for ``statistics`` what costs time to keep; tell Linux perf, by
+        /tmp/perf-PID.map, what the code is called that is made for the guest, where any is."""
+
+    def statistics(self) -> dict[str, int | float]:
+        """What the engine did for this VM so far, in the order in which it is to be read. Called while its vCPUs do not
+        run, and are not closed."""
+
     def close(self) -> None: ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections import Counter
 from typing import Any
 
 from skep.contracts.interrupts import LocalInterrupts
@@ -21,6 +22,16 @@ from skep.memory import GuestMemory
 
 TSS_PAGES = 0xFFFB_D000
 """Three pages, and the one before them, that KVM needs for real mode on old Intel CPUs: in the hole under 4 GiB."""
+
+REASONS = {
+    abi.EXIT_IO: "ports",
+    abi.EXIT_HLT: "HLT",
+    abi.EXIT_MMIO: "devices' memory",
+    abi.EXIT_IRQ_WINDOW_OPEN: "an interrupt's window",
+    abi.EXIT_INTR: "asked for",
+    abi.EXIT_X86_RDMSR: "RDMSR",
+    abi.EXIT_X86_WRMSR: "WRMSR",
+}
 
 OURS = frozenset((Feature.TSC_DEADLINE, Feature.HYPERVISOR, Feature.HTT, Feature.CMP_LEGACY, Feature.X2APIC))
 """Features that need nothing of the hardware: the local APIC is Skep's, and the others only tell what there is."""
@@ -122,6 +133,15 @@ class KvmVm:
         self._tsc_offset = offset
         for vcpu in self._vcpus:
             vcpu.set_tsc_offset(offset)
+
+    def observe(self, *, times: bool, perf_map: bool) -> None:
+        pass  # the counters cost nothing, and the guest's code is its own
+
+    def statistics(self) -> dict[str, int | float]:
+        counts: Counter[int] = Counter()
+        for vcpu in self._vcpus:
+            counts.update(vcpu.counts)
+        return {f"exits: {REASONS.get(reason, reason)}": count for reason, count in counts.most_common()}
 
     def close(self) -> None:
         for vcpu in self._vcpus:

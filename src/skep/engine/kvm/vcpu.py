@@ -16,6 +16,7 @@ import mmap
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -59,6 +60,8 @@ class KvmVcpu:
         self._exit_requested = False
         self._halted = False
         self.exits = Exits()
+        self.counts: Counter[int] = Counter()
+        """Exits by KVM's reason."""
         self._handlers: dict[int, Callable[[], Exit | None]] = {
             abi.EXIT_IO: self._port,
             abi.EXIT_MMIO: self._mmio,
@@ -138,6 +141,7 @@ class KvmVcpu:
             reason = run.exit_reason
         if run.cr8 != tpr:
             self._interrupts.write_tpr(run.cr8)
+        self.counts[reason] += 1
         handler = self._handlers.get(reason)
         if handler is None:
             return self._failure(f"KVM left the guest for a reason unknown to Skep: {reason}")

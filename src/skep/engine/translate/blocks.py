@@ -18,6 +18,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import lru_cache
+from time import perf_counter_ns
 
 from skep.engine.translate.catalog import Catalog
 from skep.engine.translate.codebuffer import CodeBuffer
@@ -121,7 +122,10 @@ class Cache:
         """Places of the block table that are not free, at most."""
         self._singles: dict[tuple[object, ...], bytes] = {}
         self.instructions = 0
+        self.made = 0
         self.killed = 0
+        self.translating = 0
+        """Nanoseconds."""
 
     def close(self) -> None:
         self.map.close()
@@ -165,6 +169,7 @@ class Cache:
 
     def _make(self, pa: int, mode: int, next_page: Callable[[], int]) -> Block:
         """The block at ``pa``, its bytes marked, nothing leading to it."""
+        began = perf_counter_ns()
         draft = self._drafting.draft(pa, mode, next_page)
         needs, live = self._drafting.needs(draft)
         start = self.pos
@@ -174,7 +179,9 @@ class Cache:
         self.pos = end + 15 & ~15
         if start >> 20 != self.pos >> 20:
             self.buffer.relax()
+        self.made += 1
         self.instructions += len(draft.items)
+        self.translating += perf_counter_ns() - began
         first = min(draft.size, 4096 - (pa & 4095))
         self.map.mark(pa, first)
         if draft.pa2 is not None:

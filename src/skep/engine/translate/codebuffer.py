@@ -6,23 +6,31 @@ import ctypes
 import mmap
 import os
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mremap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MREMAP_MAYMOVE, _MAP_NORESERVE = 1, 0x4000
+_FAILED = ctypes.c_void_p(-1).value
+
 
 class CodeBuffer:
-    """Memory for code, seen twice: writable, and executable; never both at one address."""
+    """Memory for code, seen twice: writable, and executable; never both at one address.
+
+    It is shared anonymous memory: mremap(2) with an old size of 0 gives a second mapping of it, and Linux perf looks
+    for the names of what runs there (perfmap.py), which it does not do for a file.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        fd = os.memfd_create("skep-code")
-        try:
-            os.ftruncate(fd, size)
-            self._rw = mmap.mmap(fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-            self._rx = mmap.mmap(fd, size, prot=mmap.PROT_READ | mmap.PROT_EXEC)
-        finally:
-            os.close(fd)
-        self.view = memoryview(self._rw)
+        self._rw = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         self._pin = ctypes.c_char.from_buffer(self._rw)
         self.rw = ctypes.addressof(self._pin)
-        self.rx = _address_of(self._rx)
+        self.rx: int = _libc.mremap(self.rw, 0, size, _MREMAP_MAYMOVE)
+        if self.rx == _FAILED or _libc.mprotect(self.rx, size, mmap.PROT_READ | mmap.PROT_EXEC):
+            raise OSError(ctypes.get_errno(), f"no executable memory: {os.strerror(ctypes.get_errno())}")
+        self.view = memoryview(self._rw)
 
     def relax(self) -> None:
         """Let go of the writable alias's page-table entries: else every page of code counts twice as resident."""
@@ -32,15 +40,4 @@ class CodeBuffer:
         self.view.release()
         del self._pin
         self._rw.close()
-        self._rx.close()
-
-
-def _address_of(mapping: mmap.mmap) -> int:
-    """The address of a read-only mapping, which ctypes will not tell."""
-    buffer = (ctypes.c_char * 80)()  # Py_buffer: void *buf is its first field
-    api = ctypes.pythonapi
-    if api.PyObject_GetBuffer(ctypes.py_object(mapping), buffer, 0):
-        raise OSError("cannot take the address of a mapping")
-    address: int = ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint64))[0]
-    api.PyBuffer_Release(buffer)
-    return address
+        _libc.munmap(self.rx, self.size)

@@ -8,6 +8,7 @@ from skep.engine.amd64 import features
 from skep.engine.translate.faults import CATCHER
 from skep.engine.translate.shared import Shared
 from skep.engine.translate.vcpu import TranslateVcpu
+from skep.engine.translate.watch import statistics
 from skep.memory import GuestMemory
 
 
@@ -31,11 +32,14 @@ class TranslateVm:
         self.shared = Shared(memory, io, max_vcpus, cpu_model, tsc_offset)
         self.cache = self.shared.cache
         self.vcpus: list[TranslateVcpu] = []
+        self._observed = False
         CATCHER.add(self.cache.buffer.rx, self.cache.buffer.size, self.cache.stubs["fault_exit"])
         memory.add_write_listener(self._written)
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> TranslateVcpu:
         vcpu = TranslateVcpu(self.shared, index, interrupts)
+        if self._observed:
+            vcpu.observe()
         self.vcpus.append(vcpu)
         return vcpu
 
@@ -43,6 +47,14 @@ class TranslateVm:
         self.shared.tsc_offset = offset
         for vcpu in self.vcpus:
             vcpu.msrs.set_tsc_offset(offset)
+
+    def observe(self, *, times: bool, perf_map: bool) -> None:
+        self._observed = times
+        if perf_map:
+            self.shared.name_code()
+
+    def statistics(self) -> dict[str, int | float]:
+        return statistics(self.cache, self.vcpus)
 
     def _written(self, gpa: int, n: int) -> None:
         """Somebody who is no vCPU has changed memory: its translations go before anybody can know of the change."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from skep.contracts.io import IoSpace
 from skep.engine.translate.blocks import Cache
 from skep.engine.translate.pairs import Pairs
+from skep.engine.translate.watch import PerfMap
 from skep.memory import GuestMemory
 
 
@@ -19,7 +20,16 @@ class Shared:
         self.tsc_offset = tsc_offset
         self.cache = Cache(memory)
         self.pairs = Pairs(memory)
+        self.names: PerfMap | None = None
+
+    def name_code(self) -> None:
+        """Tell Linux perf what code is called, from now on."""
+        cache = self.cache
+        self.names = PerfMap()
+        self.names.fixed(cache.routines | cache.stubs, cache.buffer.rx + cache.first)
 
     def close(self) -> None:
+        if self.names is not None:
+            self.names.close()
         self.pairs.close()
         self.cache.close()

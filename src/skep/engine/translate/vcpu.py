@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from skep.contracts.interrupts import LocalInterrupts
@@ -27,6 +28,7 @@ from skep.engine.translate.modelspecific import ModelSpecific
 from skep.engine.translate.parking import PATIENCE
 from skep.engine.translate.port import GuestFault, TripleFault
 from skep.engine.translate.shared import Shared
+from skep.engine.translate.watch import Watch
 from skep.errors import HostError
 
 _M64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -45,6 +47,7 @@ class TranslateVcpu(Alone):
 
     def __init__(self, shared: Shared, index: int, interrupts: LocalInterrupts) -> None:
         self.index = index
+        self._shared = shared
         self.io = shared.io
         self.interrupts = interrupts
         self.memory = shared.memory
@@ -83,7 +86,7 @@ class TranslateVcpu(Alone):
         self._flush = routine("flush_tlb", 1)
         self._flush_jumps = routine("flush_jumps", 0)
         self._invalidate = routine("invalidate", 1)
-        self._enter = ctypes.CFUNCTYPE(None)(cache.stubs["enter"])
+        self._enter: Callable[[], Any] = ctypes.CFUNCTYPE(None)(cache.stubs["enter"])
         self._enter_at = ctypes.CFUNCTYPE(None)(cache.stubs["enter_at"])
         self._leave = ctypes.CFUNCTYPE(None)(cache.stubs["leave"])
         self._scratch = cache.scratch()
@@ -93,6 +96,7 @@ class TranslateVcpu(Alone):
         self._nmi = False
         self._fresh = True
         self.counts = [0] * 12
+        self.watch: Watch | None = None
         st.q[XSAVE_AREA >> 3] = 0x37F
         st.bytes[XSAVE_AREA + 24 : XSAVE_AREA + 28] = (0x1F80).to_bytes(4, "little")
         self._closed = False
@@ -119,8 +123,19 @@ class TranslateVcpu(Alone):
 
     # The loop
 
+    def observe(self) -> None:
+        """Keep what costs time to keep, from now on."""
+        self.watch = Watch()
+        self._enter = self.watch.entering(self._enter)
+
     def run(self) -> Exit:
         self._arrive()
+        if self.watch is None:
+            return self._run()
+        left: Exit = self.watch.run(self._run)
+        return left
+
+    def _run(self) -> Exit:
         st = self.st
         q = st.q  # a property costs three times as much
         counts = self.counts
@@ -139,6 +154,8 @@ class TranslateVcpu(Alone):
                     if self._translate():
                         return self._halted()
                 elif kind == Kind.EMULATE:
+                    if self.watch is not None:
+                        self.watch.rare[self.instruction().mnemonic] += 1
                     if self._emulate():
                         return self._halted()
                 elif kind == Kind.PORT:
@@ -252,6 +269,8 @@ class TranslateVcpu(Alone):
                     block = None
                 if block is None:
                     block = cache.translate(pa, mode, lambda: self.second_page(va))
+                    if self._shared.names is not None:
+                        self._shared.names.block(block, cache.buffer.rx, va)
                 elif block.pa2 is not None:
                     self.second_page(va)
                 site = st.site
