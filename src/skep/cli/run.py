@@ -78,7 +78,7 @@ def register_lines(registers: dict[str, Any]) -> Iterator[str]:
 def statistics_lines(statistics: Mapping[str, int | float]) -> Iterator[str]:
     """What an engine did, one to a line: whole numbers are counts."""
     for name, value in statistics.items():
-        yield f"{value:>15,}  {name}" if isinstance(value, int) else f"{value:>15,.2f}  {name}"
+        yield f"{value:>15,}  {name}" if isinstance(value, int) else f"{value:>15,.4f}  {name}"
 
 
 class Signals:
