@@ -31,6 +31,19 @@ class BlockBackend(Protocol):
     def pwritev(self, buffers: Buffers, offset: int) -> None:
         """Write all the buffers."""
 
+    def read_now(self, buffers: Buffers, offset: int) -> bool:
+        """As ``preadv``, if that takes hardly any time, because the host has the data in its memory. False: it would
+        have to wait, and nobody knows what is in the buffers."""
+
+    def write_now(self, buffers: Buffers, offset: int) -> bool:
+        """As ``pwritev``, if that takes hardly any time. False: it would have to wait, and part may be written."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Nobody needs this data any more. What is read there later is anything, and the same each time."""
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """A write of zeros. ``unmap``: the host may take back the space, otherwise it stays reserved."""
+
     def flush(self) -> None:
         """Make what was written durable. After one failure every later flush fails: what was lost stays lost."""
 

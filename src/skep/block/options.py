@@ -73,6 +73,13 @@ class BlockOptions:
     serial: str | None = option(
         serial_number, None, key="ser", doc="the serial number, 20 characters at most; otherwise made from the path"
     )
+    queues: int | None = option(
+        values.integer(1, 64), None, doc="how many queues requests come by; one for each CPU, up to 4, if not given"
+    )
+    no_delete: bool = option(values.boolean, False, key="nodelete", doc="the guest cannot discard (trim)")
+    boot_index: int | None = option(
+        values.integer(0, 65535), None, key="bootindex", doc="firmware boots from the lowest first"
+    )
     lock: bool = option(values.boolean, True, doc="false: open without locks, on file systems that have none")
     record: str | None = option(
         values.text, None, doc="a file that receives a log of every write and flush (skep.block.record)"

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import stat
+import time
 from collections.abc import Callable
 
 from skep.block.backend import Buffers
@@ -16,6 +17,17 @@ from skep.errors import HostError, UserError
 
 _IOV_MAX = 1024  # Linux's UIO_MAXIOV
 _BOUNCE = 1 << 20
+_ZEROES = bytes(1 << 20)
+
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10  # fallocate(2)
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate64
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+_SLOW_NS = 2_000_000
+"""A write that took as long had to wait: for dirty pages to be written back, or the file system's own reads."""
+_WARY_NS = 100_000_000
+"""For how long it is to be expected of others then."""
 
 
 class RawImage:
@@ -32,6 +44,8 @@ class RawImage:
         self._fd = fd
         self._alignment = alignment
         self._lost: OSError | None = None
+        self._nowait = alignment == 1
+        self._slow_until = 0 if alignment == 1 and write_cache else 1 << 63
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
         if self._alignment > 1 and not self._aligned(buffers):
@@ -44,6 +58,52 @@ class RawImage:
             self._bounced(buffers, offset, self._write_bounced)
         else:
             _transfer(os.pwritev, self._fd, buffers, offset)
+
+    def read_now(self, buffers: Buffers, offset: int) -> bool:
+        if not self._nowait or len(buffers) > _IOV_MAX:
+            return False
+        try:
+            return os.preadv(self._fd, buffers, offset, os.RWF_NOWAIT) == sum(map(len, buffers))
+        except BlockingIOError:
+            return False
+        except OSError as e:
+            if e.errno != errno.EOPNOTSUPP:
+                raise
+            self._nowait = False
+            return False
+
+    def write_now(self, buffers: Buffers, offset: int) -> bool:
+        # Few file systems have RWF_NOWAIT for writes. To the page cache they seldom wait, and then not alone.
+        begun = time.monotonic_ns()
+        if begun < self._slow_until:
+            return False
+        _transfer(os.pwritev, self._fd, buffers, offset)
+        ended = time.monotonic_ns()
+        if ended - begun > _SLOW_NS:
+            self._slow_until = ended + _WARY_NS
+        return True
+
+    def discard(self, offset: int, length: int) -> None:
+        self._allocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        mode = _PUNCH_HOLE if unmap else _ZERO_RANGE
+        if not self._allocate(mode | _KEEP_SIZE, offset, length):
+            end = offset + length
+            for at in range(offset, end, len(_ZEROES)):
+                self.pwritev([memoryview(_ZEROES)[: end - at]], at)
+
+    def _allocate(self, mode: int, offset: int, length: int) -> bool:
+        """fallocate(2), which block devices have too. False: not on this file system."""
+        while _fallocate(self._fd, mode, offset, length):
+            code = ctypes.get_errno()
+            if code == errno.EOPNOTSUPP:
+                return False
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+        if not self.write_cache:  # O_DSYNC is for writes
+            self.flush()
+        return True
 
     def flush(self) -> None:
         # The kernel reports a failed write-back once and then forgets the pages: a second fdatasync would succeed

@@ -26,6 +26,7 @@ from skep.locks import Lock, Order
 
 _HEADER = struct.Struct("<4sB3xQQ")
 _MAGIC = b"skpl"
+_ZEROES = bytes(1 << 20)
 
 
 class Kind(IntEnum):
@@ -35,6 +36,9 @@ class Kind(IntEnum):
     """``offset``: how many of the writes logged so far it covers, namely those that had completed when it began."""
     MARK = 3
     """``data``: whatever the one who set the mark wants to find again."""
+    ZEROES = 4
+    """``data``: how many, 8 bytes little-endian. Stands for as many writes as there are MiB of them, begun ones
+    included, and is read as those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,10 @@ class Entry:
 
 
 class Recorder:
-    """A backend in front of another. A request completes when both the other backend and the log have it."""
+    """A backend in front of another. A request completes when both the other backend and the log have it.
+
+    What a guest discards is logged as zeros, which is what our backends leave there.
+    """
 
     def __init__(self, backend: BlockBackend, path: str) -> None:
         try:
@@ -69,6 +76,27 @@ class Recorder:
         with self._lock:
             _append(self._log, Kind.WRITE, offset, data)
             self._writes += 1
+            if not self.write_cache:
+                _append(self._log, Kind.FLUSH, self._writes)
+
+    def read_now(self, buffers: Buffers, offset: int) -> bool:
+        return self._backend.read_now(buffers, offset)
+
+    def write_now(self, buffers: Buffers, offset: int) -> bool:
+        return False  # a log of its own to write
+
+    def discard(self, offset: int, length: int) -> None:
+        self._backend.discard(offset, length)
+        self._log_zeroes(offset, length)
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self._backend.write_zeroes(offset, length, unmap)
+        self._log_zeroes(offset, length)
+
+    def _log_zeroes(self, offset: int, length: int) -> None:
+        with self._lock:
+            _append(self._log, Kind.ZEROES, offset, length.to_bytes(8, "little"))
+            self._writes += -(-length // len(_ZEROES))
             if not self.write_cache:
                 _append(self._log, Kind.FLUSH, self._writes)
 
@@ -100,7 +128,12 @@ def read_log(path: str) -> list[Entry]:
             data = file.read(length)
             if len(data) < length:
                 break
-            entries.append(Entry(Kind(kind), offset, data))
+            if kind == Kind.ZEROES:
+                end = offset + int.from_bytes(data, "little")
+                pieces = range(offset, end, len(_ZEROES))
+                entries += [Entry(Kind.WRITE, at, _ZEROES[: end - at]) for at in pieces]
+            else:
+                entries.append(Entry(Kind(kind), offset, data))
     return entries
 
 

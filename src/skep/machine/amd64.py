@@ -180,7 +180,7 @@ class Amd64Board:
         self.pci = PciBus(self.bus, self.apics, self.lines.source, self.pm.reset_control)
         self.pci.attach(ECAM_BASE, ECAM_SIZE)
         self.devices.append(self.pci)
-        around = Surroundings(self.memory, self.lock, plug, events.say)
+        around = Surroundings(self.memory, self.lock, self.cpus, plug, events.say)
         for slot, number, node in _places(tree):
             device = make_pci_device(node, around)
             self.devices.insert(0, device)

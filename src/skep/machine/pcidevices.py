@@ -19,12 +19,16 @@ from skep.locks import Lock
 from skep.machine import PlugSerial
 from skep.memory import GuestMemory
 
+_QUEUES = 4
+"""Of a disk, unless the tree says otherwise; fewer where there are fewer CPUs."""
+
 
 class Surroundings(NamedTuple):
     """What a device gets of the board that it is on."""
 
     memory: GuestMemory
     lock: Lock
+    cpus: int
     plug: PlugSerial
     say: Callable[[str], None]
 
@@ -46,7 +50,9 @@ def _hostbridge(name: str, node: Node, board: Surroundings) -> PciFunction:
 
 def _virtio_blk(name: str, node: Node, board: Surroundings) -> PciFunction:
     options = BlockOptions.from_node(node)
-    return VirtioPci(VirtioBlk(name, board.memory, board.lock, open_image(options), options, board.say))
+    queues = options.queues or min(board.cpus, _QUEUES)
+    blk = VirtioBlk(name, board.memory, board.lock, open_image(options), options, queues, board.say)
+    return VirtioPci(blk)
 
 
 def _virtio_console(name: str, node: Node, board: Surroundings) -> PciFunction:

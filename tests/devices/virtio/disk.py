@@ -7,15 +7,45 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from skep.block.backend import BlockBackend
+from skep.block.backend import BlockBackend, Buffers
 from skep.block.image import open_image
 from skep.block.options import BlockOptions
 from skep.devices.virtio.blk import T_FLUSH, T_GET_ID, T_IN, T_OUT, VirtioBlk
 from skep.devices.virtio.pci import VirtioPci
 from tests.devices.virtio.driver import F_EVENT_IDX, F_INDIRECT, Board, Driver, DriverQueue
 
-ALL = (1 << 2) | (1 << 5) | (1 << 6) | (1 << 9) | (1 << 10) | (1 << 11) | F_EVENT_IDX | F_INDIRECT
+ALL = sum(1 << bit for bit in (2, 5, 6, 9, 10, 11, 12, 13, 14)) | F_EVENT_IDX | F_INDIRECT
 SIZE = 1 << 20
+
+
+class Nowhere:
+    """A backend that takes everything and gives nothing, at once; for tests to inherit from."""
+
+    size, read_only, write_cache = SIZE, False, True
+
+    def preadv(self, buffers: Buffers, offset: int) -> None:
+        pass
+
+    def pwritev(self, buffers: Buffers, offset: int) -> None:
+        pass
+
+    def read_now(self, buffers: Buffers, offset: int) -> bool:
+        return True
+
+    def write_now(self, buffers: Buffers, offset: int) -> bool:
+        return True
+
+    def discard(self, offset: int, length: int) -> None:
+        pass
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class Disk:
@@ -23,7 +53,16 @@ class Disk:
 
     def __init__(self, options: BlockOptions, backend: BlockBackend | None = None, memory_size: int = 1 << 20) -> None:
         self.board = Board(memory_size)
-        blk = VirtioBlk("disk", self.board.memory, self.board.lock, backend or open_image(options), options)
+        self.told: list[str] = []
+        blk = VirtioBlk(
+            "disk",
+            self.board.memory,
+            self.board.lock,
+            backend or open_image(options),
+            options,
+            options.queues or 1,
+            self.told.append,
+        )
         self.blk = blk
         self.function = VirtioPci(blk)
         self.board.add(self.function)

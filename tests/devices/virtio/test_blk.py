@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +17,22 @@ from hypothesis import strategies as st
 from skep.block.backend import Buffers
 from skep.block.options import BlockOptions, BlockSizes
 from skep.block.record import Kind, read_log
-from skep.devices.virtio.blk import T_FLUSH, T_GET_ID, T_IN, T_OUT
-from tests.devices.virtio.disk import ALL, SIZE, Disk, disk
+from skep.devices.virtio.blk import (
+    F_DISCARD,
+    F_MQ,
+    F_WRITE_ZEROES,
+    MAX_DISCARD,
+    MAX_SEGMENTS,
+    MAX_WRITE_ZEROES,
+    T_DISCARD,
+    T_FLUSH,
+    T_GET_ID,
+    T_IN,
+    T_OUT,
+    T_WRITE_ZEROES,
+    UNMAP,
+)
+from tests.devices.virtio.disk import ALL, SIZE, Disk, Nowhere, disk
 from tests.devices.virtio.driver import NEEDS_RESET, Driver
 
 F_RO, F_FLUSH, F_CONFIG_WCE = 1 << 5, 1 << 9, 1 << 11
@@ -49,7 +65,6 @@ def test_5_2_4_configuration(image: Path) -> None:
         assert (driver.config(24, 1), driver.config(25, 1), driver.config(26, 2)) == (3, 0, 8)  # topology
         assert driver.config(WRITEBACK, 1) == 1
         assert driver.config(34, 2) == 1  # num_queues
-        assert driver.config(36, 4) == 0
         assert driver.config(0xFFC, 4) == 0
 
 
@@ -145,7 +160,7 @@ def test_5_2_6_requests_beyond_the_disk_or_of_part_of_a_sector(
     assert started.read(0, 512) == before[:512], "the device goes on"
 
 
-@pytest.mark.parametrize("kind", [2, 3, 7, 11, 13, 14, 0xFFFF_FFFF])
+@pytest.mark.parametrize("kind", [2, 3, 7, 14, 0xFFFF_FFFF])
 def test_5_2_6_other_requests_are_unsupported(started: Disk, kind: int) -> None:
     assert started.request(kind, room=[8]) == (UNSUPP, b"\xaa" * 8, 0)
 
@@ -164,30 +179,205 @@ def test_5_2_6_2_read_only(image: Path) -> None:
         assert not made.driver.features & F_RO
 
 
-class Failing:
+class Failing(Nowhere):
     """A backend whose host refuses everything."""
-
-    size, read_only, write_cache = SIZE, False, True
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
         raise OSError(errno.EIO, "I/O error")
 
     pwritev = preadv
 
+    def read_now(self, buffers: Buffers, offset: int) -> bool:
+        self.preadv(buffers, offset)
+        return True
+
+    write_now = read_now
+
+    def discard(self, offset: int, length: int) -> None:
+        raise OSError(errno.EIO, "I/O error")
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
     def flush(self) -> None:
         raise OSError(errno.ENOSPC, "no space")
 
-    def close(self) -> None:
-        pass
+
+class FailingLater(Failing):
+    """The same, of a host that has to wait before it knows."""
+
+    def read_now(self, buffers: Buffers, offset: int) -> bool:
+        return False
+
+    write_now = read_now
 
 
-def test_5_2_6_what_the_host_refuses_is_an_io_error() -> None:
-    made = Disk(BlockOptions(path="none"), Failing())
+@pytest.mark.parametrize("backend", [Failing, FailingLater])
+def test_5_2_6_what_the_host_refuses_is_an_io_error(backend: type[Failing]) -> None:
+    made = Disk(BlockOptions(path="none"), backend())
     made.start()
-    assert made.request(T_IN, room=[512])[0] == IOERR
-    assert made.request(T_OUT, out=[b"x" * 512])[0] == IOERR
-    assert made.request(T_FLUSH)[0] == IOERR
+    for _ in range(2):
+        assert made.request(T_IN, room=[512]) == (IOERR, b"\xaa" * 512, 0)
+        assert made.request(T_OUT, out=[b"x" * 512])[0] == IOERR
+        assert made.request(T_FLUSH)[0] == IOERR
+        assert made.request(T_DISCARD, out=[ranges((0, 8, 0))])[0] == IOERR
+        assert made.request(T_WRITE_ZEROES, out=[ranges((0, 8, 0))])[0] == IOERR
+    because = "disk: the guest gets I/O errors, because of its image:"
+    assert made.told == [f"{because} I/O error", f"{because} no space"]
+    assert made.driver.status == 15
     made.close()
+
+
+def ranges(*those: tuple[int, int, int]) -> bytes:
+    """The data of a discard: (sector, sectors, flags) each."""
+    return b"".join(struct.pack("<QII", *one) for one in those)
+
+
+class TestDiscardAndWriteZeroes:
+    def test_5_2_4_limits(self, image: Path) -> None:
+        with disk(image, block=BlockSizes(512, 4096)) as made:
+            made.start()
+            config = made.driver.config
+            assert (config(36, 4), config(40, 4), config(44, 4)) == (MAX_DISCARD, MAX_SEGMENTS, 8)
+            assert (config(48, 4), config(52, 4), config(56, 1)) == (MAX_WRITE_ZEROES, MAX_SEGMENTS, 1)
+        with disk(image, no_delete=True) as made:
+            made.start()
+            config = made.driver.config
+            assert not made.driver.features & F_DISCARD and made.driver.features & F_WRITE_ZEROES
+            assert (config(36, 4), config(40, 4), config(48, 4), config(56, 1)) == (0, 0, MAX_WRITE_ZEROES, 0)
+            assert made.request(T_DISCARD, out=[ranges((0, 8, 0))])[0] == UNSUPP
+        with disk(image, read_only=True) as made:
+            made.start()
+            assert not made.driver.features & (F_DISCARD | F_WRITE_ZEROES)
+
+    @pytest.mark.parametrize(("kind", "flags"), [(T_DISCARD, 0), (T_WRITE_ZEROES, 0), (T_WRITE_ZEROES, UNMAP)])
+    def test_5_2_6_2_what_is_cleared_reads_as_zeros(self, image: Path, kind: int, flags: int) -> None:
+        expected = bytearray(image.read_bytes())
+        before = image.stat().st_blocks
+        with disk(image) as made:
+            made.start()
+            assert made.request(kind, out=[ranges((16, 256, flags), (1000, 1, flags))]) == (OK, b"", 1)
+            expected[16 * 512 : 272 * 512] = bytes(256 * 512)
+            expected[512000:512512] = bytes(512)
+            assert made.read(0, SIZE // 2) == expected[: SIZE // 2]
+        assert image.read_bytes() == expected
+        if kind == T_DISCARD or flags:
+            assert image.stat().st_blocks <= before - 240, "the host has its space back"
+        else:
+            assert image.stat().st_blocks >= before - 8, "and it has not"
+
+    def test_nodelete_gives_no_space_back(self, image: Path) -> None:
+        before = image.stat().st_blocks
+        with disk(image, no_delete=True) as made:
+            made.start()
+            assert made.request(T_WRITE_ZEROES, out=[ranges((16, 256, UNMAP))])[0] == OK
+            assert made.read(16, 256 * 512) == bytes(256 * 512)
+        assert image.stat().st_blocks >= before - 8
+
+    @pytest.mark.parametrize(
+        ("kind", "those", "status"),
+        [
+            (T_DISCARD, [(0, 8, UNMAP)], UNSUPP),
+            (T_DISCARD, [(0, 8, 2)], UNSUPP),
+            (T_WRITE_ZEROES, [(0, 8, 2)], UNSUPP),
+            (T_WRITE_ZEROES, [(0, 8, 0), (8, 8, 1 << 31)], UNSUPP),
+            (T_DISCARD, [(SIZE // 512, 1, 0)], IOERR),
+            (T_DISCARD, [((1 << 64) - 1, 1, 0)], IOERR),
+            (T_DISCARD, [(0, 0xFFFF_FFFF, 0)], IOERR),
+            (T_WRITE_ZEROES, [(0, MAX_WRITE_ZEROES + 1, 0)], IOERR),
+            (T_WRITE_ZEROES, [(0, 1, 0), (SIZE // 512 - 1, 2, 0)], IOERR),
+            (T_DISCARD, [], IOERR),
+            (T_DISCARD, [(0, 1, 0)] * 33, IOERR),
+            (T_DISCARD, [(0, 0, 0)], OK),
+        ],
+    )
+    def test_5_2_6_2_what_is_refused_changes_nothing(
+        self, started: Disk, image: Path, kind: int, those: list[tuple[int, int, int]], status: int
+    ) -> None:
+        before = image.read_bytes()
+        out = [ranges(*those)] if those else []
+        assert started.request(kind, out=out)[0] == status
+        assert image.read_bytes() == before
+
+    def test_5_2_6_1_half_a_range(self, started: Disk) -> None:
+        assert started.request(T_DISCARD, out=[ranges((0, 8, 0))[:15]])[0] == IOERR
+        assert started.request(T_DISCARD, out=[ranges((0, 8, 0))[:7], ranges((0, 8, 0))[7:]])[0] == OK
+
+    def test_not_negotiated_not_supported(self, image: Path) -> None:
+        with disk(image) as made:
+            made.start(ALL & ~F_DISCARD & ~F_WRITE_ZEROES)
+            for kind in (T_DISCARD, T_WRITE_ZEROES):
+                assert made.request(kind, out=[ranges((0, 8, 0))])[0] == UNSUPP
+
+    @pytest.mark.parametrize("features", [ALL, ALL & ~F_CONFIG_WCE & ~F_FLUSH])
+    def test_it_is_a_write_to_a_flush_and_to_the_log(self, image: Path, features: int) -> None:
+        log = image.with_name("log")
+        with disk(image, record=str(log)) as made:
+            made.start(features)
+            made.request(T_WRITE_ZEROES, out=[ranges((0, 2048, 0))])
+            entries = read_log(str(log))
+            assert [(e.kind, e.offset, e.data) for e in entries[:1]] == [(Kind.WRITE, 0, bytes(SIZE))]
+            if features & F_FLUSH:
+                made.flush()
+            assert [(e.kind, e.offset) for e in read_log(str(log))[1:]] == [(Kind.FLUSH, 1)]
+
+
+def test_a_block_is_the_least_that_is_transferred(image: Path) -> None:
+    with disk(image, block=BlockSizes(4096, 4096)) as made:
+        made.start()
+        assert made.driver.config(20, 4) == 4096
+        assert len(made.read(8, 4096)) == 4096
+        for kind, sector, out, room in (
+            (T_IN, 8, [], [512]),
+            (T_IN, 9, [], [4096]),
+            (T_OUT, 8, [bytes(512)], []),
+            (T_OUT, 1, [bytes(4096)], []),
+            (T_DISCARD, 0, [ranges((1, 8, 0))], []),
+            (T_WRITE_ZEROES, 0, [ranges((8, 4, 0))], []),
+        ):
+            assert made.request(kind, sector, out, room)[0] == IOERR
+
+
+class TestManyQueues:
+    def test_5_2_2_requests_come_by_any_of_them(self, image: Path) -> None:
+        content = image.read_bytes()
+        with disk(image, queues=4) as made:
+            made.start()
+            assert made.driver.features & F_MQ and made.driver.config(34, 2) == 4
+            assert made.driver.read(0x12, 2) == 4
+            for sector, made.queue in enumerate(made.driver.start_all(4)):
+                assert made.read(sector, 512) == content[512 * sector : 512 * sector + 512]
+
+    def test_they_share_the_device_fairly(self) -> None:
+        """One that is never empty does not keep the others waiting."""
+
+        class Slower(Nowhere):
+            def __init__(self) -> None:
+                self.lengths: list[int] = []
+
+            def read_now(self, buffers: Buffers, offset: int) -> bool:
+                time.sleep(0.001)
+                self.lengths.append(sum(map(len, buffers)))
+                return True
+
+        backend = Slower()
+        made = Disk(BlockOptions(path="none", queues=2), backend)
+        made.start()
+        busy, quiet = made.driver.start_all(2)
+        driver = made.driver
+        header, data, status = driver.allocate(16), driver.allocate(1024), driver.allocate(1)
+        made.board.memory.write(header, bytes(16))
+        for _ in range(80):
+            busy.add([(header, 16, False), (data, 1024, True), (status, 1, True)])
+        quiet.add([(header, 16, False), (data, 512, True), (status, 1, True)])
+        busy.kick()
+        quiet.kick()
+        busy.wait(80)
+        assert backend.lengths.index(512) < 40
+        made.close()
+
+    def test_one_queue_is_not_many(self, started: Disk) -> None:
+        assert not started.driver.features & F_MQ and started.driver.config(34, 2) == 1
 
 
 class TestWriteCache:

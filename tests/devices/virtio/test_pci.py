@@ -20,7 +20,7 @@ from skep.contracts.conformance import DeviceConformance
 from skep.contracts.io import IoRegion
 from skep.devices.virtio.blk import T_FLUSH, T_IN, T_OUT, VirtioBlk
 from skep.devices.virtio.pci import REGISTERS_SIZE, VirtioPci
-from tests.devices.virtio.disk import ALL, SIZE, Disk, disk
+from tests.devices.virtio.disk import ALL, SIZE, Disk, Nowhere, disk
 from tests.devices.virtio.driver import F_RING_RESET, NEEDS_RESET, Board, Driver
 
 
@@ -235,30 +235,22 @@ class TestRingReset:
         made.close()
 
 
-class Slow:
+class Slow(Nowhere):
     """A backend whose reads wait until they are let go."""
-
-    size, read_only, write_cache = SIZE, False, True
 
     def __init__(self) -> None:
         self.entered = threading.Semaphore(0)
         self.go = threading.Semaphore(0)
-        self.reading = False
+        self.reading = 0
+
+    def read_now(self, buffers: Buffers, offset: int) -> bool:
+        return False
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
-        self.reading = True
+        self.reading += 1
         self.entered.release()
         assert self.go.acquire(timeout=20)
-        self.reading = False
-
-    def pwritev(self, buffers: Buffers, offset: int) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        self.reading -= 1
 
 
 class TestInFlight:
@@ -272,7 +264,8 @@ class TestInFlight:
         for _ in range(3):
             self.send(made)
         made.driver.notify()
-        assert backend.entered.acquire(timeout=20)
+        for _ in range(3):
+            assert backend.entered.acquire(timeout=20), "one does not wait for the other"
         yield made, backend
         for _ in range(10):
             backend.go.release()
@@ -289,13 +282,18 @@ class TestInFlight:
         driver = made.driver
         begun = time.monotonic()
         driver.write(0x14, 1, 0)
-        assert time.monotonic() - begun < 5 and backend.reading
+        assert time.monotonic() - begun < 5 and backend.reading == 3
         assert driver.status == 15, "4.1.4.3.1: 0 once that is done"
         driver.write(0x14, 1, 3)
+        self.send(made)
+        driver.notify()
+        backend.go.release(2)
+        driver.wait(lambda: made.board.memory.load_u16(made.queue.used + 2) == 2)
+        assert driver.status == 15
         backend.go.release()
         driver.wait(lambda: driver.status == 0)
         assert not backend.reading
-        assert made.board.memory.load_u16(made.queue.used + 2) == 1, "the others stay where they are"
+        assert made.board.memory.load_u16(made.queue.used + 2) == 3, "what came later stays where it is"
         assert driver.read(0x1C, 2) == 0
 
     @pytest.mark.parametrize("what", ["reset", "pause"])
@@ -310,21 +308,20 @@ class TestInFlight:
         thread = threading.Thread(target=stop)
         thread.start()
         assert not done.wait(0.05)
-        backend.go.release()
+        self.send(made)
+        backend.go.release(3)
         assert done.wait(20) and not backend.reading
         thread.join()
-        assert made.board.memory.load_u16(made.queue.used + 2) == 1
+        assert made.board.memory.load_u16(made.queue.used + 2) == 3
         if what == "pause":
-            assert made.board.messages.count(made.driver.QUEUE_DATA) == 1, "its interrupt was sent"
+            assert made.board.messages.count(made.driver.QUEUE_DATA) >= 1, "their interrupt was sent"
             made.function.resume()
-            for _ in range(2):
-                assert backend.entered.acquire(timeout=20)
-                backend.go.release()
-            made.queue.wait(3)
+            backend.go.release()
+            made.queue.wait(4)
 
     def test_even_by_a_thread_that_holds_the_board_lock(self, slow: tuple[Disk, Slow]) -> None:
         made, backend = slow
-        threading.Timer(0.05, backend.go.release).start()
+        threading.Timer(0.05, backend.go.release, [3]).start()
         with made.board.lock:
             made.function.pause()
         assert not backend.reading
@@ -332,35 +329,24 @@ class TestInFlight:
     def test_a_pause_during_a_guests_reset_ends_it(self, slow: tuple[Disk, Slow]) -> None:
         made, backend = slow
         made.driver.write(0x14, 1, 0)
-        backend.go.release()
+        backend.go.release(3)
         made.function.pause()
         assert made.function.save()["device"]["status"] == 0
         made.function.resume()
 
 
-class SlowFlush:
+class SlowFlush(Nowhere):
     """A backend whose flushes wait until they are let go."""
-
-    size, read_only, write_cache = SIZE, False, True
 
     def __init__(self) -> None:
         self.entered = threading.Semaphore(0)
         self.go = threading.Semaphore(0)
         self.flushes = 0
 
-    def preadv(self, buffers: Buffers, offset: int) -> None:
-        pass
-
-    def pwritev(self, buffers: Buffers, offset: int) -> None:
-        pass
-
     def flush(self) -> None:
         self.flushes += 1
         self.entered.release()
         assert self.go.acquire(timeout=20)
-
-    def close(self) -> None:
-        pass
 
 
 class TestFlushUnderWay:
@@ -449,16 +435,25 @@ class TestFlushUnderWay:
         assert made.queue.wait() == [(read, 513)]
 
 
-class Buggy(SlowFlush):
+class Buggy(Nowhere):
+    def read_now(self, buffers: Buffers, offset: int) -> bool:
+        raise ZeroDivisionError("one mistake")
+
+
+class BuggyLater(Nowhere):
+    def read_now(self, buffers: Buffers, offset: int) -> bool:
+        return False
+
     def preadv(self, buffers: Buffers, offset: int) -> None:
         raise ZeroDivisionError("one mistake")
 
 
-def test_an_error_of_ours_is_told_and_hangs_nobody() -> None:
+@pytest.mark.parametrize("backend", [Buggy, BuggyLater])
+def test_an_error_of_ours_is_told_and_hangs_nobody(backend: type[Nowhere]) -> None:
     """It asks for a reset, and works after it."""
     told: list[str] = []
     board = Board()
-    blk = VirtioBlk("disk", board.memory, board.lock, Buggy(), BlockOptions(path="none"), told.append)
+    blk = VirtioBlk("disk", board.memory, board.lock, backend(), BlockOptions(path="none"), say=told.append)
     function = VirtioPci(blk)
     board.add(function)
     for times in (1, 2):

@@ -2,7 +2,10 @@
 
 What it promises about writes is 5.2.6.2's: one that completed is stable once a flush has completed that was sent later;
 or at once, while the write cache is off, because the driver said so (``writeback``), because it knows of no flush, or
-because the user did (``wce``).
+because the user did (``wce``). What a flush covers had completed before it was taken from its queue.
+
+The worker does by itself what the host can do at once, a read from the page cache before all; whatever may have to wait
+goes to a pool of threads, and requests pass each other there.
 """
 
 from __future__ import annotations
@@ -10,33 +13,55 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from skep.block.backend import BlockBackend
 from skep.block.options import SECTOR, BlockOptions
 from skep.devices.virtio.device import VirtioDevice
 from skep.devices.virtio.flusher import Flusher
+from skep.devices.virtio.pool import Pool
 from skep.devices.virtio.queue import Chain, DriverError
 from skep.locks import Lock
 from skep.memory import GuestMemory
 
 # 5.2.3, feature bits.
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE = 1 << 2, 1 << 5, 1 << 6, 1 << 9, 1 << 10, 1 << 11
+F_MQ, F_DISCARD, F_WRITE_ZEROES = 1 << 12, 1 << 13, 1 << 14
 
 # 5.2.6, request types and the status byte.
-T_IN, T_OUT, T_FLUSH, T_GET_ID = 0, 1, 4, 8
+T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
+UNMAP = 1 << 0
 
 QUEUE_SIZE = 256
 ID_LENGTH = 20
+MAX_SEGMENTS = 32
+"""Ranges of one discard, or of one write of zeros."""
+MAX_DISCARD = (1 << 31) // SECTOR
+MAX_WRITE_ZEROES = (1 << 26) // SECTOR
+"""Sectors of a range. Zeros may have to be written, and a pause waits for it."""
+_THREADS = 16
+"""Requests that wait for the host at the same time, flushes not counted."""
 
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
-# 5.2.4: capacity; size_max, seg_max; geometry; blk_size; topology; writeback, unused, num_queues. What follows is of
-# features that are not offered, and 0.
-_CONFIG = struct.Struct("<Q II HBB I BBHI BBH")
-CONFIG_SIZE = 60
+_RANGE = struct.Struct("<QII")  # sector, num_sectors, flags
+# 5.2.4: capacity; size_max, seg_max; geometry; blk_size; topology; writeback, unused, num_queues; the limits of
+# discard, and its alignment; those of write zeroes, write_zeroes_may_unmap. What follows is of features not offered.
+_CONFIG = struct.Struct("<Q II HBB I BBHI BBH III IIB3x")
+CONFIG_SIZE = _CONFIG.size
 _WRITEBACK = 32
 
 _STATUS = {status: bytes([status]) for status in (S_OK, S_IOERR, S_UNSUPP)}
+
+
+class Range(NamedTuple):
+    """What a discard or a write of zeros is to touch."""
+
+    offset: int
+    length: int
+    """Bytes, both."""
+    unmap: bool
 
 
 class VirtioBlk(VirtioDevice):
@@ -51,15 +76,20 @@ class VirtioBlk(VirtioDevice):
         lock: Lock,
         backend: BlockBackend,
         options: BlockOptions,
+        queues: int = 1,
         say: Callable[[str], None] | None = None,
     ) -> None:
         """``backend`` is this device's own from now on, and closed with it."""
         features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_CONFIG_WCE
-        super().__init__(name, memory, lock, features | (F_RO if backend.read_only else 0), [QUEUE_SIZE], say)
+        features |= F_MQ if queues > 1 else 0
+        features |= F_RO if backend.read_only else F_WRITE_ZEROES | (0 if options.no_delete else F_DISCARD)
+        super().__init__(name, memory, lock, features, [QUEUE_SIZE] * queues, say)
         self._backend = backend
         self._flusher = Flusher(f"{name} flush", backend.flush, self._flushed)
+        self._pool = Pool(f"{name} i/o", _THREADS)
         self._options = options
         self._id = (options.serial or default_serial(options.path)).encode("ascii").ljust(ID_LENGTH, b"\0")
+        self._host_errors: set[int | None] = set()
         self.power_on()
 
     def power_on(self) -> None:
@@ -67,6 +97,7 @@ class VirtioBlk(VirtioDevice):
 
     def close(self) -> None:
         super().close()
+        self._pool.close()
         self._flusher.close()
         self._backend.close()
 
@@ -75,9 +106,12 @@ class VirtioBlk(VirtioDevice):
     def config_read(self, offset: int, size: int) -> int:
         logical, physical = self._options.block
         ratio = physical // logical
+        discard = (MAX_DISCARD, MAX_SEGMENTS, physical // SECTOR) if self.features & F_DISCARD else (0, 0, 0)
+        zeroes = (MAX_WRITE_ZEROES, MAX_SEGMENTS) if self.features & F_WRITE_ZEROES else (0, 0)
         config = _CONFIG.pack(
             *(self._backend.size // SECTOR, 0, QUEUE_SIZE - 2, 0, 0, 0, logical),
-            *(ratio.bit_length() - 1, 0, min(ratio, 0xFFFF), 0, self.writeback, 0, 1),
+            *(ratio.bit_length() - 1, 0, min(ratio, 0xFFFF), 0, self.writeback, 0, len(self.queues)),
+            *(*discard, *zeroes, bool(self.features & F_DISCARD)),
         )
         return int.from_bytes(config[offset : offset + size], "little")
 
@@ -98,7 +132,7 @@ class VirtioBlk(VirtioDevice):
             return not self.writeback
         return not self.driver_features & F_FLUSH or not self._options.write_cache
 
-    # Requests.
+    # Requests, on the worker's thread.
 
     def serve(self, chain: Chain) -> int | None:
         """5.2.6: a header of 16 bytes and the data to write; the data read and a status byte. In buffers cut anyhow."""
@@ -115,42 +149,109 @@ class VirtioBlk(VirtioDevice):
             return None
         if kind == T_GET_ID:
             return _answer(chain, S_OK, _scatter(self._id, _room(chain)))
+        if kind == T_DISCARD and self.driver_features & F_DISCARD:
+            return self._clear(chain, payload, MAX_DISCARD, discard=True)
+        if kind == T_WRITE_ZEROES and self.driver_features & F_WRITE_ZEROES:
+            return self._clear(chain, payload, MAX_WRITE_ZEROES, discard=False)
         return _answer(chain, S_UNSUPP)
 
-    def _read(self, chain: Chain, sector: int) -> int:
+    def _read(self, chain: Chain, sector: int) -> int | None:
         room = _room(chain)
         length = sum(map(len, room))
-        if not self._inside(sector, length):
+        offset = sector * SECTOR
+        if not self._inside(offset, length):
             return _answer(chain, S_IOERR)
-        if length:
-            try:
-                self._backend.preadv(room, sector * SECTOR)
-            except OSError:
-                return _answer(chain, S_IOERR)
-        return _answer(chain, S_OK, length)
+        try:
+            if not length or self._backend.read_now(room, offset):
+                return _answer(chain, S_OK, length)
+        except OSError as error:
+            return self._refused(chain, error)
+        self._pool.submit(partial(self._work, chain, length, False, partial(self._backend.preadv, room, offset)))
+        return None
 
     def _write(self, chain: Chain, sector: int, payload: list[memoryview]) -> int | None:
         length = sum(map(len, payload))
-        if self._backend.read_only or not self._inside(sector, length):
+        offset = sector * SECTOR
+        if self._backend.read_only or not self._inside(offset, length):
             return _answer(chain, S_IOERR)
-        if length:
-            # Looked at before the write: it is to be durable if the cache was off all the time (5.2.6.2).
-            durable = self.write_through and self._backend.write_cache
-            try:
-                self._backend.pwritev(payload, sector * SECTOR)
-            except OSError:
-                return _answer(chain, S_IOERR)
-            if durable:
+        if not length:
+            return _answer(chain, S_OK)
+        durable = self._durable
+        try:
+            if self._backend.write_now(payload, offset):
+                if not durable:
+                    return _answer(chain, S_OK)
                 self._flusher.submit(chain)
                 return None
-        return _answer(chain, S_OK)
+        except OSError as error:
+            return self._refused(chain, error)
+        self._pool.submit(partial(self._work, chain, 0, durable, partial(self._backend.pwritev, payload, offset)))
+        return None
 
-    def _flushed(self, chain: Chain, success: bool) -> None:
-        """On the flusher's thread."""
-        self.finish(chain, _answer(chain, S_OK if success else S_IOERR))
+    def _clear(self, chain: Chain, payload: list[memoryview], most: int, *, discard: bool) -> int | None:
+        ranges = self._ranges(payload, most, discard)
+        if isinstance(ranges, int):
+            return _answer(chain, ranges)
+        self._pool.submit(partial(self._work, chain, 0, self._durable, partial(self._clear_all, ranges, discard)))
+        return None
 
-    def _inside(self, sector: int, length: int) -> bool:
-        return not length % SECTOR and sector * SECTOR + length <= self._backend.size
+    def _ranges(self, payload: list[memoryview], most: int, discard: bool) -> list[Range] | int:
+        """The ranges of a request (5.2.6); or the status that it gets instead."""
+        length = sum(map(len, payload))
+        if self._backend.read_only or length % _RANGE.size or not 0 < length <= MAX_SEGMENTS * _RANGE.size:
+            return S_IOERR
+        ranges = []
+        for sector, count, flags in _RANGE.iter_unpack(b"".join(payload)):
+            if flags & ~UNMAP or (discard and flags):
+                return S_UNSUPP
+            if count > most or not self._inside(sector * SECTOR, count * SECTOR):
+                return S_IOERR
+            if count:
+                ranges.append(Range(sector * SECTOR, count * SECTOR, bool(flags) and not self._options.no_delete))
+        return ranges
+
+    @property
+    def _durable(self) -> bool:
+        """A write that begins now is to be flushed before it completes: it is to be durable if the cache was off all
+        the time (5.2.6.2), so one looks before the write."""
+        return self.write_through and self._backend.write_cache
+
+    def _inside(self, offset: int, length: int) -> bool:
+        unit = self._options.block.logical
+        return not (offset % unit or length % unit) and offset + length <= self._backend.size
+
+    # Requests, on other threads.
+
+    def _work(self, chain: Chain, written: int, durable: bool, do: Callable[[], None]) -> None:
+        """One of the pool's jobs; ``written`` is what it puts into the guest's buffers."""
+        try:
+            do()
+        except Exception as error:
+            self.finish(chain, self._refused(chain, error))
+        else:
+            if durable:
+                self._flusher.submit(chain)
+            else:
+                self.finish(chain, _answer(chain, S_OK, written))
+
+    def _clear_all(self, ranges: list[Range], discard: bool) -> None:
+        for offset, length, unmap in ranges:
+            if discard:
+                self._backend.discard(offset, length)
+            else:
+                self._backend.write_zeroes(offset, length, unmap)
+
+    def _flushed(self, chain: Chain, error: Exception | None) -> None:
+        self.finish(chain, _answer(chain, S_OK) if error is None else self._refused(chain, error))
+
+    def _refused(self, chain: Chain, error: Exception) -> int:
+        """The guest gets an I/O error, the user a line for each kind of it. Any other exception is our mistake."""
+        if not isinstance(error, OSError):
+            self.fail(error)
+        elif error.errno not in self._host_errors:
+            self._host_errors.add(error.errno)
+            self.complain(f"the guest gets I/O errors, because of its image: {error.strerror or error}")
+        return _answer(chain, S_IOERR)
 
 
 def default_serial(path: str) -> str:

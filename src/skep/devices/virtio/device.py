@@ -77,7 +77,7 @@ class VirtioDevice(Fields):
         queue_sizes: list[int],
         say: Callable[[str], None] | None = None,
     ) -> None:
-        """``lock`` is the board's; ``features`` are the device's own, to which the queue's are added. ``say`` gets one
+        """``lock`` is the board's; ``features`` are the device's own, to which the queue's are added. ``say`` gets a
         line for the user when the device first needs a reset, and returns at once."""
         self.name = name
         self.memory = memory
@@ -102,8 +102,9 @@ class VirtioDevice(Fields):
         self._to_interrupt: set[int] = set()
         self._broken: str | None = None
         self.complaints: deque[str] = deque(maxlen=_COMPLAINTS)
-        """Why the device asked for a reset: what the driver did, or what of ours failed. The last few times."""
+        """What went wrong: what the driver did, what of ours failed, or the host. The last few times."""
         self._say = say
+        self._said = False
 
     # For subclasses.
 
@@ -136,6 +137,12 @@ class VirtioDevice(Fields):
 
     def config_write(self, offset: int, size: int, value: int) -> None:
         """Most have nothing to write."""
+
+    def complain(self, complaint: str) -> None:
+        """From any thread: something for the user to know, and not too often."""
+        self.complaints.append(complaint)
+        if self._say is not None:
+            self._say(f"{self.name}: {complaint}")
 
     def fail(self, error: BaseException) -> None:
         """From any thread: what the device's data half does went wrong, and it is our mistake."""
@@ -288,9 +295,11 @@ class VirtioDevice(Fields):
 
     def _ask_for_reset(self, complaint: str) -> None:
         """2.1.2: nothing more is done until the driver resets us."""
-        if self._say is not None and not self.complaints:
-            self._say(f"{self.name}: {complaint}")
-        self.complaints.append(complaint)
+        if self._said:
+            self.complaints.append(complaint)
+        else:  # the first time only: a guest may do it again and again
+            self._said = True
+            self.complain(complaint)
         if not self.status & NEEDS_RESET:
             self.status |= NEEDS_RESET
             self.worker.hold()

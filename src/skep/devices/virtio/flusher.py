@@ -14,22 +14,27 @@ from skep.devices.virtio.queue import Chain
 
 
 class Flusher:
-    """``flush`` makes durable, and raises OSError where the host cannot; ``flushed(request, success)`` is told, on this
+    """``flush`` makes durable, and raises OSError where the host cannot; ``flushed(request, error)`` is told, on this
     thread, for every request submitted."""
 
-    def __init__(self, name: str, flush: Callable[[], None], flushed: Callable[[Chain, bool], None]) -> None:
+    def __init__(
+        self, name: str, flush: Callable[[], None], flushed: Callable[[Chain, Exception | None], None]
+    ) -> None:
         self._name = name
         self._flush = flush
         self._flushed = flushed
         self._waiting: SimpleQueue[Chain | None] = SimpleQueue()
+        self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def submit(self, request: Chain) -> None:
-        """From the worker's thread alone."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+        """From any thread."""
         self._waiting.put(request)
+        if self._thread is None:
+            with self._guard:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                    self._thread.start()
 
     def close(self) -> None:
         """No request is waiting, none follows. Closing twice is closing once."""
@@ -45,12 +50,10 @@ class Flusher:
                 more = self._waiting.get()
                 if more is not None:
                     requests.append(more)
-            success = False
+            error: Exception | None = None
             try:
                 self._flush()
-                success = True
-            except OSError:
-                pass  # the guest hears of it
-            finally:
-                for request in requests:
-                    self._flushed(request, success)
+            except Exception as e:
+                error = e
+            for request in requests:
+                self._flushed(request, error)
