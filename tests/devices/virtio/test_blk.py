@@ -345,7 +345,8 @@ class TestManyQueues:
             made.start()
             assert made.driver.features & F_MQ and made.driver.config(34, 2) == 4
             assert made.driver.read(0x12, 2) == 4
-            for sector, made.queue in enumerate(made.driver.start_all(4)):
+            for sector, queue in enumerate(made.driver.start_all(4)):
+                made.queue = queue
                 assert made.read(sector, 512) == content[512 * sector : 512 * sector + 512]
 
     def test_they_share_the_device_fairly(self) -> None:

@@ -11,11 +11,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from skep.block.record import Entry, Kind, mark, read_log, replay
-from skep.devices.virtio.blk import T_IN, T_OUT
+from skep.devices.virtio.blk import T_FLUSH, T_IN, T_OUT
 from tests.devices.virtio.disk import ALL, disk
 
 SECTORS = 64
@@ -58,6 +59,63 @@ def record_a_session(tmp_path: Path, features: int, *, syncs: bool) -> list[Entr
     return read_log(str(log_path))
 
 
+class UnderWay(NamedTuple):
+    """A request; a flush has no sector, and ``covers`` what each of them held when it was sent."""
+
+    slot: int
+    number: int
+    sector: int
+    covers: list[int] | None
+
+
+def record_many_in_flight(tmp_path: Path, features: int) -> list[Entry]:
+    """The same with up to 16 requests under way on two queues, and flushes among them: such a flush covers the writes
+    that had completed when it was sent. Where there are none, a write that completed is durable."""
+    rng = random.Random(12)
+    log_path = tmp_path / "log"
+    with disk(tmp_path / "disk.img", bytes(SECTORS * 512), record=str(log_path), queues=2) as made:
+        made.start(features)
+        driver, memory = made.driver, made.board.memory
+        queues = driver.start_all(2)
+        log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
+        flushes = bool(features & F_FLUSH)
+        completed, relied_on = [0] * SECTORS, [0] * SECTORS
+        under_way: dict[tuple[int, int], UnderWay] = {}
+        slots = [tuple(driver.allocate(n) for n in (16, 512, 1)) for _ in range(16)]
+        number = most = 0
+        while number < 600 or under_way:
+            for index, queue in enumerate(queues):
+                for head, _ in queue.take():
+                    done = under_way.pop((index, head))
+                    assert memory.load_u8(slots[done.slot][2]) == 0
+                    if done.covers is None:
+                        completed[done.sector] = done.number
+                    covered = completed if not flushes else done.covers or relied_on
+                    relied_on = list(map(max, relied_on, covered))
+                    mark(log, b"".join(word.to_bytes(4, "little") for word in relied_on))
+            free = sorted(set(range(16)) - {one.slot for one in under_way.values()})
+            sector = rng.randrange(SECTORS)
+            if number < 600 and free and all(one.sector != sector for one in under_way.values()):
+                number += 1
+                header, data, status = slots[free[0]]
+                index = rng.randrange(2)
+                if flushes and rng.random() < 0.1:
+                    request = UnderWay(free[0], number, -1, list(completed))
+                    memory.write(header, T_FLUSH.to_bytes(16, "little"))
+                    buffers = [(header, 16, False), (status, 1, True)]
+                else:
+                    request = UnderWay(free[0], number, sector, None)
+                    memory.write(header, T_OUT.to_bytes(8, "little") + sector.to_bytes(8, "little"))
+                    memory.write(data, version(number))
+                    buffers = [(header, 16, False), (data, 512, False), (status, 1, True)]
+                under_way[index, queues[index].add(buffers)] = request
+                most = max(most, len(under_way))
+                queues[index].kick()
+        os.close(log)
+    assert most > 8
+    return read_log(str(log_path))
+
+
 def losses(entries: list[Entry], *, lucky: bool) -> int:
     """How many of 100 cuts lose something that the driver relied on. ``lucky``: some unflushed sectors survive."""
     rng = random.Random(5)
@@ -87,6 +145,16 @@ def _words(data: bytes) -> list[int]:
 )
 def test_everything_synced_survives_100_cuts(tmp_path: Path, features: int, syncs: bool, lucky: bool) -> None:
     assert losses(record_a_session(tmp_path, features, syncs=syncs), lucky=lucky) == 0
+
+
+@pytest.mark.parametrize("lucky", [False, True])
+@pytest.mark.parametrize("features", [ALL, ALL & ~F_CONFIG_WCE & ~F_FLUSH], ids=["flushes", "knows no flush"])
+def test_everything_synced_survives_100_cuts_with_many_in_flight(tmp_path: Path, features: int, lucky: bool) -> None:
+    entries = record_many_in_flight(tmp_path, features)
+    assert losses(entries, lucky=lucky) == 0
+    # And a disk whose flushes cover one write less would be noticed.
+    lying = [Entry(e.kind, e.offset - 1, e.data) if e.kind is Kind.FLUSH else e for e in entries]
+    assert lucky or losses(lying, lucky=False) > 0
 
 
 def test_a_driver_that_only_hopes_would_be_noticed(tmp_path: Path) -> None:
