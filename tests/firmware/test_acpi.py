@@ -35,6 +35,7 @@ def platform(cpus: int = 2, possible: int | None = None) -> acpi.Platform:
         s5_sleep_type=5,
         century=0x32,
         serial=(acpi.Serial(1, 0x3F8, 4), acpi.Serial(3, 0x3E8, 4)),
+        hpet=acpi.Hpet(0xFED00000, 0x400, 0x8086A201, 5000),
         pci=acpi.Pci(
             ecam=0xE0000000,
             last_bus=255,
@@ -92,7 +93,7 @@ def processors(madt: bytes) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("cpus", [1, 2, 255])
 def test_tables_are_found_and_whole(cpus: int) -> None:
     found = walk(acpi.build(platform(cpus), BASE, 0x10000))
-    assert set(found) == {"XSDT", "FACP", "APIC", "MCFG", "DSDT", "FACS"}
+    assert set(found) == {"XSDT", "FACP", "APIC", "MCFG", "HPET", "DSDT", "FACS"}
     assert len(found["FACP"]) == 276 and len(found["FACS"]) == 64
     assert processors(found["APIC"]) == [(i, i, 1) for i in range(cpus)]
 
@@ -143,6 +144,7 @@ def test_the_dsdt_says_what_the_platform_said(tmp_path: Path) -> None:
         'Name (_HID, EisaId ("PNP0A08")',
         'Name (_HID, EisaId ("PNP0501")',
         'Name (_HID, EisaId ("PNP0B00")',
+        'Name (_HID, EisaId ("PNP0103")',
         'Name (_HID, "ACPI0007"',
         "Name (_S5, Package (0x04) { 0x05, 0x05, Zero, Zero })",
         "IO (Decode16, 0x03F8, 0x03F8, 0x01, 0x08, ) IRQNoFlags () {4}",

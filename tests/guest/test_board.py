@@ -44,6 +44,22 @@ def test_serial_ports_speak_both_ways_at_once_by_interrupts(linux: Linux) -> Non
     assert int(counted["3"]) >= 4 and int(counted["4"]) >= 2
 
 
+def test_the_hpet_is_taken(linux: Linux) -> None:
+    assert "hpet0: 3 comparators, 64-bit 100.000000 MHz counter" in linux("dmesg")
+    clocks = linux("cat /sys/devices/system/clocksource/clocksource0/available_clocksource").split()
+    assert clocks == ["tsc", "hpet", "acpi_pm"]
+
+
+def test_time_goes_on_by_the_hpet(linux: Linux) -> None:
+    current = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
+    try:
+        before, after = linux(f"echo hpet > {current}; cat /proc/uptime; sleep 2; cat /proc/uptime").splitlines()
+        assert linux(f"cat {current}") == "hpet\n"
+    finally:
+        linux(f"echo tsc > {current}")
+    assert 1.99 <= float(after.split()[0]) - float(before.split()[0]) < 4
+
+
 def test_255_processors_are_possible(linux: Linux) -> None:
     assert linux("cat /sys/devices/system/cpu/possible /sys/devices/system/cpu/online") == "0-254\n0\n"
 

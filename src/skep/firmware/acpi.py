@@ -14,7 +14,7 @@ from skep.firmware import aml
 
 _OEM_ID, _OEM_TABLE_ID, _CREATOR = b"SKEP  ", b"SKEPAMD6", b"SKEP"
 _LAST_XAPIC_ID = 0xFE  # 0xff is for all
-_SYSTEM_IO = 1  # address spaces of a generic address structure, 5.2.3.2
+_SYSTEM_MEMORY, _SYSTEM_IO = 0, 1  # address spaces of a generic address structure, 5.2.3.2
 _BYTE, _WORD, _DWORD = 1, 2, 3  # its access sizes
 
 
@@ -35,6 +35,14 @@ class Serial(NamedTuple):
     number: int
     port: int
     irq: int
+
+
+class Hpet(NamedTuple):
+    base: int
+    size: int
+    block_id: int
+    """The low half of its General Capabilities and ID Register."""
+    minimum_tick: int
 
 
 class Platform(NamedTuple):
@@ -61,6 +69,7 @@ class Platform(NamedTuple):
     century: int
     """The CMOS byte that holds the century."""
     serial: tuple[Serial, ...]
+    hpet: Hpet
     pci: Pci
 
 
@@ -85,7 +94,8 @@ def build(platform: Platform, base: int, limit: int) -> Tables:
     place(bytes(rsdp_size))
     facs_address = place(facs(), 64)
     dsdt_address = place(dsdt(platform))
-    tables = [place(fadt(platform, facs_address, dsdt_address)), place(madt(platform)), place(mcfg(platform.pci))]
+    made = (fadt(platform, facs_address, dsdt_address), madt(platform), mcfg(platform.pci), hpet(platform.hpet))
+    tables = [place(table) for table in made]
     blob[:rsdp_size] = rsdp(place(xsdt(tables)))
     if len(blob) > limit:
         raise ValueError(f"the ACPI tables take {len(blob)} bytes of {limit}")
@@ -183,6 +193,12 @@ def mcfg(pci: Pci) -> bytes:
     return _table(b"MCFG", 1, struct.pack("<8xQHBB4x", pci.ecam, 0, 0, pci.last_bus))
 
 
+def hpet(timer: Hpet) -> bytes:
+    """The HPET description table (IA-PC HPET Specification 1.0a, 3.2.4)."""
+    address = struct.pack("<BBBBQ", _SYSTEM_MEMORY, 64, 0, 0, timer.base)
+    return _table(b"HPET", 1, struct.pack("<I12sBHB", timer.block_id, address, 0, timer.minimum_tick, 0))
+
+
 def dsdt(platform: Platform) -> bytes:
     """Differentiated System Description Table: processors, the PCI root, and what sits on no bus that can be asked."""
     s5 = aml.integer(platform.s5_sleep_type)
@@ -207,6 +223,12 @@ def dsdt(platform: Platform) -> bytes:
         aml.name("_HID", aml.eisa_id("PNP0B00")),
         aml.name("_CRS", aml.resource_template(aml.io(0x70, 2), aml.irq_no_flags(8))),
     )
+    timer = aml.device(
+        "HPET",
+        aml.name("_HID", aml.eisa_id("PNP0103")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", aml.resource_template(aml.memory32_fixed(platform.hpet.base, platform.hpet.size))),
+    )
     serial = [
         aml.device(
             f"COM{com.number}",
@@ -228,7 +250,7 @@ def dsdt(platform: Platform) -> bytes:
     return _table(
         b"DSDT",
         2,
-        aml.scope("_SB", *processors, _pci_root(platform.pci), board, clock, *serial)
+        aml.scope("_SB", *processors, _pci_root(platform.pci), board, clock, timer, *serial)
         + aml.name("_S5", aml.package(s5, s5, aml.integer(0), aml.integer(0))),
     )
 

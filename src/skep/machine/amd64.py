@@ -11,6 +11,7 @@ Guest-physical addresses:
 0xc0000000-0xdfffffff  windows of PCI devices (32-bit BARs)
 0xe0000000-0xe00fffff  PCI configuration space (ECAM), bus 0
 0xfec00000             I/O APIC
+0xfed00000             HPET
 0xfee00000             local APICs; MSIs are writes to 0xfee00000-0xfeefffff
 4 GiB-                 RAM beyond 3 GiB
 =====================  ==========================================================================
@@ -50,7 +51,7 @@ from skep.engine.amd64.tsc import read_tsc, tsc_hz
 from skep.engine.contract import Engine
 from skep.errors import HostError, UserError
 from skep.firmware import acpi, mptable, smbios
-from skep.irqchip import ioapic, lapic
+from skep.irqchip import hpet, ioapic, lapic
 from skep.irqchip.apicbus import ApicBus
 from skep.irqchip.lines import PIT_PIN, GsiLines
 from skep.irqchip.pic import Pic
@@ -148,11 +149,13 @@ class Amd64Board:
         self.devices += [*self.lapics, self.ioapic, self.pic]
 
     def _legacy_devices(self, settings: Settings, events: Events) -> None:
-        pit = Pit(self.clock, self.lines.source(0))
+        timer = hpet.Hpet(self.clock, self.lines.source)
+        timer.attach(self.bus)
+        pit = Pit(self.clock, timer.replaceable(self.lines.source(0)))
         pit.attach(self.bus)
         rtc = Rtc(
             self.clock,
-            self.lines.source(RTC_IRQ),
+            timer.replaceable(self.lines.source(RTC_IRQ)),
             low_memory=self.memory.low_size,
             high_memory=self.memory.high_size,
             local_time=settings.rtc_use_localtime,
@@ -162,7 +165,7 @@ class Amd64Board:
         keyboard.attach(self.bus)
         self.pm = pm.AcpiPm(self.clock, self.lines.source(pm.SCI_GSI), events.power_off, events.reset)
         self.pm.attach(self.bus)
-        self.devices += [pit, rtc, keyboard, self.pm]
+        self.devices += [pit, rtc, timer, keyboard, self.pm]
 
     def _serial_ports(self, paths: Iterable[str | None], plug: PlugSerial) -> tuple[acpi.Serial, ...]:
         """Those that the tree connects to something; the others are not there."""
@@ -216,6 +219,7 @@ class Amd64Board:
             s5_sleep_type=pm.SLEEP_TYPE_S5,
             century=RTC_CENTURY,
             serial=self._serial,
+            hpet=acpi.Hpet(hpet.BASE, hpet.SIZE, hpet.CAPABILITIES & 0xFFFF_FFFF, hpet.MIN_PERIOD_TICKS),
             pci=acpi.Pci(
                 ecam=ECAM_BASE,
                 last_bus=(ECAM_SIZE >> 20) - 1,
