@@ -15,16 +15,16 @@ from skep.guest import debian
 from skep.guest.debian import Guest
 from tests.linux import BOOT, complaints
 
-MEMORY = {"512M": 512 << 20, "5G": 5 << 30}
-"""The second has RAM below and above the hole of 32-bit devices."""
+MEMORY = {"512M": 512 << 20, "1G": 1 << 30, "5G": 5 << 30}
+"""The last has RAM below and above the hole of 32-bit devices."""
 
 
-def boot(guest: Guest, memory: str, console: Path) -> str:
+def boot(guest: Guest, memory: str, console: Path, *options: str) -> str:
     """One boot to init and power-off; the console's output is kept in a file, and returned."""
     if MEMORY[memory] > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         pytest.skip(f"this host has no {memory}")
     command = [sys.executable, "-m", "skep.cli", "run", "--memory", memory, "--cmdline", "console=ttyS0 skep.poweroff"]
-    command += ["--kernel", str(guest.kernel), "--initrd", str(guest.initrd)]
+    command += ["--kernel", str(guest.kernel), "--initrd", str(guest.initrd), *options]
     with console.open("wb") as output:
         done = subprocess.run(
             command,
@@ -43,7 +43,7 @@ def boot(guest: Guest, memory: str, console: Path) -> str:
     return log
 
 
-@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("memory", ["512M", "5G"])
 def test_a_boot_and_power_off(guest: Guest, tmp_path: Path, memory: str) -> None:
     log = boot(guest, memory, tmp_path / "console")
     seen = re.search(r"Memory: \d+K/(\d+)K available", log)
@@ -65,8 +65,14 @@ def test_an_unpacked_kernel_boots_by_pvh(tmp_path: Path) -> None:
     boot(form("cloud vmlinux"), "512M", tmp_path / "console")
 
 
+@pytest.mark.parametrize("cpus", [2, pytest.param(48, marks=pytest.mark.slow)])
+def test_several_processors(guest: Guest, tmp_path: Path, cpus: int) -> None:
+    log = boot(guest, "1G" if cpus > 8 else "512M", tmp_path / "console", "--cpus", str(cpus))
+    assert f"smp: Brought up 1 node, {cpus} CPUs" in log
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("memory", ["512M", "5G"])
 @pytest.mark.parametrize("name", ["cloud vmlinuz", "cloud vmlinux", "full vmlinuz", "full vmlinux"])
 def test_every_form_boots_five_times(tmp_path: Path, name: str, memory: str) -> None:
     for number in range(5):

@@ -325,9 +325,7 @@ def test_a_timer_wakes_a_halted_guest_a_hundred_times(make: Make) -> None:
     assert ended(vm) is End.POWERED_OFF
 
 
-def test_a_second_processor(make: Make, request: pytest.FixtureRequest) -> None:
-    if "translate" in request.node.name:
-        pytest.skip("the translator has no real mode, in which a second processor starts")
+def test_a_second_processor(make: Make) -> None:
     vm = make("a", cpus=2)
     vm.console.expect("A", timeout=20)
     vm.freeze()
