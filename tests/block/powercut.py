@@ -305,7 +305,7 @@ class PowerCut:
 
 
 _PASSES = re.compile(
-    r"Pass \d.*|.*: recovering journal|Clearing orphaned inode .*|.*\bfiles \(.*\bblocks|"
+    r"Pass \d.*|.*: recovering journal|(?:Clearing|Truncating) orphaned inode .*|.*\bfiles \(.*\bblocks|"
     r".*\*{5} FILE SYSTEM WAS MODIFIED \*{5}|Free (?:inodes|blocks) count wrong \(\d+, counted=\d+\)\.|Fix\? yes|"
 )
 """What e2fsck may say: it replayed the journal, removed files that had no name any more, and counted."""

@@ -68,7 +68,7 @@ CACHES = {
 @pytest.mark.parametrize("options", CACHES.values(), ids=CACHES)
 def test_nothing_is_lost_whatever_the_write_cache(guest: Guest, tmp_path: Path, options: dict[str, str]) -> None:
     session = record(guest, tmp_path, transactions=100, sector=512, **options)
-    assert PowerCut(session).losses(after_flushes(session, 300) + anywhere(session, 300, seed=4)) == []
+    assert PowerCut(session).losses(after_flushes(session, 200) + anywhere(session, 200, seed=4)) == []
 
 
 @pytest.mark.slow
