@@ -81,6 +81,8 @@ STRING = 1 << 28  # in a descriptor: a REP string instruction's
 SUPERVISOR, USER, SUPERVISOR_AC = 0, 1, 2
 ATTR_CODE64 = 0xA09B
 ATTR_UNUSABLE = 0x10000
+FLAT_DATA0 = 0x008F93000000FFFF  # writable data of ring 0, accessed, all 4 GiB
+FLAT_MASK = 0xFF8FFFFFFFFFFFFF  # D and AVL, and L, say nothing in a data segment of 64-bit mode
 
 
 def walk(va: int, access: int, array: int) -> int:
@@ -850,9 +852,17 @@ def interrupt_return(rip: int) -> int:
     code = descriptor_at(cs)
     rpl = cs & 3
     if rpl == 0:
-        if (code >> 40) & 0xFC != 0x98 or (code >> 53) & 3 != 1 or ss & ~3:
+        if (code >> 40) & 0xFC != 0x98 or (code >> 53) & 3 != 1 or ss & 3:
             return 0
-        st.ss_attr = ATTR_UNUSABLE
+        if ss:  # a kernel that was interrupted in a system call has the selector that SYSCALL gave it
+            data = descriptor_at(ss)
+            if data & FLAT_MASK != FLAT_DATA0:
+                return 0
+            st.ss_attr = (data >> 40) & 0xF0FF
+            st.ss_base = 0
+            st.ss_limit = 0xFFFFFFFF
+        else:
+            st.ss_attr = ATTR_UNUSABLE
     else:
         if rpl != 3 or ss & 3 != 3 or (code >> 40) & 0xFC != 0xF8 or (code >> 53) & 3 != 1:
             return 0
