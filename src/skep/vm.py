@@ -233,6 +233,11 @@ class Vm:
             raise UserError(f"the VM's {name} is not the program's", where, f"make it {PROGRAM}")
         return self.plugs.consoles[name]
 
+    def complaints(self) -> list[str]:
+        """What the guest's drivers did wrong, and the host to its disks: the last few times, for each device. The first
+        is also told to ``diagnostics``."""
+        return self._board.complaints() if self._board is not None else []
+
     def start(self) -> None:
         """Power on. Raises UserError where the kernel and its files cannot be loaded, or the engine cannot run here."""
         self._ask(Step.START)

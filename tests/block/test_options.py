@@ -25,6 +25,8 @@ def test_bhyves_keys() -> None:
     disk = options(path="/a", ro="true", nocache="on", direct="yes", sectorsize="512/4096", ser="x1", wce="0")
     assert disk.read_only and disk.no_cache and disk.synchronous and not disk.write_cache
     assert (disk.block, disk.serial) == ((512, 4096), "x1")
+    disk = options(path="/a", nodelete="true", bootindex="3", queues="8")
+    assert (disk.no_delete, disk.boot_index, disk.queues) == (True, 3, 8)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,9 @@ def test_bhyves_keys() -> None:
         ({"path": "a", "sectorsize": "4096/512"}, "smaller than"),
         ({"path": "a", "sectorsize": "9" * 5000}, "power of 2"),
         ({"path": "a", "ser": "x" * 21}, "20 printable"),
+        ({"path": "a", "queues": "0"}, "not in 1 to 64"),
+        ({"path": "a", "queues": "four"}, "not a number"),
+        ({"path": "a", "bootindex": "-1"}, "not a number"),
         ({"path": "a", "ser": "ü"}, "ASCII"),
     ],
 )

@@ -133,6 +133,15 @@ def test_a_device_that_fails_is_one_line_and_the_board_goes_on(made: Made, monke
     assert worker.held and not made.told.errors
 
 
+def test_what_devices_complain_of_is_kept(made: Made) -> None:
+    device = made.board.pci.functions[2, 0]
+    assert isinstance(device, VirtioPci)
+    assert made.board.complaints() == []
+    for _ in range(100):
+        device.device.complain("the driver is lost")
+    assert made.board.complaints() == ["virtio-blk 0.2.0: the driver is lost"] * 8
+
+
 def test_windows_are_assigned_and_decoded(made: Made) -> None:
     board = made.board
     assert config(board, 2, 4, 2) & 2

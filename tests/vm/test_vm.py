@@ -699,6 +699,10 @@ def test_keyword_arguments_only_write_a_tree(make: Make, kernel: Path, tmp_path:
         ({"console": "carrier-pigeon"}, "no such serial backend"),
         ({"disks": ["/nowhere/disk"]}, "/nowhere/disk"),
         ({"devices": ["virtio-console,a=none", "virtio-console,a=none"]}, "pci.0.3.0.port.0.path: another port"),
+        (
+            {"config": {f"pci.0.{slot}.0.{key}": "1" for slot in (3, 4) for key in ("device", "bootindex")}},
+            "pci.0.4.0.bootindex: 1 is the place of pci.0.3.0.bootindex too",
+        ),
         ({"devices": ["virtio-console"]}, "pci.0.2.0.port: has no port"),
         ({"devices": ["virtio-rnd,rate=5"]}, "pci.0.2.0.rate: unknown configuration key; known here: none"),
         ({"config": {"pci.0.3.0.device": "virtio-fog"}}, "no such device"),

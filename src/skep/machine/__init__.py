@@ -66,6 +66,9 @@ class Board(Protocol):
     def nmi(self) -> None:
         """Press the button that interrupts even a guest that has interrupts off."""
 
+    def complaints(self) -> list[str]:
+        """What drivers did wrong, and what the host did to devices: the last few times of each."""
+
     def pause(self) -> None:
         """No processor is running. Time stops, and nothing of the board changes when it returns."""
 

@@ -45,6 +45,7 @@ from skep.devices import pm
 from skep.devices.i8042 import I8042
 from skep.devices.rtc import Rtc
 from skep.devices.uart import Uart
+from skep.devices.virtio.pci import VirtioPci
 from skep.engine.amd64 import cpuid
 from skep.engine.amd64.registers import Attr, CpuState, Cr0, Rflags, Segment
 from skep.engine.amd64.tsc import read_tsc, tsc_hz
@@ -58,7 +59,7 @@ from skep.irqchip.pic import Pic
 from skep.irqchip.pit import Pit
 from skep.locks import Lock, Order
 from skep.machine import Events, PlugSerial
-from skep.machine.pcidevices import Surroundings, make_pci_device
+from skep.machine.pcidevices import Surroundings, check_boot_indexes, make_pci_device
 from skep.memory import GuestMemory
 
 LOW_RAM_END = 0x9FC00
@@ -184,7 +185,9 @@ class Amd64Board:
         self.pci.attach(ECAM_BASE, ECAM_SIZE)
         self.devices.append(self.pci)
         around = Surroundings(self.memory, self.lock, self.cpus, plug, events.say)
-        for slot, number, node in _places(tree):
+        places = _places(tree)
+        check_boot_indexes(node for _, _, node in places)
+        for slot, number, node in places:
             device = make_pci_device(node, around)
             self.devices.insert(0, device)
             self.pci.add(device, slot, number)
@@ -339,6 +342,10 @@ class Amd64Board:
         return apic.nmi_latched or (interrupts_on and apic.pending())
 
     # Buttons. Nothing changes while the board is paused: what is pressed then acts when it goes on.
+
+    def complaints(self) -> list[str]:
+        functions = [one for one in self.pci.functions.values() if isinstance(one, VirtioPci)]
+        return [f"{one.name}: {complaint}" for one in functions for complaint in list(one.device.complaints)]
 
     def power_button(self) -> None:
         self._press(self.pm.press_power_button)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from skep.block.image import open_image
@@ -41,6 +41,15 @@ def make_pci_device(node: Node, board: Surroundings) -> PciFunction:
     if kind not in _MAKERS:
         raise UserError(f"no such device: {kind!r}", node.full("device"), f"known are {', '.join(_MAKERS)}")
     return _MAKERS[kind](f"{kind} {node.path.removeprefix('pci.')}", node, board)
+
+
+def check_boot_indexes(nodes: Iterable[Node]) -> None:
+    """One device is first, one second. Raises UserError where two would be."""
+    first: dict[str, str] = {}
+    for node in nodes:
+        index, key = node.get("bootindex"), node.full("bootindex")
+        if index is not None and first.setdefault(index, key) != key:
+            raise UserError(f"{index} is the place of {first[index]} too", key, "give each disk another one")
 
 
 def _hostbridge(name: str, node: Node, board: Surroundings) -> PciFunction:

@@ -126,7 +126,7 @@ def test_a_file_that_somebody_truncates(tmp_path: Path) -> None:
             assert made.request(T_IN, sector, room=[4096])[0] == expected
         status, _, _ = made.request(T_IN, 1020, room=[4096])
         assert status == IOERR, "half of it is not there"
-        assert made.told == ["disk: the guest gets I/O errors, because of its image: the image ends before the disk does"]
+        assert made.told[0].endswith("because of its image: the image ends before the disk does")
         made.write(2040, b"x" * 4096)  # which makes it as long as before
         assert made.read(1024, 4096) == bytes(4096)
 
@@ -134,7 +134,8 @@ def test_a_file_that_somebody_truncates(tmp_path: Path) -> None:
 def test_a_block_device_whose_file_is_gone(tmp_path: Path) -> None:
     path = tmp_path / "backing"
     path.write_bytes(os.urandom(MIB))
-    made = subprocess.run(["losetup", "-f", "--show", str(path)], check=False, capture_output=True, text=True, timeout=20)
+    command = ["losetup", "-f", "--show", str(path)]
+    made = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
     if made.returncode:
         pytest.skip(f"no loop device: {made.stderr.strip()}")
     device = made.stdout.strip()
