@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from skep.engine.amd64.cpuid import INTEL_VENDOR, host_vendor
 from skep.engine.amd64.registers import Cr0, Cr4, Pte
 from skep.engine.contract import ExitReason
 from tests.engine.assemble import assemble
-from tests.engine.tiny import CODE32, DATA0, GDT, IDT, SEGMENTS, USER32, USER_STACK, Tiny
+from tests.engine.tiny import CODE32, DATA0, GDT, IDT, SEGMENTS, STACK, USER32, USER_STACK, Tiny
 
 Boot = Callable[..., Tiny]
 CODE_AT = 0x140000
@@ -241,3 +242,51 @@ def test_the_way_out_of_long_mode(boot: Boot) -> None:
     state = guest.state
     assert state["rbx"] & 0x400 == 0 and state["rsi"] == 0x55AA
     assert not state["cr0"] & Cr0.PG and not state["efer"] & 0x500
+
+
+SYSTEM_CALLS = """
+    mov ecx, 0x174
+    xor edx, edx
+    mov eax, 0x10
+    wrmsr
+    mov ecx, 0x175
+    lea rax, [STACK]
+    wrmsr
+    mov ecx, 0x176
+    lea rax, [rip + kernel]
+    wrmsr
+    push 0x2b
+    push USER_STACK
+    push 0x202
+    push {user}
+    push {start}
+    iretq
+    kernel: mov r14, rsp
+    pushfq
+    pop r13
+    add r15, rax
+    mov rdx, rsi
+    mov rcx, rbp
+    {back}
+"""
+
+
+@pytest.mark.skipif(host_vendor() != INTEL_VENDOR, reason="AMD's CPUs have no SYSENTER in IA-32e mode")
+@pytest.mark.parametrize("back", ["SYSEXITD", "db 0xfb, 0x0f, 0x35"])
+def test_sysenter_from_32_bit_user_code(boot: Boot, back: str) -> None:
+    """As 32-bit Linux programs make system calls on Intel's CPUs; the kernel is 64-bit code. The second way back has
+    its STI before it."""
+    text = SYSTEM_CALLS.format(user=USER32, start=CODE_AT, back=back)
+    guest = boot(text)
+    for page in (CODE_AT, USER_STACK - 4096):
+        guest.map(page, page, Pte.US | Pte.RW)
+    user = "mov eax, 5\nmov esi, next\nmov ebp, esp\nmov edi, 0x1234\nsysenter\nint3\nnext: push eax\npop ebx\nint3"
+    program = assemble(user, CODE_AT, bits=32)
+    guest.memory.write(CODE_AT, program.code)
+    guest.run()
+    frame = guest.exception
+    assert frame is not None and (frame.vector, frame.rip, frame.rsp) == (3, program["next"] + 3, USER_STACK)
+    state = guest.state
+    assert (state["rbx"], state["r15"], state["r14"]) == (5, 5, STACK)
+    assert not state["r13"] & 0x200  # SYSENTER clears IF
+    assert frame.cs & 3 == 3 and frame.cs & ~3 == 0x20 and frame.ss & ~3 == 0x28

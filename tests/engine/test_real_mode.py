@@ -98,6 +98,23 @@ CASES = {
                      {"rdx": 0, "rsi": 1, "rax": 2}),
     "strings": ("mov cx, 4\nmov ax, 0x4142\nmov di, 0x20\nrep stosw\nmov si, 0x22\nmov di, 0x80\nmov cx, 3\nrep movsb\n"
                 "mov eax, [0x80]\nmov si, 0x20\nlodsw\nmov dx, ax\nhlt", {"rdx": 0x4142, "rsi": 0x22, "rdi": 0x83}),
+    "strings downwards": ("mov dword ptr [0], 0x44332211\nmov si, 3\nmov di, 0x13\nmov cx, 4\nstd\nrep movsb\ncld\n"
+                          "mov eax, [0x10]\nmov di, 0x46\nmov cx, 2\nmov dx, di\nstd\nrep stosd\ncld\nhlt",
+                          {"rax": 0x44332211, "rsi": 0xFFFF, "rdi": 0x3E}),
+    "strings are compared": ("mov dword ptr [0], 0x44332211\nmov dword ptr [0x10], 0x44552211\nmov si, 0\nmov di, 16\n"
+                             "mov ecx, 0x77770008\nrepe cmpsb\nsetb al\nmov dx, cx\nmov bx, si\nxor di, di\nmov cx, 9\n"
+                             "mov al, 0x33\nrepne scasb\nsete ah\nhlt",
+                             {"rdx": 5, "rbx": 3, "rdi": 3, "rcx": 0x77770006, "rax": 0x133}),
+    "strings wrap at 64 KiB": ("mov edi, 0x1234fff0\nmov cx, 0x20\nmov ax, 0x55\nrep stosb\nmov bx, [0xe]\n"
+                               "mov dl, [0x10]\nhlt", {"rdi": 0x12340010, "rbx": 0x5555, "rdx": 0}),
+    "strings with 32-bit addresses": ("mov edi, 0x20\nmov ecx, 3\nmov eax, 0x12345678\naddr32 rep stosd\nmov esi, 36\n"
+                                      "addr32 lodsd\nmov esi, 0x20\nmov edi, 0x120\nmov ecx, 12\n"
+                                      "addr32 rep movsb\nmov edx, [0x128]\nhlt",
+                                      {"rdi": 0x12C, "rax": 0x12345678, "rdx": 0x12345678, "rcx": 0}),
+    "strings from another segment": ("mov ax, 0x3100\nmov fs, ax\nmov word ptr fs:[0], 4951\nmov si, 0\nfs lodsw\nhlt",
+                                     {"rax": 0x1357}),
+    "flags on the stack": ("stc\npushf\nclc\npop ax\npush 0x893\npopf\nsetc cl\nseto ch\npushfd\npop edx\nhlt",
+                           {"rcx": 0x101, "rdx": 0x893 & ~0x10 | 2 | 0x10}),
     "segments": ("mov ax, 0x3001\nmov ds, ax\nmov word ptr [0], 0x77\nmov ax, es:[0x10]\nmov cx, ds\npush ds\npop fs\n"
                  "mov dx, fs:[0]\nmov si, cs:[0]\nhlt", {"rax": 0x77, "rcx": 0x3001, "rdx": 0x77}),
     "override of the stack's segment": ("push 0x99\nmov bp, sp\nmov ax, [bp]\nmov bx, bp\nmov cx, ss:[bx]\nhlt",
@@ -152,6 +169,9 @@ def test_programs_in_segments_that_begin_anywhere(boot: Boot, name: str, at: int
         ("mov sp, 0xffff\nlast: pop ax", 12),
         ("mov eax, 0x12345\nlast: jmp eax", 13),
         ("push dword ptr 0x12345\nlast: .byte 0x66\nret", 13),
+        ("mov si, 0xffff\nlast: lodsw", 13),
+        ("mov di, 0xfffd\nmov cx, 3\nlast: rep stosw", 13),
+        ("mov bp, 0xffff\nlast: leave", 12),
         ("last: ud2", 6),
         ("xor cx, cx\nlast: div cx", 0),
         ("last: .byte 0x63, 0xc0", 6),

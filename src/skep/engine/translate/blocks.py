@@ -27,6 +27,7 @@ from skep.engine.translate.compiler import CompiledUnit, compile_functions
 from skep.engine.translate.drafting import Drafting
 from skep.engine.translate.emission import Emission
 from skep.engine.translate.layout import HASH_BITS, HASH_ENTRY, Mode
+from skep.engine.translate.narrow_runtime import NARROW_ROUTINES
 from skep.engine.translate.runtime import ROUTINES
 from skep.engine.translate.stubs import Stubs
 from skep.engine.translate.world import World
@@ -46,8 +47,8 @@ _ON_DEMAND = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
 
 @lru_cache(1)
 def _routines() -> CompiledUnit:
-    """runtime.py in machine code, the same at any address."""
-    return compile_functions(ROUTINES, 0)
+    """runtime.py and narrow_runtime.py in machine code, the same at any address."""
+    return compile_functions([*ROUTINES, *NARROW_ROUTINES], 0)
 
 
 class Block:

@@ -119,10 +119,10 @@ class Emitter:
         self.holes.append((len(self.a), what, 0))
         self.a.raw(bytes(4))
 
-    def hole_push(self) -> None:
-        """Push the instruction's offset in its page."""
+    def hole_push(self, what: int = 0) -> None:
+        """Push the instruction's offset in its page + ``what``."""
         self.a.raw(b"\x68")
-        self.holes.append((len(self.a), HOLE_IP, 0))
+        self.holes.append((len(self.a), HOLE_IP, what))
         self.a.raw(bytes(4))
 
     def dispatch(self) -> None:

@@ -77,11 +77,13 @@ _FIELDS = (
     "w_pa", "w_flags", "w_error",  # what walk found: physical address; bit 0 global, 1 large; #PF error code
     "tag", "set",  # for a jump: host r10 and r11 at a checked entry (tag and set offset)
     "target",  # host address to enter at
+    "room",  # elements of a string instruction that can be done together (narrow_runtime.py)
     "spins",  # PAUSE instructions until the host's CPU is offered to others
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
     "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "span_exit", "port_exit", "segment_exit",
     "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs", "rep_cmps", "yield_",
+    "narrow_string",
     "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link",  # counters
 )
 

@@ -49,6 +49,8 @@ from skep.engine.translate.forms import (
 from skep.engine.translate.special import Special
 from skep.engine.translate.stubs import field as state
 
+PUSH_FLAGS = (Mnemonic.PUSHF, Mnemonic.PUSHFD, Mnemonic.PUSHFQ)
+POP_FLAGS = (Mnemonic.POPF, Mnemonic.POPFD, Mnemonic.POPFQ)
 _INDIRECT64 = (Code.JMP_RM64, Code.CALL_RM64)
 _INDIRECT = (Code.JMP_RM32, Code.CALL_RM32, Code.JMP_RM16, Code.CALL_RM16)
 
@@ -87,7 +89,7 @@ class Lowering(Special):
             modified = 0  # a count of zero leaves every flag
         form.keeps = ALL_FLAGS & ~modified
         form.reads = ins.rflags_read & ALL_FLAGS
-        if m == Mnemonic.PUSHFQ or m == Mnemonic.PUSHFD:
+        if m in PUSH_FLAGS:
             form.reads = ALL_FLAGS
         if flow == FlowControl.CONDITIONAL_BRANCH:
             if ins.is_jcx_short or ins.is_loop or ins.is_loopcc:
@@ -104,7 +106,7 @@ class Lowering(Special):
             form.keeps = ALL_FLAGS
         elif m == Mnemonic.STI:
             form.ends = Ends.SHADOW
-        elif m == Mnemonic.POPFQ:
+        elif m in POP_FLAGS:
             form.ends = Ends.LOOK
             form.keeps = form.reads = 0
         elif m in (Mnemonic.IN, Mnemonic.OUT):
@@ -190,8 +192,8 @@ class Lowering(Special):
             return not self._branch_is_python(ins)
         if m in (Mnemonic.IN, Mnemonic.OUT):
             return not self.user
-        if m == Mnemonic.POPFQ:
-            return not self.user and self.wide
+        if m in POP_FLAGS:
+            return not self.user and m == Mnemonic.POPFQ
         if m in (Mnemonic.STI, Mnemonic.CLI, Mnemonic.SWAPGS, Mnemonic.STAC, Mnemonic.CLAC, Mnemonic.INVLPG):
             return not self.user and (self.wide or m in (Mnemonic.STI, Mnemonic.CLI))
         if m == Mnemonic.IRETQ:
@@ -215,8 +217,10 @@ class Lowering(Special):
             return bool(self.legality & Legality.OSXSAVE and self.legality & Legality.X87)
         if m in FXSAVE or m in FXRSTOR:
             return bool(self.legality & Legality.SSE)
-        if m in (Mnemonic.LEAVE, Mnemonic.PUSHFQ):
-            return self.wide and code in (Code.LEAVEQ, Code.PUSHFQ)
+        if m == Mnemonic.LEAVE:
+            return code == Code.LEAVEQ
+        if m in PUSH_FLAGS:
+            return m == Mnemonic.PUSHFQ
         if m in BIT_TESTS:
             return not ins.has_lock_prefix or ins.op0_kind == OpKind.MEMORY
         if m in (Mnemonic.FNSTENV, Mnemonic.FNSAVE):

@@ -16,10 +16,11 @@ from __future__ import annotations
 from iced_x86 import Code, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register
 
 from skep.engine.amd64.registers import Vector
-from skep.engine.translate.asm import R9, R10, R11, RCX, Assembler, Cond, Mem
-from skep.engine.translate.forms import GPR, HOLE_IP, HOLE_TARGET, READ, SREG_FIELD, WRITE, Ends, Form
-from skep.engine.translate.layout import Mode
-from skep.engine.translate.lower import Lowering
+from skep.engine.translate.asm import R9, R10, R11, RBP, RCX, Assembler, Cond, Mem
+from skep.engine.translate.forms import GPR, HOLE_IP, HOLE_TARGET, READ, SREG_FIELD, STRINGS, WRITE, Ends, Form
+from skep.engine.translate.layout import SEGMENTS, Mode
+from skep.engine.translate.lower import POP_FLAGS, PUSH_FLAGS, Lowering
+from skep.engine.translate.narrow_runtime import REPEATED, SEGMENT_SHIFT, SIXTEEN, UNTIL_EQUAL
 from skep.engine.translate.stubs import field as state
 from skep.engine.translate.stubs import restore_flags, save_flags
 
@@ -32,6 +33,8 @@ _LOOPNE, _LOOPE, _LOOP, _JCXZ = range(0xE0, 0xE4)
 _LOOPS = {
     Mnemonic.LOOPNE: _LOOPNE, Mnemonic.LOOPE: _LOOPE, Mnemonic.LOOP: _LOOP, Mnemonic.JCXZ: _JCXZ, Mnemonic.JECXZ: _JCXZ,
 }  # fmt: skip
+_OPERATIONS = ("MOVS", "STOS", "CMPS", "SCAS", "LODS")
+_ADDRESS16 = (OpKind.MEMORY_ESDI, OpKind.MEMORY_SEG_SI)
 _PARAGRAPHS = (Register.DS, Register.ES, Register.FS, Register.GS)
 """Loaded in place in real mode. SS holds off interrupts besides, so it is Python's."""
 
@@ -69,6 +72,14 @@ class Narrow(Lowering):
             return self.real and ins.op0_register in _PARAGRAPHS
         if m in (Mnemonic.PUSH, Mnemonic.POP) and ins.op0_kind == OpKind.REGISTER and ins.op0_register in SREG_FIELD:
             return m == Mnemonic.PUSH or (self.real and ins.op0_register in _PARAGRAPHS)
+        if m in STRINGS and ins.is_string_instruction:
+            return True
+        if m == Mnemonic.LEAVE:
+            return True
+        if m in PUSH_FLAGS:
+            return not (self.real and self.user)  # virtual-8086 mode looks at IOPL
+        if m in POP_FLAGS:
+            return not self.user
         return super()._allowed_special(ins)
 
     # Addresses
@@ -118,6 +129,34 @@ class Narrow(Lowering):
 
     def stack_move(self, disp: int) -> None:
         self.a.lea(R9, Mem(R9, disp=disp), size=16 if self.stack16 else 32)
+
+    def _leave(self, ins: Instruction) -> None:
+        a = self.a
+        w = 2 if ins.code == Code.LEAVEW else 4
+        a.mov(R10, RBP, size=32)
+        if self.stack16:
+            a.movzx(R10, R10, 16)
+        if self.segmented:
+            self._at = "ss"
+        self.check(w, READ)
+        a.lea(R9, Mem(RBP, disp=w), size=16 if self.stack16 else 32)
+        a.mov(RBP, Mem(R10), size=w * 8)
+
+    def _string(self, ins: Instruction) -> None:
+        """A routine does them all, repeated or not (narrow_runtime.py)."""
+        if not ins.is_string_instruction:
+            super()._string(ins)  # MOVSD, CMPSD of SSE2
+            return
+        name, shift = STRINGS[ins.mnemonic]
+        what = _OPERATIONS.index(name) << 14 | shift << 12 | self.array << 24
+        if ins.has_rep_prefix or ins.has_repne_prefix:
+            what |= REPEATED | (UNTIL_EQUAL if ins.has_repne_prefix else 0)
+        if any(ins.op_kind(i) in _ADDRESS16 for i in range(ins.op_count)):
+            what |= SIXTEEN
+        if name in ("MOVS", "CMPS", "LODS"):
+            what |= SEGMENTS.index(SREG_FIELD[ins.memory_segment][:2]) << SEGMENT_SHIFT
+        self.hole_push(what)
+        self.a.call(state("narrow_string"))
 
     # Branches
 

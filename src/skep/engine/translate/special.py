@@ -54,7 +54,8 @@ class Special(Emitter):
         table: dict[int, Callable[[Instruction], None]] = {
             m.MOV: self._mov, m.LEA: self._lea, m.PUSH: self._push, m.POP: self._pop, m.LEAVE: self._leave,
             m.CALL: self._call, m.JMP: self._jmp, m.RET: self._ret,
-            m.PUSHFQ: self._pushfq, m.POPFQ: self._popfq, m.STI: self._sti, m.CLI: self._cli,
+            m.PUSHF: self._pushfq, m.PUSHFD: self._pushfq, m.PUSHFQ: self._pushfq,
+            m.POPF: self._popfq, m.POPFD: self._popfq, m.POPFQ: self._popfq, m.STI: self._sti, m.CLI: self._cli,
             m.STAC: self._stac, m.CLAC: self._stac, m.SWAPGS: self._swapgs, m.INVLPG: self._invlpg,
             m.PAUSE: self._pause,
             m.IRETQ: self._leave_by, m.SYSRETQ: self._leave_by, m.SYSCALL: self._leave_by,
@@ -248,8 +249,9 @@ class Special(Emitter):
 
     def _pushfq(self, ins: Instruction) -> None:
         a = self.a
-        self.stack_at(-8)
-        self.check(8, WRITE)
+        w = -ins.stack_pointer_increment
+        self.stack_at(-w)
+        self.check(w, WRITE)
         a.pushfq()
         a.pop(R11)
         if self.live:
@@ -261,23 +263,24 @@ class Special(Emitter):
         a.and_(R11, ~0x30000 & 0xFFFFFFFF, size=32)  # RF and VM are pushed as zero
         if self.live:
             restore_flags(a)
-        a.mov(Mem(R10), R11)
-        self.stack_move(-8)
+        a.mov(Mem(R10), R11, size=w * 8)
+        self.stack_move(-w)
 
     def _popfq(self, ins: Instruction) -> None:
-        """POPFQ at CPL 0. Where it changes more than the arithmetic flags, DF and IF, Python does it."""
+        """POPF, POPFD, POPFQ at CPL 0. Where it changes more than the arithmetic flags, DF and IF, Python does it."""
         a = self.a
         same = a.label()
-        a.mov(R10, R9)
-        self.check(8, READ)
-        a.mov(R11, Mem(R10))
+        w = ins.stack_pointer_increment
+        self.stack_at(0)
+        self.check(w, READ)
+        a.mov(R11, Mem(R10), size=w * 8)
         a.mov(R10, R11)
         a.xor(R10, state("sysfl"))
-        a.test(R10, 0x3E7100, size=32)
+        a.test(R10, 0x7100 if w == 2 else 0x3E7100, size=32)
         a.jcc(Cond.E, same)
         self.emulate()
         a.bind(same)
-        a.lea(R9, Mem(R9, disp=8))
+        self.stack_move(w)
         a.mov(R10, R11, size=32)
         a.and_(R10, 0x200, size=32)
         a.mov(state("iflag"), R10)

@@ -16,7 +16,7 @@ brk_exit               ``jmp``: r10 is the guest address to go on at
 emu_exit               ``jmp``: r10 is the address of an instruction for Python
 iret, syscall, sysret  ``jmp``: r10 is the instruction's address
 cr3_load, invlpg       ``push offset; call``: r10 is the operand
-rep_stos, rep_movs, rep_cmps  ``push desc; call``
+rep_stos, rep_movs, rep_cmps, narrow_string  ``push desc; call``
 yield_                 ``call``: only r11 may change
 =====================  ==========================================================================
 """
@@ -385,6 +385,7 @@ class Stubs:
             ("rep_stos", "rep_store"),
             ("rep_movs", "rep_move"),
             ("rep_cmps", "rep_compare"),
+            ("narrow_string", "narrow_string"),
         ):
             self._begin(name)
             down, done, leave = a.label(), a.label(), a.label()
@@ -393,7 +394,8 @@ class Stubs:
             a.mov(RSI, RDI, size=32)
             a.shr(RSI, 24, size=32)
             a.and_(RSI, 3, size=32)
-            if routine != "rep_compare":
+            both_ways = routine in ("rep_store", "rep_move")
+            if both_ways:
                 a.test(field("flags"), 0x400, size=32)
                 a.jcc(Cond.NE, down)
             self._call(a, routine)
@@ -403,7 +405,7 @@ class Stubs:
             self._restore(a)
             a.ret(8)
             self._not_done(a, leave)
-            if routine == "rep_compare":
+            if not both_ways:
                 continue
             a.bind(down)
             if routine == "rep_move":
