@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+
 import hypothesis
 import pytest
 
@@ -9,8 +13,19 @@ from skep.errors import UserError
 from skep.guest import debian
 from skep.guest import root as debian_root
 
+_RUN = pytest.StashKey[str]()
+
 hypothesis.settings.register_profile("skep", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("skep")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """VMs of tests have a run directory of their own: their names are nobody else's business."""
+    config.stash[_RUN] = os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="skep-run-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[_RUN], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def test_a_lock_nests_in_its_own_thread_and_excludes_others() -> None:
             while not mine("test-nest")[0].waiting:
                 entered.wait(0.001)
         assert lock.held()
-        assert mine("test-nest") == [Holding("test-nest", threading.current_thread().name, ("other",))]
+        assert mine("test-nest") == [Holding("test-nest", threading.get_ident(), (thread.ident,))]
         assert not entered.wait(0.02)
     thread.join(5)
     assert entered.is_set()

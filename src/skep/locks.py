@@ -97,23 +97,26 @@ class Lock:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Who has to do with one lock at this moment; threads by their names."""
+    """Who has to do with one lock at this moment; threads by ``threading.get_ident``, as names need not be unique."""
 
     lock: str
-    holder: str | None
-    waiting: tuple[str, ...]
+    holder: int | None
+    waiting: tuple[int, ...]
 
 
 def holders() -> list[Holding]:
-    """Every lock of this process that is held or waited for: what to read when nothing moves."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-
-    def name(ident: int) -> str:
-        return names.get(ident, f"thread {ident}")
-
+    """Every lock of this process that is held or waited for: what to read when nothing moves. Takes none of them."""
     found = []
-    for lock in sorted(_locks, key=lambda lock: (lock.order, lock.name)):
-        owner, waiting = lock._owner, sorted(lock._waiting)
+    for lock in sorted(_every_lock(), key=lambda lock: (lock.order, lock.name)):
+        owner, waiting = lock._owner, tuple(sorted(lock._waiting))
         if owner or waiting:
-            found.append(Holding(lock.name, name(owner) if owner else None, tuple(map(name, waiting))))
+            found.append(Holding(lock.name, owner or None, waiting))
     return found
+
+
+def _every_lock() -> list[Lock]:
+    while True:
+        try:
+            return list(_locks)
+        except RuntimeError:  # one was made meanwhile
+            continue

@@ -275,6 +275,21 @@ class Vm:
         if self._board is not None and self.state not in (State.ENDED, State.CLOSED):
             self._board.nmi()
 
+    def processors(self) -> tuple[str, ...]:
+        """What each processor does at this moment: running, halted, frozen, or waiting to be started. Never waits."""
+        return tuple(processor.doing for processor in self._processors)
+
+    def registers(self, index: int, timeout: float = 2.0) -> dict[str, Any]:
+        """The registers of a processor as they are between two of its instructions, in the engine contract's names; it
+        goes on at once. Empty: it was never started. May be called from any thread but a processor's.
+
+        Raises UserError where there is no such processor, or it does not answer within ``timeout`` seconds.
+        """
+        processors = self._processors
+        if not 0 <= index < len(processors):
+            raise UserError(f"there is no processor {index} now", self.name, f"it has {len(processors)}, from 0")
+        return processors[index].registers(timeout)
+
     def stop(self) -> None:
         """Ask for the end, whatever the guest does; ``wait`` tells when it came."""
         self._tell(_Request(Step.END, Outcome(End.STOPPED)))
@@ -514,6 +529,8 @@ class _Processor:
         self._guard = threading.Lock()  # of pausing and parking, and of the thread's beginning
         self._paused = paused
         self._parked = threading.Event()
+        self._errands: deque[Callable[[], None]] = deque()
+        """To be done on its thread, between two runs of guest code, whatever else it waits for."""
         self._ending = False
         self._held = True
         """It waits for its start: an application processor between INIT and SIPI."""
@@ -572,6 +589,37 @@ class _Processor:
             self._parked.clear()
         self._wake.set()
 
+    @property
+    def doing(self) -> str:
+        if self._thread is None or self._held:
+            return "waiting to be started"
+        if self._parked.is_set():
+            return "frozen"
+        return "halted" if self._halted is not None else "running"
+
+    def registers(self, timeout: float) -> dict[str, Any]:
+        answer: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
+
+        def take() -> None:
+            try:
+                answer.put({} if self._vcpu is None else self._vcpu.get_state())
+            except Exception as error:  # theirs who asked, not the guest's
+                answer.put(error)
+
+        if self._thread is None:
+            return {}
+        self._errands.append(take)
+        self._interrupt()
+        try:
+            state = answer.get(timeout=timeout)
+        except queue.Empty:
+            raise UserError(
+                f"processor {self.index} does not answer", self._vm.name, "its thread's stack may say why"
+            ) from None
+        if isinstance(state, Exception):
+            raise state
+        return state
+
     def end(self) -> None:
         """The thread is over when it returns, the vCPU closed, and nothing of the engine is held any more."""
         with self._guard:
@@ -607,6 +655,8 @@ class _Processor:
         """Do what was asked, wait while there is nothing to run; None when it is over."""
         self._sleeping = True  # before looking: what comes after the look wakes us
         while not self._ending:
+            while self._errands:
+                self._errands.popleft()()
             with self._guard:
                 if self._paused:
                     self._parked.set()

@@ -46,7 +46,7 @@ class Run:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=ENVIRONMENT,
+            env={**os.environ, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"]},
         )
         self.output = b""
 

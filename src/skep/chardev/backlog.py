@@ -13,7 +13,7 @@ class Backlog:
     """A queue that never makes who puts wait. Where it is full the oldest bytes go: who comes to a console late wants
     to see how it ended. In their place stands a line with their number.
 
-    One thread puts, another one takes.
+    Any thread puts, one takes.
     """
 
     def __init__(self) -> None:

@@ -130,6 +130,10 @@ class Stdio:
         """Put what is not the guest's on the terminal, for the overlay."""
         self._writer.aside(data)
 
+    def call(self, callback: Callable[[], None]) -> None:
+        """Call back on the loop's thread, soon."""
+        self._loop.call(callback)
+
     def leave_overlay(self) -> None:
         """Back to the guest, as Ctrl-A c does it. On the loop's thread."""
         if self._overlaid:

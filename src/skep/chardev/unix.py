@@ -11,7 +11,7 @@ from skep.chardev.listener import Listener
 from skep.chardev.loop import Loop
 from skep.errors import UserError
 
-_LONGEST = 107
+LONGEST = 107
 """Bytes of a name in struct sockaddr_un, less the zero."""
 _CLIENTS = 128
 
@@ -27,8 +27,8 @@ def listen(path: str, key: str) -> tuple[socket.socket, Callable[[], None]]:
     of a process that was killed, is replaced. Raises UserError, with ``key`` as its place."""
     if not path:
         raise UserError("names no socket", key, "say unix:PATH")
-    if len(os.fsencode(path)) > _LONGEST:
-        raise UserError(f"{path} is longer than the {_LONGEST} bytes that a socket's name may have", key)
+    if len(os.fsencode(path)) > LONGEST:
+        raise UserError(f"{path} is longer than the {LONGEST} bytes that a socket's name may have", key)
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.fchmod(server.fileno(), 0o600)  # before it has a name, so that nobody else is ever let in

@@ -65,7 +65,7 @@ class Writer:
         return LIMIT if self._broken else self.backlog.room()
 
     def aside(self, data: bytes) -> None:
-        """Write what is not the guest's; it overtakes what waits. From any one thread."""
+        """Write what is not the guest's; it overtakes what waits. From any thread."""
         self._aside.put(data)
         self._ready.set()
 
@@ -90,24 +90,32 @@ class Writer:
                 time.sleep(_GATHER)
             self._ready.clear()
             closing = self._closing  # after clearing: who closes later sets it once more
-            while data := self._aside.take(_CHUNK) or (b"" if self._held else self.backlog.take(_CHUNK)):
-                self._write_all(data)
+            while self._pass_on():
+                pass
             if closing:
                 return
 
-    def _write_all(self, data: bytes) -> None:
-        self._unwritten = len(data)
+    def _pass_on(self) -> bool:
+        """One piece of what there is; False: there is nothing."""
+        if data := self._aside.take(_CHUNK):
+            self._write_all(data)
+        elif data := b"" if self._held else self.backlog.take(_CHUNK):
+            self._unwritten = len(data)
+            self._gone += self._write_all(data)
+            self._unwritten = 0
+        return bool(data)
+
+    def _write_all(self, data: bytes) -> int:
+        """How many of the bytes nobody took."""
         while data and not self._broken:
             try:
                 data = data[os.write(self._fd, data) :]
-                self._unwritten = len(data)
             except BlockingIOError:
                 # Somebody else made the shared descriptor non-blocking.
                 time.sleep(_GATHER)
             except OSError as error:
                 self._note(error)
-        self._gone += len(data)
-        self._unwritten = 0
+        return len(data)
 
     def _note(self, error: OSError) -> None:
         if error.errno not in self._told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 from skep import __version__
 from skep.config import Tree
 from skep.config.sugar import add_console, add_device, add_disk, file_name, set_cpus
+from skep.control.actions import ACTIONS
 from skep.errors import UserError
 
 DEFAULT_CMDLINE = "console=ttyS0"
@@ -171,6 +173,47 @@ def _guest_root(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_ctl(commands: Any) -> None:
+    ctl = commands.add_parser(
+        "ctl",
+        help="ask something of a VM that runs",
+        description="Ask something of a VM of this user's that runs; `skep list` shows them.",
+    )
+    ctl.add_argument("name", metavar="NAME", help="the VM's name")
+    asked = ctl.add_subparsers(metavar="ACTION", dest="action", required=True, parser_class=Parser)
+    for name, kind in ACTIONS.items():
+        action = asked.add_parser(name, help=kind.__doc__, description=kind.__doc__)
+        for field in dataclasses.fields(kind):
+            words, about = field.metadata, field.metadata["help"]
+            if field.default is dataclasses.MISSING:
+                action.add_argument(field.name, metavar=field.name.upper(), type=words["from_words"], help=about)
+            else:
+                action.add_argument(f"--{field.name}", metavar="N", type=words["from_words"], help=about)
+        action.add_argument("--json", action="store_true", help="print the answer as it came")
+    ctl.set_defaults(command=_ctl)
+
+
+def _ctl(arguments: argparse.Namespace) -> int:
+    from skep.cli.ctl import ctl
+
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ACTIONS[arguments.action])}
+    return ctl(arguments.name, arguments.action, given, arguments.json)
+
+
+def _add_list(commands: Any) -> None:
+    listing = commands.add_parser(
+        "list", help="show the VMs that run", description="Show the VMs of this user's that run."
+    )
+    listing.add_argument("--json", action="store_true", help="all that is known of them")
+    listing.set_defaults(command=_list)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from skep.cli.ctl import list_vms
+
+    return list_vms(arguments.json)
+
+
 def run_command(arguments: Sequence[str]) -> int:
     """Parse and do. Raises UserError for what is wrong with the words."""
     parser = Parser(prog="skep", description="A hypervisor in Python.")
@@ -178,6 +221,8 @@ def run_command(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     _add_run(commands)
     _add_guest(commands)
+    _add_ctl(commands)
+    _add_list(commands)
     parsed = parser.parse_args(arguments)
     if not hasattr(parsed, "command"):
         parser.error("a command is missing")

@@ -7,10 +7,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from skep.config import Tree, check_settings
+from skep.config import Settings, Tree, check_settings
+from skep.errors import UserError
+
+if TYPE_CHECKING:
+    from skep.control.directory import Claim
 
 
 def run(tree: Tree, verbose: bool) -> int:
@@ -19,15 +24,35 @@ def run(tree: Tree, verbose: bool) -> int:
     if settings.config_dump:
         sys.stdout.write(tree.dump())
         return 0
+    from skep.control.controller import Controller
     from skep.vm import End, Vm
 
     messages = Messages()
-    with Vm(tree, diagnostics=messages.say_once) as vm:
-        if verbose:
-            messages.say(f"engine {vm.engine.name}: {vm.engine_why}")
-        with Signals(vm.power_button, vm.stop):
-            vm.start()
-            outcome = vm.wait()
+    with ExitStack() as last:
+        claim = _claim(tree, settings, messages) if settings.control else None
+        if claim is not None:
+            last.callback(claim.release)
+            if claim.name != settings.name:
+                tree = tree.thawed()
+                tree["name"] = claim.name
+        vm = Vm(tree, diagnostics=messages.say_once)
+        last.callback(vm.close)  # again, should what follows fail
+        controller = Controller(vm)
+        if claim is not None:
+            from skep.control.server import Server
+
+            last.enter_context(Server(controller, claim))  # it answers until the VM is closed
+        with vm:
+            if verbose:
+                messages.say(f"engine {vm.engine.name}: {vm.engine_why}")
+            stdio = vm.plugs.stdio
+            if stdio is not None:
+                from skep.control.monitor import Monitor
+
+                stdio.overlay = Monitor(controller, stdio)
+            with Signals(vm.power_button, vm.stop, stdio.look_at_size if stdio is not None else None):
+                vm.start()
+                outcome = vm.wait()
     assert outcome is not None, "a wait without a timeout"
     messages.end = "\n"  # the terminal is the user's again
     if outcome.error is not None:
@@ -41,6 +66,20 @@ def run(tree: Tree, verbose: bool) -> int:
     for line in statistics_lines(vm.statistics):
         print(line, file=sys.stderr)
     return outcome.exit_status
+
+
+def _claim(tree: Tree, settings: Settings, messages: Messages) -> Claim | None:
+    """The VM's name among this user's. Raises UserError where another VM has it; a host on which no VM could have one
+    is no reason not to run."""
+    from skep.control.directory import Claim, NameTaken
+
+    try:
+        return Claim(settings.name) if "name" in tree else Claim.any_of(settings.name)
+    except NameTaken:
+        raise
+    except UserError as error:
+        messages.say(f"no control socket: {error}")
+        return None
 
 
 class Messages:
@@ -87,12 +126,16 @@ class Signals:
     A Python signal handler runs in the middle of whatever the main thread does, perhaps while it holds the very lock
     that the VM's methods need; so the handler only puts the request into a queue.
 
-    SIGTERM presses the power button, a second one stops. SIGINT and SIGHUP, the terminal's, stop at once.
+    SIGTERM presses the power button, a second one stops. SIGINT and SIGHUP, the terminal's, stop at once. SIGWINCH
+    says that the terminal has another size.
     """
 
-    def __init__(self, press_power_button: Callable[[], None], stop: Callable[[], None]) -> None:
+    def __init__(
+        self, press_power_button: Callable[[], None], stop: Callable[[], None], resized: Callable[[], None] | None
+    ) -> None:
         self._press = press_power_button
         self._stop = stop
+        self._resized = resized
         self._requests: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._pressed = False
         self._thread = threading.Thread(target=self._main, name="signals", daemon=True)
@@ -100,7 +143,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self._thread.start()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *([signal.SIGWINCH] if self._resized else ())):
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -115,7 +158,10 @@ class Signals:
 
     def _main(self) -> None:
         while (number := self._requests.get()) is not None:
-            if number == signal.SIGTERM and not self._pressed:
+            if number == signal.SIGWINCH:
+                if self._resized is not None:
+                    self._resized()
+            elif number == signal.SIGTERM and not self._pressed:
                 self._pressed = True
                 self._press()
             else:

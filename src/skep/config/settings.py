@@ -24,7 +24,9 @@ BRANCHES = ("pci", "lpc", "bios", "system", "board", "chassis", "x86")
 class Settings:
     """The VM's own keys, as values."""
 
-    name: str = option(values.text, "guest", doc="what the VM is called, in messages and thread names")
+    name: str = option(
+        values.vm_name, "guest", doc="what the VM is called; `skep run` takes guest-2, guest-3... if it is not given"
+    )
     cpus: int = option(values.integer(1, MAX_CPUS), 1, doc="number of virtual CPUs")
     max_cpus: int | None = option(
         values.integer(1, MAX_CPUS), None, doc="how many there could be, as the guest's tables tell; at least cpus"
@@ -54,6 +56,7 @@ class Settings:
     no_reboot: bool = option(values.boolean, False, doc="a reboot of the guest ends the VM")
     stats: bool = option(values.boolean, False, doc="tell at the VM's end what the engine did")
     perf_map: bool = option(values.boolean, False, doc="name the guest's code for Linux perf, in /tmp/perf-PID.map")
+    control: bool = option(values.boolean, True, doc="`skep run` opens a control socket, for skep ctl and skep list")
     config_dump: bool = option(values.boolean, False, key="config.dump", doc="print the tree and exit")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+_VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", re.ASCII)
 _TRUE = frozenset({"true", "on", "yes", "1"})
 _FALSE = frozenset({"false", "off", "no", "0"})
 _NUMBER = re.compile(r"[0-9]{1,20}|0x[0-9a-f]{1,16}", re.ASCII | re.IGNORECASE)
@@ -19,6 +20,13 @@ def text(value: str) -> str:
     """Any text but none."""
     if not value:
         raise ValueError("must not be empty")
+    return value
+
+
+def vm_name(value: str) -> str:
+    """What a file may be called too, everywhere."""
+    if not _VM_NAME.fullmatch(value):
+        raise ValueError(f"{value!r} is not 1 to 64 of A-Z a-z 0-9 . _ + -, a letter or digit first")
     return value
 
 
