@@ -1,4 +1,5 @@
 # make run    a Debian guest in this terminal; Ctrl-A x stops it
+# make run-root    the same with systemd, on the disk debian.img, which is made if it is not there
 # make test   the linters and the quick tests;  make test-all  the slow ones too
 # make bench  beside QEMU and natively (BENCH_OPTIONS='--rows alu,crc --rounds 2 --boots 0');  make lint  the linters alone
 #
@@ -7,9 +8,11 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 MEMORY ?= 512M
+DISK ?= debian.img
 
 RUN_PACKAGES := python3 python3-venv
-TEST_PACKAGES := $(RUN_PACKAGES) acpica-tools binutils cpio debootstrap dmidecode e2fsprogs linux-perf lz4 openssl qemu-user \
+ROOT_PACKAGES := debootstrap e2fsprogs
+TEST_PACKAGES := $(RUN_PACKAGES) $(ROOT_PACKAGES) acpica-tools binutils cpio dmidecode linux-perf lz4 openssl qemu-user \
     qemu-utils sqlite3 tcc xz-utils zstd
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev qemu-system-x86
 
@@ -18,7 +21,7 @@ BIN := .venv/bin
 RUN_STAMP := .venv/run.stamp
 DEV_STAMP := .venv/dev.stamp
 
-.PHONY: run test test-all bench lint clean
+.PHONY: run run-root test test-all bench lint clean
 .DELETE_ON_ERROR:
 
 run: $(RUN_STAMP)
@@ -26,6 +29,14 @@ run: $(RUN_STAMP)
 	exec $(BIN)/skep run --memory $(MEMORY) \
 	    --kernel "$$(sed -n 's/^kernel=//p' <<< "$$paths")" \
 	    --initrd "$$(sed -n 's/^initrd=//p' <<< "$$paths")" $(RUN_OPTIONS)
+
+run-root: $(RUN_STAMP)
+	@tools/need $(ROOT_PACKAGES)
+	@paths=$$($(BIN)/skep guest debian --root) && \
+	made() { sed -n "s/^$$1=//p" <<< "$$paths"; } && \
+	{ [ -e $(DISK) ] || cp --sparse=always --no-preserve=mode "$$(made root)" $(DISK); } && \
+	exec $(BIN)/skep run --memory $(MEMORY) --kernel "$$(made kernel)" --initrd "$$(made initrd)" \
+	    --disk $(DISK) --cmdline "console=ttyS0 root=/dev/vda" $(RUN_OPTIONS)
 
 test: lint
 	$(BIN)/pytest -m "not slow"

@@ -53,5 +53,5 @@ class Debian(Session):
     def log_in(self) -> None:
         """The prompt came, and from now on the session's commands are obeyed there."""
         self.vm.console.expect(PROMPT, timeout=BOOT)
-        self.vm.console.send(f"PAGER=cat exec sh -c '{_LISTENER}'\n")
+        self.vm.console.send(f"PAGER=cat TERM=dumb exec sh -c '{_LISTENER}'\n")
         super().wait_ready()

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import skep
 from skep.config.values import size
 from skep.guest.root import CMDLINE, Root
 from skep.vm import End
-from tests.debian import Debian, copy_of
+from tests.debian import PROMPT, Debian, copy_of
 from tests.linux import BOOT, complaints
 
 WORK = Path(__file__).with_name("work.sh")
@@ -80,7 +81,7 @@ def test_five_boots_of_five(root: Root, disk: Path, memory: str) -> None:
     for number in range(1, 6):
         with Debian(root, disk, memory=memory, words="") as debian:
             assert debian("systemctl --failed --no-legend") == ""
-            assert len(debian("journalctl --list-boots --no-pager -o json").split('"boot_id"')) == number + 1
+            assert len(debian("journalctl --list-boots --quiet").splitlines()) == number
             identities.add(debian("cat /etc/machine-id"))
             debian.power_off()
         check_file_system(disk)
@@ -132,4 +133,52 @@ def test_sigterm_presses_it(root: Root, disk: Path) -> None:
             assert process.returncode == 0
         finally:
             process.kill()
+    check_file_system(disk)
+
+
+VIRTIO_CONSOLE = "virtio-console,console=program,org.example.agent=program"
+
+
+@pytest.mark.slow
+def test_a_login_on_virtio_console_beside_the_serial_one(root: Root, disk: Path) -> None:
+    """Also where it is not the kernel's console; and udev gives a port its name."""
+    with Debian(root, disk, devices=[VIRTIO_CONSOLE]) as debian:
+        terminal = debian.vm.serial("console")
+        terminal.expect(PROMPT, timeout=BOOT)
+        terminal.send("tty; echo $((6 * 7))\n")
+        terminal.expect(r"/dev/hvc0\r\n42\r\n", timeout=BOOT)
+        assert debian("tty") == "/dev/ttyS0\n"
+        assert sorted(debian("who").split()[1::5]) == ["hvc0", "ttyS0"]
+        agent = debian.vm.serial("org.example.agent")
+        debian.begin("read -r line < /dev/virtio-ports/org.example.agent; echo got $line")
+        agent.send("a word\n")
+        assert debian.end() == "got a word\n"
+        terminal.send("exit\n")
+        terminal.expect(PROMPT, timeout=BOOT)  # another login
+        assert debian("systemctl --failed --no-legend") == ""
+        debian.power_off()
+    check_file_system(disk)
+
+
+@pytest.mark.slow
+def test_virtio_console_alone(root: Root, disk: Path) -> None:
+    """The kernel's messages, systemd's and the login, without a serial port."""
+    with skep.Vm(
+        kernel=root.kernel,
+        initrd=root.initrd,
+        memory="512M",
+        cmdline="console=hvc0 root=/dev/vda",
+        disks=[disk],
+        devices=[VIRTIO_CONSOLE],
+        console="none",
+    ) as vm:
+        vm.start()
+        terminal = vm.serial("console")
+        terminal.expect("Welcome to .*Debian GNU/Linux 12", timeout=BOOT)
+        terminal.expect("debian login: root", timeout=BOOT)
+        terminal.expect(PROMPT, timeout=BOOT)
+        terminal.send("systemctl poweroff\n")
+        terminal.expect("reboot: Power down", timeout=BOOT)
+        outcome = vm.wait(BOOT)
+        assert outcome is not None and outcome.end is End.POWERED_OFF, outcome
     check_file_system(disk)

@@ -34,14 +34,17 @@ load() {
     done < "/lib/modules/$1.order"
 }
 
-# The virtio devices that are there, by their PCI device IDs.
+# The virtio devices that are there, by their PCI device IDs (the second: of transitional ones, as QEMU has them).
 for device in $(cat /sys/bus/pci/devices/*/device 2> /dev/null); do
     case $device in
-        0x1042) load virtio_pci; load virtio_blk ;;
-        0x1043) load virtio_pci; load virtio_console ;;
-        0x1044) load virtio_pci; load virtio_rng ;;
+        0x1042 | 0x1001) load virtio_pci; load virtio_blk ;;
+        0x1043 | 0x1003) load virtio_pci; load virtio_console ;;
+        0x1044 | 0x1005) load virtio_pci; load virtio_rng ;;
     esac
 done
+
+# With a virtio console alone there was none when we were started.
+[ -e /proc/self/fd/1 ] || exec < /dev/console > /dev/console 2>&1
 
 # Mounts the real root on /mnt. Its device may take a moment to appear.
 mount_root() {
