@@ -80,3 +80,23 @@ def test_discard_and_zeros(guest: Guest, tmp_path: Path) -> None:
     zeroed[3 * 512 : 5 * 512] = bytes(1024)
     assert large.read_bytes() == zeroed
     assert digest == hashlib.sha256(zeroed).hexdigest()
+
+
+def test_a_queue_for_each_processor(guest: Guest, tmp_path: Path) -> None:
+    disk = image(tmp_path / "disk", 8 * MIB, seed=4)
+    with Linux(guest, cpus=2, disks=[disk]) as linux:
+        assert linux("ls /sys/block/vda/mq; cat /sys/block/vda/mq/?/cpu_list").split() == ["0", "1", "0", "1"]
+        whole = hashlib.sha256(disk.read_bytes()).hexdigest()
+        for cpu in (0, 1):
+            before = interrupts(linux)
+            command = f"taskset {1 << cpu} dd if=/dev/vda bs=64k iflag=direct 2> /dev/null | sha256sum"
+            assert linux(command).split()[0] == whole
+            after = interrupts(linux)
+            assert after[cpu] - before[cpu] >= 10 and after[1 - cpu] - before[1 - cpu] < 10
+        linux.power_off()
+
+
+def interrupts(linux: Linux) -> list[int]:
+    """How many have come from each of the disk's queues."""
+    lines = linux("grep virtio0-req /proc/interrupts").splitlines()
+    return [sum(map(int, line.split()[1:3])) for line in lines]

@@ -42,6 +42,10 @@ def test_random_numbers_a_terminal_and_named_ports(guest: Guest, tmp_path: Path)
         terminal.expect(r"42\r\n/dev/hvc0\r\n", timeout=BOOT)
         terminal.send("seq 1 2000\n")
         assert terminal.expect(r"\n1998\r\n1999\r\n2000\r\n", timeout=BOOT).string.count("\n") > 1995
+        console = linux.vm.board.pci.functions[3, 0].device  # type: ignore[attr-defined]
+        console.ports[0].resized(132, 50)  # as the backend says when it is a terminal
+        terminal.send("while [ \"$(stty size)\" != '50 132' ]; do sleep 0.1; done; echo si''zed\n")
+        terminal.expect("sized", timeout=BOOT)
         terminal.send("exit\n")
         linux.end()
 
