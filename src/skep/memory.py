@@ -91,6 +91,7 @@ class GuestMemory:
         window = _window(self.top, self.base)
         # The window goes when the last view of it is gone, so that a view held too long is late, not wild.
         self._unmap = weakref.finalize(window, _munmap, self.base, self.top + _GUARD)
+        self._unmap.atexit = False  # the process may end while processors and devices still use it
         self.regions = [Region(0, self.low_size, self.base)]
         if self.high_size:
             self.regions.append(Region(high_base, self.high_size, self.base + high_base))

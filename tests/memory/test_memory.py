@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+import skep
 from skep.memory import PAGE, GuestMemory, MemoryFault
 
 GiB = 1 << 30
@@ -191,3 +195,24 @@ def test_a_view_held_past_close_is_late_not_wild() -> None:
     assert bytes(view) == b"kept" and mapped(m, base)
     view.release()
     assert not mapped(m, base)
+
+
+STILL_USED = """
+import os, threading
+from skep.memory import GuestMemory
+memory = GuestMemory(256 << 20)
+view = memory.view(0, 256 << 20)
+def use():
+    while True:
+        view[: 128 << 20] = view[128 << 20 :]
+threading.Thread(target=use, daemon=True).start()
+threading.Event().wait(0.05)
+"""
+
+
+def test_a_process_may_end_while_its_threads_use_it() -> None:
+    """A program that forgot to close its VM ends as it meant to, and not by SIGSEGV."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(skep.__file__ or "").parent.parent)}
+    for _ in range(3):
+        command = [sys.executable, "-c", STILL_USED]
+        assert subprocess.run(command, check=False, timeout=60, env=environment).returncode == 0
