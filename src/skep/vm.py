@@ -290,6 +290,12 @@ class Vm:
             raise UserError(f"there is no processor {index} now", self.name, f"it has {len(processors)}, from 0")
         return processors[index].registers(timeout)
 
+    def new_generation(self) -> None:
+        """Say that this VM goes on from a past which it shares with others: the guest gets another generation
+        identifier, and reseeds its random numbers."""
+        if self._board is not None and self.state not in (State.ENDED, State.CLOSED):
+            self._board.new_generation()
+
     def stop(self) -> None:
         """Ask for the end, whatever the guest does; ``wait`` tells when it came."""
         self._tell(_Request(Step.END, Outcome(End.STOPPED)))

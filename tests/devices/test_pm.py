@@ -10,7 +10,7 @@ import pytest
 from skep.bus import Bus
 from skep.contracts.conformance import DeviceConformance
 from skep.contracts.io import IoRegion
-from skep.devices.pm import BASE, PM_TIMER_HZ, AcpiPm
+from skep.devices.pm import BASE, GPE0, PM_TIMER_HZ, AcpiPm
 from tests.boardtest import Time, Wire
 
 
@@ -110,3 +110,17 @@ def test_reset_register(time: Time, writes: list[int]) -> None:
         assert not machine.asked
         machine.pm.reset_control.write(0, 1, value)
     assert machine.asked == ["reset"] and machine.pm.reset_control.read(0, 1) == writes[-1]
+
+
+def test_general_purpose_events(time: Time) -> None:
+    machine = Machine(time)
+    status, enable = BASE + GPE0, BASE + GPE0 + 2
+    with time.lock:
+        machine.pm.raise_event(9)
+    assert machine.bus.port_read(status, 2) == 1 << 9 and not machine.sci.level
+    machine.bus.port_write(enable + 1, 1, 1 << 1)
+    assert machine.sci.level
+    machine.bus.port_write(status, 2, 1 << 8)
+    assert machine.sci.level, "another event's bit"
+    machine.bus.port_write(status, 4, 1 << 9)
+    assert machine.bus.port_read(status, 4) == 0 and not machine.sci.level

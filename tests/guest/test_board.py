@@ -82,3 +82,20 @@ def test_without_acpi_linux_boots_by_the_mp_table(tmp_path: Path) -> None:
         assert linux("head -c 5 /dev/vda") == "straw"
         assert re.search(r"^ *4: +[1-9]\d* +IO-APIC +4-edge +ttyS0", linux("cat /proc/interrupts"), re.MULTILINE)
         assert complaints(log) == []
+
+
+def test_pci_express_features_are_handed_over(linux: Linux) -> None:
+    said = [line for line in linux("dmesg").splitlines() if "_OSC" in line]
+    assert any("OS now controls [PCIeHotplug PME AER PCIeCapability LTR]" in line for line in said), said
+    assert not any("fail" in line or "AE_" in line for line in said), said
+
+
+@pytest.mark.slow
+def test_a_new_generation_reseeds_the_guests_random_numbers() -> None:
+    """The full kernel; the cloud's has no driver for it."""
+    with Linux(debian.obtain(full=True)) as linux:
+        linux("head -c 1 /dev/random > /dev/null")  # returns when there is something to reseed
+        assert "virtual machine fork" not in linux("dmesg")
+        linux.vm.new_generation()
+        linux("until dmesg | grep -q 'crng reseeded due to virtual machine fork'; do sleep 0.1; done")
+        linux.power_off()

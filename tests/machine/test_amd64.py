@@ -19,7 +19,9 @@ from skep.chardev.null import Null
 from skep.config import Tree, check_settings
 from skep.devices.virtio.pci import VirtioPci
 from skep.machine import Events, amd64
-from skep.machine.amd64 import ECAM_BASE, PCI_MEMORY, Amd64Board
+from skep.machine.amd64 import Amd64Board
+from skep.machine.amd64map import BIOS_BASE, ECAM_BASE, LOW_RAM_END, PCI_MEMORY, VMGENID_BASE, VMGENID_GPE
+from skep.machine.amd64tables import memory_map
 from skep.memory import GuestMemory
 from tests.boot.bzimage import bzimage
 
@@ -76,7 +78,7 @@ def made(tmp_path: Path) -> Iterator[Made]:
 @pytest.mark.parametrize("size", [64 * MiB, 3 << 30, (3 << 30) + 4096, 5 << 30])
 def test_the_memory_map_is_sorted_disjoint_and_all_there(tmp_path: Path, size: int) -> None:
     made = Made(tmp_path, size)
-    ranges = made.board.memory_map()
+    ranges = memory_map(made.memory)
     assert all(a.start + a.size <= b.start for a, b in pairwise(ranges))
     told = 0
     for start, length, kind in ranges:
@@ -86,11 +88,11 @@ def test_the_memory_map_is_sorted_disjoint_and_all_there(tmp_path: Path, size: i
             told += length
         elif kind is RangeType.ACPI:
             assert made.memory.read(start, 8) == b"RSD PTR "
-        elif start == amd64.BIOS_BASE:
+        elif start == BIOS_BASE:
             assert made.memory.read(start, 4) == b"_MP_"
         else:
             assert not any(made.memory.is_ram(start + i) for i in range(0, length, 4096))
-    assert size - told == MiB - amd64.LOW_RAM_END, "only what lies below 1 MiB is kept back"
+    assert size - told == MiB - LOW_RAM_END, "only what lies below 1 MiB is kept back"
     count = made.memory.read(ZERO_PAGE + 0x1E8, 1)[0]
     table = [struct.unpack("<QQI", made.memory.read(ZERO_PAGE + 0x2D0 + 20 * i, 20)) for i in range(count)]
     assert table == ranges
@@ -216,6 +218,21 @@ def test_the_nmi_button_is_heard_by_who_listens_at_lint1(made: Made) -> None:
     board.lapics[0].write(0x360, 4, 0x1_0400)
     board.nmi()
     assert not board.wakes(0, False)
+
+
+def test_a_new_generation_is_told_by_an_event(made: Made) -> None:
+    board, memory = made.board, made.memory
+    first = memory.read(VMGENID_BASE, 16)
+    assert any(first)
+    board.reset()
+    assert memory.read(VMGENID_BASE, 16) == first, "a reset is no fork"
+    board.io.port_write(0x60E, 2, 1 << VMGENID_GPE)
+    board.pause()
+    board.new_generation()
+    board.new_generation()
+    assert memory.read(VMGENID_BASE, 16) == first and not board.io.port_read(0x60C, 2)
+    board.resume()
+    assert memory.read(VMGENID_BASE, 16) != first and board.io.port_read(0x60C, 2) == 1 << VMGENID_GPE
 
 
 def test_time_and_devices_stand_still_while_paused(made: Made) -> None:

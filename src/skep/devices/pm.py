@@ -1,8 +1,8 @@
-"""ACPI fixed hardware: PM1a, the PM timer, and the reset register (ACPI 6.4, 4.8; ICH9 data sheet 13.8, 13.7.5).
+"""ACPI fixed hardware: PM1a, the PM timer, GPE0, and the reset register (ACPI 6.4, 4.8; ICH9 data sheet 13.8, 13.7.5).
 
-The only events are the power button and the timer; the others of the fixed events have their bits and never happen.
-There are no general-purpose events, no sleeping states but S5 (soft off), and no system management mode: SCI_EN is
-always set, as after a firmware that hands over in ACPI mode.
+The only fixed events are the power button and the timer; the others have their bits and never happen. General-purpose
+events are for others on the board to raise. There are no sleeping states but S5 (soft off), and no system management
+mode: SCI_EN is always set, as after a firmware that hands over in ACPI mode.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from skep.bus import Bus
     from skep.clock import GuestClock
 
-BASE = 0x600
-"""PM1a_EVT_BLK at the base (4 bytes), PM1a_CNT_BLK at +4 (2 bytes), PM_TMR_BLK at +8 (4 bytes)."""
+BASE, SIZE = 0x600, 16
+"""PM1a_EVT_BLK is at the base (4 bytes)."""
+CONTROL, TIMER, GPE0 = 4, 8, 12
+"""PM1a_CNT_BLK (2 bytes), PM_TMR_BLK (4 bytes) and GPE0_BLK, from the base."""
+GPE0_SIZE = 4
+"""16 events: as many status bits, then as many enable bits."""
 SCI_GSI = 9
 PM_TIMER_HZ = 3_579_545
 SLEEP_TYPE_S5 = 5
@@ -45,7 +49,9 @@ class AcpiPm(Fields):
     """
 
     name = "acpi-pm"
-    state_fields: ClassVar[tuple[str, ...]] = ("status", "enable", "control", "timer_high", "reset_control")
+    state_fields: ClassVar[tuple[str, ...]] = (
+        "status", "enable", "control", "timer_high", "gpe_status", "gpe_enable", "reset_control",
+    )  # fmt: skip
 
     def __init__(
         self, clock: GuestClock, sci: IrqLine, power_off: Callable[[], None], reset_machine: Callable[[], None]
@@ -59,6 +65,7 @@ class AcpiPm(Fields):
 
     def reset(self) -> None:
         self.status = self.enable = self.control = 0
+        self.gpe_status = self.gpe_enable = 0
         self.timer_high = self._ticks() >> 31
         """How often the timer's bit 31 had changed when TMR_STS was set last."""
         self.reset_control.reset()
@@ -77,15 +84,20 @@ class AcpiPm(Fields):
         self._changed()
 
     def regions(self) -> list[tuple[IoRegion, int]]:
-        return [(self, 12), (self.reset_control, 1)]
+        return [(self, SIZE), (self.reset_control, 1)]
 
     def attach(self, bus: Bus) -> None:
         """Port 0xcf9 lies within a PCI bus's CONFIG_ADDRESS, which passes it on to ``reset_control``."""
-        bus.add_ports(BASE, 12, self)
+        bus.add_ports(BASE, SIZE, self)
 
     def press_power_button(self) -> None:
         """The guest's operating system decides what follows. Under the board lock."""
         self.status |= PWRBTN_STS
+        self._changed()
+
+    def raise_event(self, number: int) -> None:
+        """A general-purpose event, which the DSDT's ``_GPE`` has a method for. Under the board lock."""
+        self.gpe_status |= 1 << number
         self._changed()
 
     def _ticks(self) -> int:
@@ -94,7 +106,7 @@ class AcpiPm(Fields):
     def _changed(self) -> None:
         """Drive the SCI; watch the timer's bit 31 where its change is to interrupt."""
         self._note_timer()
-        self._sci.set(bool(self.status & self.enable))
+        self._sci.set(bool(self.status & self.enable or self.gpe_status & self.gpe_enable))
         if self.enable & TMR_STS and not self.status & TMR_STS:
             self._timer.arm(-(-(self.timer_high + 1 << 31) * _NS // PM_TIMER_HZ))
         else:
@@ -112,11 +124,12 @@ class AcpiPm(Fields):
         self._changed()
 
     def read(self, offset: int, size: int) -> int:
-        if offset == 8 and size == 4:  # the one that is read often
+        if offset == TIMER and size == 4:  # the one that is read often
             return self._ticks() & 0xFFFF_FFFF
         self._note_timer()
         control = self.control | SCI_EN
         registers = self.status | self.enable << 16 | control << 32 | (self._ticks() & 0xFFFF_FFFF) << 64
+        registers |= self.gpe_status << 96 | self.gpe_enable << 112
         return registers >> 8 * offset & (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -124,6 +137,8 @@ class AcpiPm(Fields):
         bits = value << 8 * offset
         written = ((1 << 8 * size) - 1) << 8 * offset
         self.status &= ~(bits & _STATUS_BITS)  # write 1 to clear
+        self.gpe_status &= ~(bits >> 96) & 0xFFFF
+        self.gpe_enable = (self.gpe_enable & ~(written >> 112) | bits >> 112) & 0xFFFF
         self.enable = (self.enable & ~(written >> 16) | bits >> 16 & written >> 16) & _ENABLE_BITS
         self._changed()
         if written >> 32 & 0xFFFF:

@@ -1,8 +1,8 @@
 """The ACPI tables of an amd64 board (ACPI 6.5, chapter 5).
 
 The board says what it has in a :class:`Platform`; :func:`build` lays the tables out for one guest-physical address.
-There is no AML code, only data: nothing of this hardware needs a method. The board is in ACPI mode from the start
-(SMI_CMD is 0), its power button is the fixed-hardware one, and there is no PS/2 controller to probe.
+The AML is data but for two methods: the one that hands PCI Express features over, and the one of the general-purpose
+event. The board is in ACPI mode from the start (SMI_CMD is 0), and its power button is the fixed-hardware one.
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ class Hpet(NamedTuple):
     minimum_tick: int
 
 
+class Generation(NamedTuple):
+    """The VM generation identifier."""
+
+    address: int
+    event: int
+    """The general-purpose event that tells of its change."""
+
+
 class Platform(NamedTuple):
     """What the tables tell."""
 
@@ -63,6 +71,8 @@ class Platform(NamedTuple):
     pm1a_control: int
     pm_timer: int
     pm_timer_32bit: bool
+    gpe0: int
+    gpe0_size: int
     reset_port: int
     reset_value: int
     s5_sleep_type: int
@@ -70,6 +80,7 @@ class Platform(NamedTuple):
     """The CMOS byte that holds the century."""
     serial: tuple[Serial, ...]
     hpet: Hpet
+    generation: Generation
     pci: Pci
 
 
@@ -152,8 +163,9 @@ def fadt(platform: Platform, facs_address: int, dsdt_address: int) -> bytes:
         0,
         0, platform.sci, 0, 0, 0, 0, 0,  # no preferred profile; SCI_INT; SMI_CMD and what would be written there
         platform.pm1a_event, 0, platform.pm1a_control, 0,
-        0, platform.pm_timer, 0, 0,  # PM2, PM_TMR, GPE0, GPE1
-        4, 2, 0, 4, 0, 0, 0, 0,  # lengths of PM1_EVT, PM1_CNT, PM2_CNT, PM_TMR, GPE0, GPE1; GPE1 base, _CST
+        0, platform.pm_timer, platform.gpe0, 0,  # PM2, PM_TMR, GPE0, GPE1
+        4, 2, 0, 4,  # lengths of PM1_EVT, PM1_CNT, PM2_CNT, PM_TMR
+        platform.gpe0_size, 0, 0, 0,  # of GPE0, GPE1; GPE1 base, _CST
         no_c_state, no_c_state, 0, 0, 0, 0, 0, 0, platform.century,
         legacy_devices | vga_not_present, 0, flags,
     )  # fmt: skip
@@ -162,7 +174,8 @@ def fadt(platform: Platform, facs_address: int, dsdt_address: int) -> bytes:
     nothing = bytes(12)
     body += _gas(platform.pm1a_event, 32, _WORD) + nothing
     body += _gas(platform.pm1a_control, 16, _WORD) + nothing
-    body += nothing + _gas(platform.pm_timer, 32, _DWORD) + nothing * 4  # PM2; GPE0, GPE1, sleep control and status
+    body += nothing + _gas(platform.pm_timer, 32, _DWORD)  # PM2 before it
+    body += _gas(platform.gpe0, 8 * platform.gpe0_size, _BYTE) + nothing * 3  # GPE1, sleep control and status
     body += struct.pack("<8s", b"SKEP")  # hypervisor vendor
     return _table(b"FACP", 6, body)
 
@@ -206,6 +219,7 @@ def dsdt(platform: Platform) -> bytes:
         aml.io(platform.pm1a_event, 4),
         aml.io(platform.pm1a_control, 2),
         aml.io(platform.pm_timer, 4),
+        aml.io(platform.gpe0, platform.gpe0_size),
     ]
     if platform.reset_port not in range(0xCF8, 0xD00):  # those are the host bridge's
         ports.append(aml.io(platform.reset_port, 1))
@@ -247,11 +261,65 @@ def dsdt(platform: Platform) -> bytes:
         )
         for i in range(platform.possible_cpus)
     ]
+    devices = (*processors, _pci_root(platform.pci), board, clock, timer, *serial, _generation(platform.generation))
     return _table(
         b"DSDT",
         2,
-        aml.scope("_SB", *processors, _pci_root(platform.pci), board, clock, timer, *serial)
+        aml.scope("_SB", *devices)
+        + aml.scope("_GPE", _event(platform.generation.event, r"\_SB.GENC"))
         + aml.name("_S5", aml.package(s5, s5, aml.integer(0), aml.integer(0))),
+    )
+
+
+def _generation(generation: Generation) -> bytes:
+    """The VM generation counter device, which drivers know by its compatible and its DOS name."""
+    low, high = generation.address & 0xFFFF_FFFF, generation.address >> 32
+    return aml.device(
+        "GENC",
+        aml.name("_HID", aml.string("SKEP0001")),
+        aml.name("_CID", aml.string("VM_Gen_Counter")),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("ADDR", aml.package(aml.integer(low), aml.integer(high))),
+    )
+
+
+def _event(number: int, path: str) -> bytes:
+    """What an edge-triggered general-purpose event does: tell a device's driver of a change of its own."""
+    device_specific = 0x80
+    return aml.method(f"_E{number:02X}", 0, aml.notify(path, device_specific))
+
+
+_PCI_HOST_BRIDGE = "33db4d5b-1ff7-401c-9657-7441c03dd766"
+"""The UUID of _OSC for host bridges (PCI Firmware Specification 3.3, 4.5.1)."""
+_GRANTED = 0x3D
+"""Native hot-plug, PME, AER, the capability structure and LTR; not SHPC. Nothing here would want them for itself."""
+
+
+def _osc() -> bytes:
+    """Operating System Capabilities: which features the system may control (ACPI 6.2.11)."""
+    unrecognized_uuid, unrecognized_revision, masked = 1 << 2, 1 << 3, 1 << 4
+    status, control, capabilities = aml.name_string("CDW1"), aml.name_string("CDW3"), aml.arg(3)
+    answer = aml.return_(capabilities)
+
+    def complain(bit: int) -> bytes:
+        return aml.or_(status, aml.integer(bit), status)
+
+    return aml.method(
+        "_OSC",
+        4,
+        aml.create_dword_field(capabilities, 0, "CDW1"),
+        aml.if_(
+            aml.l_equal(aml.arg(0), aml.to_uuid(_PCI_HOST_BRIDGE)),
+            aml.create_dword_field(capabilities, 8, "CDW3"),
+            aml.if_(aml.l_not_equal(aml.arg(1), aml.integer(1)), complain(unrecognized_revision)),
+            aml.and_(control, aml.integer(_GRANTED), aml.local(0)),
+            aml.if_(aml.l_not_equal(control, aml.local(0)), complain(masked)),
+            aml.and_(control, aml.integer(_GRANTED), control),
+            answer,
+        ),
+        complain(unrecognized_uuid),
+        answer,
     )
 
 
@@ -276,4 +344,5 @@ def _pci_root(pci: Pci) -> bytes:
         aml.name("_BBN", aml.integer(0)),
         aml.name("_CRS", aml.resource_template(*windows)),
         aml.name("_PRT", aml.package(*routes)),
+        _osc(),
     )

@@ -7,12 +7,16 @@ are those of ASL (chapter 19), in lower case.
 from __future__ import annotations
 
 import struct
+from uuid import UUID
 
 ZERO_OP, ONE_OP, NAME_OP = b"\x00", b"\x01", b"\x08"
 BYTE_PREFIX, WORD_PREFIX, DWORD_PREFIX, STRING_PREFIX, QWORD_PREFIX = b"\x0a", b"\x0b", b"\x0c", b"\x0d", b"\x0e"
 SCOPE_OP, BUFFER_OP, PACKAGE_OP = b"\x10", b"\x11", b"\x12"
 DUAL_NAME_PREFIX, MULTI_NAME_PREFIX = b"\x2e", b"\x2f"
 DEVICE_OP = b"\x5b\x82"
+METHOD_OP, IF_OP, RETURN_OP, NOTIFY_OP = b"\x14", b"\xa0", b"\xa4", b"\x86"
+AND_OP, OR_OP, LNOT_OP, LEQUAL_OP, CREATE_DWORD_FIELD_OP = b"\x7b", b"\x7d", b"\x92", b"\x93", b"\x8a"
+LOCAL0, ARG0 = 0x60, 0x68
 
 
 def pkg_length(size: int) -> bytes:
@@ -94,6 +98,62 @@ def scope(path: str, *terms: bytes) -> bytes:
 def device(path: str, *terms: bytes) -> bytes:
     body = name_string(path) + b"".join(terms)
     return DEVICE_OP + pkg_length(len(body)) + body
+
+
+# Methods.
+
+
+def method(path: str, arguments: int, *terms: bytes) -> bytes:
+    """Serialized: it may make names of its own."""
+    serialized = 1 << 3
+    body = name_string(path) + bytes((arguments | serialized,)) + b"".join(terms)
+    return METHOD_OP + pkg_length(len(body)) + body
+
+
+def arg(number: int) -> bytes:
+    return bytes((ARG0 + number,))
+
+
+def local(number: int) -> bytes:
+    return bytes((LOCAL0 + number,))
+
+
+def if_(predicate: bytes, *terms: bytes) -> bytes:
+    body = predicate + b"".join(terms)
+    return IF_OP + pkg_length(len(body)) + body
+
+
+def return_(value: bytes) -> bytes:
+    return RETURN_OP + value
+
+
+def notify(path: str, value: int) -> bytes:
+    return NOTIFY_OP + name_string(path) + integer(value)
+
+
+def l_equal(left: bytes, right: bytes) -> bytes:
+    return LEQUAL_OP + left + right
+
+
+def l_not_equal(left: bytes, right: bytes) -> bytes:
+    return LNOT_OP + l_equal(left, right)
+
+
+def and_(left: bytes, right: bytes, target: bytes) -> bytes:
+    return AND_OP + left + right + target
+
+
+def or_(left: bytes, right: bytes, target: bytes) -> bytes:
+    return OR_OP + left + right + target
+
+
+def create_dword_field(source: bytes, index: int, path: str) -> bytes:
+    return CREATE_DWORD_FIELD_OP + source + integer(index) + name_string(path)
+
+
+def to_uuid(text: str) -> bytes:
+    """ToUUID("..."), a buffer with the first three groups little end first (19.6.142)."""
+    return buffer(UUID(text).bytes_le)
 
 
 # Resource descriptors (6.4). Ranges are given by their first and last address.

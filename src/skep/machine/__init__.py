@@ -69,6 +69,9 @@ class Board(Protocol):
     def complaints(self) -> list[str]:
         """What drivers did wrong, and what the host did to devices: the last few times of each."""
 
+    def new_generation(self) -> None:
+        """Tell the guest that it is a copy from now on: others may go on from the same past."""
+
     def pause(self) -> None:
         """No processor is running. Time stops, and nothing of the board changes when it returns."""
 

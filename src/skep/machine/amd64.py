@@ -1,27 +1,6 @@
 """The amd64 board: a PC without a BIOS, as Linux and others know it from ACPI.
 
-Guest-physical addresses:
-
-=====================  ==========================================================================
-0-0x9fbff              RAM; the boot loader's parts (:mod:`skep.boot`) lie here
-0x9fc00-0xdffff        RAM, told to nobody: where a PC has its EBDA, VGA and option ROMs
-0xe0000-0xeffff        ACPI tables
-0xf0000-0xfffff        where a PC's BIOS is: MP table, SMBIOS tables
-0x100000-3 GiB         RAM
-0xc0000000-0xdfffffff  windows of PCI devices (32-bit BARs)
-0xe0000000-0xe00fffff  PCI configuration space (ECAM), bus 0
-0xfec00000             I/O APIC
-0xfed00000             HPET
-0xfee00000             local APICs; MSIs are writes to 0xfee00000-0xfeefffff
-4 GiB-                 RAM beyond 3 GiB
-=====================  ==========================================================================
-
-Ports: 0x20, 0xa0, 0x4d0 8259 pair; 0x40, 0x61 8254; 0x60, 0x64, 0x92 reset and A20; 0x70 RTC; 0x3f8, 0x2f8, 0x3e8,
-0x2e8 COM1 to COM4; 0x600 ACPI PM1a and timer; 0xcf8-0xcff PCI, 0xcf9 reset; 0xc000-0xffff windows of PCI devices (I/O
-BARs).
-
-Interrupts (GSIs): 0 8254 (pin 2 of the I/O APIC), 3 COM2 and COM4, 4 COM1 and COM3, 8 RTC, 9 SCI; 16-23 the INTx pins
-of PCI slots.
+:mod:`skep.machine.amd64map` says where everything is, :mod:`skep.machine.amd64tables` what the guest is told of it.
 """
 
 from __future__ import annotations
@@ -30,12 +9,10 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from uuid import UUID
 
-from skep.boot.e820 import E820, RangeType
 from skep.boot.image import open_image
 from skep.bus import Bus
-from skep.bus.pci import FUNCTIONS, SLOTS, HostBridge, PciBus, intx_gsi
+from skep.bus.pci import FUNCTIONS, SLOTS, HostBridge, PciBus
 from skep.clock import GuestClock
 from skep.config import Node, Settings, Tree, option, values, view
 from skep.contracts.device import Device
@@ -46,36 +23,33 @@ from skep.devices.i8042 import I8042
 from skep.devices.rtc import Rtc
 from skep.devices.uart import Uart
 from skep.devices.virtio.pci import VirtioPci
-from skep.engine.amd64 import cpuid
+from skep.devices.vmgenid import VmGenId
 from skep.engine.amd64.registers import Attr, CpuState, Cr0, Rflags, Segment
 from skep.engine.amd64.tsc import read_tsc, tsc_hz
 from skep.engine.contract import Engine
 from skep.errors import HostError, UserError
-from skep.firmware import acpi, mptable, smbios
+from skep.firmware import acpi
 from skep.irqchip import hpet, ioapic, lapic
 from skep.irqchip.apicbus import ApicBus
-from skep.irqchip.lines import PIT_PIN, GsiLines
+from skep.irqchip.lines import GsiLines
 from skep.irqchip.pic import Pic
 from skep.irqchip.pit import Pit
 from skep.locks import Lock, Order
 from skep.machine import Events, PlugSerial
+from skep.machine.amd64map import (
+    COM_PORTS,
+    ECAM_BASE,
+    ECAM_SIZE,
+    IOAPIC_ID,
+    PCI_MEMORY,
+    PCI_PORTS,
+    RTC_IRQ,
+    VMGENID_BASE,
+    VMGENID_GPE,
+)
+from skep.machine.amd64tables import make_tables, memory_map
 from skep.machine.pcidevices import Surroundings, check_boot_indexes, make_pci_device
 from skep.memory import GuestMemory
-
-LOW_RAM_END = 0x9FC00
-ACPI_BASE, ACPI_SIZE = 0xE0000, 0x10000
-BIOS_BASE, BIOS_SIZE = 0xF0000, 0x10000
-MPTABLE_BASE, SMBIOS_BASE = 0xF0000, 0xF8000
-HIGH_MEMORY = 1 << 20
-PCI_MEMORY = range(0xC000_0000, 0xE000_0000)
-PCI_PORTS = range(0xC000, 0x1_0000)
-ECAM_BASE, ECAM_SIZE = 0xE000_0000, 1 << 20
-COM_PORTS = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
-"""First port and IRQ of COM1 to COM4."""
-RTC_IRQ, RTC_CENTURY = 8, 0x32
-IOAPIC_ID = 0
-PCI_ROUTING = tuple((slot, pin, intx_gsi(slot, pin)) for slot in range(1, SLOTS) for pin in range(4))
-"""(slot, pin from 0 for INTA, GSI) of every interrupt pin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +67,6 @@ class LpcOptions:
     com4: str | None = option(values.text, None, key="com4.path", doc="the fourth")
 
 
-@dataclass(frozen=True, slots=True)
-class X86Options:
-    """What is x86's own."""
-
-    mptable: bool = option(values.boolean, True, doc="describe processors and interrupts by an MP table too")
-
-
 class Amd64Board:
     """Implements :class:`skep.machine.Board`."""
 
@@ -111,7 +78,6 @@ class Amd64Board:
             raise UserError("there is nothing to boot", "boot.kernel", "name a Linux kernel, with --kernel")
         self._image = open_image(settings.boot_kernel, settings.boot_initrd, settings.boot_cmdline)
         self.cpus = settings.cpus
-        self._possible_cpus = settings.max_cpus or settings.cpus
         self.memory = memory
         self.lock = Lock("board", Order.BOARD)
         self._paused = False
@@ -126,8 +92,7 @@ class Amd64Board:
             self._legacy_devices(settings, events)
             self._pci(tree, events, plug)
             self._serial = self._serial_ports((options.com1, options.com2, options.com3, options.com4), plug)
-            self._acpi = self._acpi_tables() if settings.acpi_tables else None
-            self._firmware = self._other_tables(tree, settings)
+            self._tables = make_tables(tree, settings, memory, self._serial)
             undo.pop_all()
 
     def _interrupt_controllers(self, events: Events) -> None:
@@ -166,7 +131,8 @@ class Amd64Board:
         keyboard.attach(self.bus)
         self.pm = pm.AcpiPm(self.clock, self.lines.source(pm.SCI_GSI), events.power_off, events.reset)
         self.pm.attach(self.bus)
-        self.devices += [pit, rtc, timer, keyboard, self.pm]
+        self.generation = VmGenId(self.memory, VMGENID_BASE, lambda: self.pm.raise_event(VMGENID_GPE))
+        self.devices += [pit, rtc, timer, keyboard, self.pm, self.generation]
 
     def _serial_ports(self, paths: Iterable[str | None], plug: PlugSerial) -> tuple[acpi.Serial, ...]:
         """Those that the tree connects to something; the others are not there."""
@@ -196,93 +162,6 @@ class Amd64Board:
             self.devices.append(bridge)
             self.pci.add(bridge, 0)
 
-    def _other_tables(self, tree: Tree, settings: Settings) -> dict[int, bytes]:
-        """What firmware leaves in memory besides ACPI, by address."""
-        model = cpuid.make(settings.cpu_model, tsc_hz(), cpus=self.cpus)
-        tables = {SMBIOS_BASE: self._smbios(tree, settings, model)}
-        if view(tree.node("x86"), X86Options).mptable:
-            tables[MPTABLE_BASE] = self._mptable(model)
-        return tables
-
-    def _acpi_tables(self) -> acpi.Tables:
-        platform = acpi.Platform(
-            cpus=self.cpus,
-            possible_cpus=self._possible_cpus,
-            lapic=lapic.DEFAULT_BASE,
-            ioapic=ioapic.BASE,
-            ioapic_id=IOAPIC_ID,
-            sci=pm.SCI_GSI,
-            overrides=((0, PIT_PIN),),
-            pm1a_event=pm.BASE,
-            pm1a_control=pm.BASE + 4,
-            pm_timer=pm.BASE + 8,
-            pm_timer_32bit=True,
-            reset_port=pm.RESET_PORT,
-            reset_value=pm.RESET_VALUE,
-            s5_sleep_type=pm.SLEEP_TYPE_S5,
-            century=RTC_CENTURY,
-            serial=self._serial,
-            hpet=acpi.Hpet(hpet.BASE, hpet.SIZE, hpet.CAPABILITIES & 0xFFFF_FFFF, hpet.MIN_PERIOD_TICKS),
-            pci=acpi.Pci(
-                ecam=ECAM_BASE,
-                last_bus=(ECAM_SIZE >> 20) - 1,
-                memory=(PCI_MEMORY[0], PCI_MEMORY[-1]),
-                ports=((0, 0xCF7), (0xD00, 0xFFFF)),
-                routing=PCI_ROUTING,
-            ),
-        )
-        return acpi.build(platform, ACPI_BASE, ACPI_SIZE)
-
-    def _mptable(self, model: cpuid.Cpuid) -> bytes:
-        signature, _, _, features = model.table[1, 0]
-        machine = mptable.Machine(
-            cpus=self.cpus,
-            signature=signature,
-            features=features,
-            lapic=lapic.DEFAULT_BASE,
-            ioapic=ioapic.BASE,
-            ioapic_id=IOAPIC_ID,
-            overrides=((0, PIT_PIN),),
-            sci=pm.SCI_GSI,
-            routing=PCI_ROUTING,
-        )
-        return mptable.build(machine, MPTABLE_BASE)
-
-    def _smbios(self, tree: Tree, settings: Settings, model: cpuid.Cpuid) -> bytes:
-        signature, _, _, features = model.table[1, 0]
-        machine = smbios.Machine(
-            bios=view(tree.node("bios"), smbios.BiosStrings),
-            system=view(tree.node("system"), smbios.SystemStrings),
-            board=view(tree.node("board"), smbios.BoardStrings),
-            chassis=view(tree.node("chassis"), smbios.ChassisStrings),
-            uuid=UUID(settings.uuid) if settings.uuid is not None else smbios.default_uuid(settings.name),
-            processor=smbios.Processor(
-                manufacturer=model.vendor.decode("ascii"),
-                brand=cpuid.BRAND.decode("ascii"),
-                identifier=features << 32 | signature,
-                mhz=tsc_hz() // 1_000_000,
-                cores=self._possible_cpus,
-                enabled_cores=self.cpus,
-            ),
-            memory=tuple((region.gpa, region.size) for region in self.memory.regions),
-            rom=(BIOS_BASE, BIOS_SIZE),
-        )
-        return smbios.build(machine, SMBIOS_BASE)
-
-    def memory_map(self) -> list[E820]:
-        """What the guest is told of its memory."""
-        memory = self.memory
-        ranges = [
-            E820(0, LOW_RAM_END, RangeType.RAM),
-            E820(ACPI_BASE, ACPI_SIZE, RangeType.ACPI),
-            E820(BIOS_BASE, BIOS_SIZE, RangeType.RESERVED),
-            E820(HIGH_MEMORY, memory.low_size - HIGH_MEMORY, RangeType.RAM),
-            E820(ECAM_BASE, ECAM_SIZE, RangeType.RESERVED),
-        ]
-        if memory.high_size:
-            ranges.append(E820(memory.high_base, memory.high_size, RangeType.RAM))
-        return ranges
-
     # The life of the board.
 
     def reset(self) -> CpuState:
@@ -292,13 +171,10 @@ class Amd64Board:
             self._pressed.clear()
             self.pci.assign(PCI_PORTS, PCI_MEMORY)
         self.memory.clear()
-        rsdp = 0
-        if self._acpi is not None:
-            self.memory.write(ACPI_BASE, self._acpi.data)
-            rsdp = self._acpi.rsdp
-        for address, data in self._firmware.items():
+        for address, data in self._tables.places.items():
             self.memory.write(address, data)
-        return {**power_on_state(), **self._image.load(self.memory, self.memory_map(), rsdp)}
+        self.generation.place()
+        return {**power_on_state(), **self._image.load(self.memory, memory_map(self.memory), self._tables.rsdp)}
 
     def pause(self) -> None:
         with self.lock:
@@ -352,6 +228,9 @@ class Amd64Board:
 
     def nmi(self) -> None:
         self._press(self._pulse_lint1)
+
+    def new_generation(self) -> None:
+        self._press(self.generation.renew)
 
     def _press(self, act: Callable[[], None]) -> None:
         with self.lock:
