@@ -162,13 +162,16 @@ def test_a_reset_while_frozen(linux: Linux) -> None:
     assert linux("echo again") == "again\n"
 
 
-@pytest.mark.parametrize("times", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_a_build_is_frozen_and_thawed(guest: Guest, tmp_path: Path, times: int) -> None:
+@pytest.mark.parametrize(
+    ("cpus", "times"),
+    [(1, 50), (2, 50), pytest.param(1, 1000, marks=pytest.mark.slow), pytest.param(2, 1000, marks=pytest.mark.slow)],
+)
+def test_a_build_is_frozen_and_thawed(guest: Guest, tmp_path: Path, cpus: int, times: int) -> None:
     disk = make_disk(tmp_path / "disk.img")
     rng = random.Random(times)
     took: dict[str, list[int]] = {state: [] for state in DOING}
     frozen_ns = 0
-    with Linux(builder(guest, tmp_path), disks=[disk]) as linux:
+    with Linux(builder(guest, tmp_path), disks=[disk], cpus=cpus) as linux:
         vm = linux.vm
         linux(START)
         time.sleep(1)
