@@ -41,7 +41,7 @@ CHECKPOINT = 25
 _WORK = """
 echo 7 > /proc/sys/kernel/printk
 [ -z "$CACHE" ] || echo "$CACHE" > /sys/block/vda/cache_type || exit 1
-mount -t ext4 /dev/vda /mnt || exit 2
+mount -t ext4 -o $OPTIONS /dev/vda /mnt || exit 2
 cd /mnt
 durable() {
     dd if=/dev/null of=$1 conv=notrunc,fsync 2> /dev/null || exit 5
@@ -105,11 +105,13 @@ def record(
     synchronous: str = "FULL",
     transactions: int = 60,
     sector: int = 4096,
+    cpus: int = 1,
     disk: str = "",
     cache: str = "",
+    mount: str = "defaults",
 ) -> Session:
     """Run the guest. ``disk`` are options of it; ``cache`` is what the guest makes of its write cache, as Linux has it:
-    "write through" or "write back".
+    "write through" or "write back"; ``mount`` are options of its file system.
 
     ext4's superblock is 1 KiB with a checksum at its end, is written in place, and without it no journal is found: ext4
     with its checksums counts on disks that write it whole. On sectors of 512 bytes it goes without them.
@@ -123,7 +125,7 @@ def record(
     subprocess.run([*make, before], check=True, timeout=60)
     image.write_bytes(before.read_bytes())
     sql, digests = _transactions(transactions, synchronous)
-    work = f"CACHE='{cache}'\n{_WORK}"
+    work = f"CACHE='{cache}'\nOPTIONS='{mount}'\n{_WORK}"
     initrd = add_programs(
         guest.initrd, home / "initrd.img", ["sqlite3"], {"work.sh": work.encode(), "work.sql": sql.encode()}
     )
@@ -132,6 +134,7 @@ def record(
             kernel=guest.kernel,
             initrd=initrd,
             memory="512M",
+            cpus=cpus,
             cmdline=command_line("sh /work.sh", "quiet", "printk.devkmsg=on"),
             disks=[f"{image},record={log},sectorsize={sector}{disk and ',' + disk}"],
         ) as vm,

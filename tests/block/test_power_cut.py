@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,18 +56,21 @@ def test_nothing_is_lost_at_any_flush_and_1000_points_between(
     assert len(PowerCut(session, lying(session.entries)).losses(anywhere(session, 100, seed=3))) > 2
 
 
-CACHES = {
-    "the guest switches it off": {"cache": "write through"},
+DISKS: dict[str, dict[str, Any]] = {
+    "the guest switches the cache off": {"cache": "write through"},
     "it starts switched off": {"disk": "wce=false"},
-    "and back on": {"disk": "wce=false", "cache": "write back"},
+    "and is switched on": {"disk": "wce=false", "cache": "write back"},
     "O_DSYNC": {"disk": "direct"},
     "O_DIRECT": {"disk": "nocache"},
+    "two processors": {"cpus": 2},
+    "one queue for two processors": {"cpus": 2, "disk": "queues=1"},
+    "blocks are discarded": {"mount": "discard"},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", CACHES.values(), ids=CACHES)
-def test_nothing_is_lost_whatever_the_write_cache(guest: Guest, tmp_path: Path, options: dict[str, str]) -> None:
+@pytest.mark.parametrize("options", DISKS.values(), ids=DISKS)
+def test_nothing_is_lost_whatever_the_disk(guest: Guest, tmp_path: Path, options: dict[str, Any]) -> None:
     session = record(guest, tmp_path, transactions=100, sector=512, **options)
     assert PowerCut(session).losses(after_flushes(session, 200) + anywhere(session, 200, seed=4)) == []
 
