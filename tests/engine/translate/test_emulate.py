@@ -208,6 +208,18 @@ def test_repetition_stops_where_it_faults(cpu: PlainCpu) -> None:
     assert (cpu.st.rdi, cpu.st.rcx, cpu.st.rip) == (DATA + 0x1FFE, 0x1000 - 0x7FF, CODE)
 
 
+def test_comparing_that_faults_leaves_the_flags_of_before(cpu: PlainCpu) -> None:
+    """SDM 2, REP: also far into a repetition."""
+    for before in (Rflags.CF | Rflags.OF, Rflags.ZF):
+        cpu.holes.add(DATA + 0x2000)
+        cpu.st.rflags = before
+        cpu.st.rdi, cpu.st.rax, cpu.st.rcx = DATA, 0x11, 0x10000
+        with pytest.raises(GuestFault):
+            for _ in range(0x2000 // emulate_string.MAX_ROUNDS + 1):
+                run(cpu, "repne scasb")
+        assert cpu.st.rdi == DATA + 0x2000 and cpu.st.flags & Rflags.STATUS == before
+
+
 def test_overlapping_repetition_repeats(cpu: PlainCpu) -> None:
     cpu.memory[DATA : DATA + 3] = b"abc"
     cpu.st.rsi, cpu.st.rdi, cpu.st.rcx = DATA, DATA + 3, 100

@@ -218,6 +218,7 @@ def string(e: Context, i: Instruction) -> None:
             return
     if st.q[RCX] & MASK[element.address_size]:
         e.next_rip = st.rip  # more to do, after a look at what is pending
+        st.flags = flags_before  # which a fault further on is to find
 
 
 HANDLERS: dict[int, Handler] = dict.fromkeys(_STRINGS, string)
