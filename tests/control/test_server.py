@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import skep
-from skep.control import actions
+from skep.control import actions, text
 from skep.control.client import Client
 from skep.control.controller import Controller
 from skep.control.directory import Claim
@@ -32,7 +32,7 @@ from tests.tiny_kernel import tiny_kernel
 def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[skep.Vm]:
     kernel = tmp_path_factory.mktemp("kernel") / "bzImage"
     kernel.write_bytes(tiny_kernel())
-    with skep.Vm(kernel=kernel, memory="16M", name="web") as vm:
+    with skep.Vm(kernel=kernel, memory="16M", name="web", devices=["virtio-rnd"]) as vm:
         vm.start()
         vm.console.expect("B", timeout=60)
         yield vm
@@ -89,9 +89,12 @@ def test_a_conversation(path: Path) -> None:
 
 
 def test_a_status_tells_all(server: Server, vm: skep.Vm) -> None:
+    disk = vm.board.pci.functions[2, 0].device  # type: ignore[attr-defined]
+    disk.complain("the driver is lost")
     with Client("web") as client:
         status = client.request("status")
     assert status.pop("guest_seconds") > 0
+    assert "virtio-rnd 0.2.0: the driver is lost" in list(text.lines("status", {**status, "guest_seconds": 1.0}))
     assert status == {
         "name": "web",
         "state": "running",
@@ -100,6 +103,7 @@ def test_a_status_tells_all(server: Server, vm: skep.Vm) -> None:
         "memory": 16 << 20,
         "processors": ["running"],
         "ports": [{"name": "com1", "where": "program", "present": True, "waiting": 0, "dropped": 0}],
+        "complaints": ["virtio-rnd 0.2.0: the driver is lost"],
         "end": None,
     }
 

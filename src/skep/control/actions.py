@@ -128,6 +128,8 @@ class VmStatus(NamedTuple):
     guest_seconds: float
     """The guest's own time since it was made: it stands still in a freeze."""
     ports: list[Port]
+    complaints: list[str]
+    """What the guest's drivers did wrong, and the host to its disks: the last few times, for each device."""
     end: str | None
     """How it ended."""
 

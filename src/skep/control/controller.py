@@ -114,6 +114,7 @@ class Controller:
             processors=list(vm.processors()),
             guest_seconds=vm.board.clock.now_ns() / 1e9,
             ports=[actions.Port(name, *status) for name, status in vm.plugs.status()],
+            complaints=vm.complaints(),
             end=None if outcome is None else str(outcome),
         )
 

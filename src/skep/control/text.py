@@ -46,6 +46,7 @@ def _status(status: dict[str, Any]) -> Iterator[str]:
             if port[what]:
                 words.append(f"{port[what]} bytes {what}")
         yield f"{port['name']}: {', '.join(words)}"
+    yield from status["complaints"]
 
 
 def _registers(result: dict[str, Any]) -> Iterator[str]:
