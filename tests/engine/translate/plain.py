@@ -105,6 +105,7 @@ class PlainCpu:
         self.read_only: set[int] = set()
         self.flushes: list[bool | int] = []
         self.changes = 0
+        self.hits = 0
         self.cpuid = cpuid_models.make(model, TSC_HZ, vendor=vendor)
         self.msrs = ModelSpecific(self.st, self.interrupts, self.cpuid, Exits())
         self.emulator = Emulator(self, self.cpuid, self.msrs)
@@ -118,6 +119,10 @@ class PlainCpu:
         parts = self._parts(va, size, 0, supervisor)
         self._remember("read", parts)
         return b"".join(bytes(self.memory[pa : pa + n]) for pa, n in parts)
+
+    def fetch(self, va: int, size: int) -> bytes:
+        self.physical(va, execute=True)
+        return self.read(va, size)
 
     def write(self, va: int, data: bytes, supervisor: bool = False) -> None:
         at = 0
@@ -145,6 +150,9 @@ class PlainCpu:
 
     def invalidate_page(self, va: int) -> None:
         self.flushes.append(va)
+
+    def breakpoints_changed(self) -> None:
+        pass
 
     def state_changed(self) -> None:
         self.changes += 1

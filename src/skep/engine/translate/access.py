@@ -9,6 +9,7 @@ from iced_x86 import Decoder, Instruction
 from skep.contracts.io import IoSpace
 from skep.engine.amd64.registers import Efer, Vector, canonical
 from skep.engine.exits import Exits
+from skep.engine.translate import breakpoints
 from skep.engine.translate.layout import Mode, StateBlock
 from skep.engine.translate.port import GuestFault
 from skep.memory import GuestMemory
@@ -28,6 +29,7 @@ class Access:
     memory: GuestMemory
     io: IoSpace
     exits: Exits
+    hits: int
     _walk: Callable[[int, int, int], int]
     _fetch: Callable[[int], int]
     _flush: Callable[[int], int]
@@ -60,7 +62,10 @@ class Access:
 
     def read(self, va: int, size: int, supervisor: bool = False) -> bytes:
         out = b""
-        for gpa, n in self._pieces(va, size, False, supervisor):
+        pieces = self._pieces(va, size, False, supervisor)
+        if self.st.watch and not supervisor:
+            self.hits |= breakpoints.data_hits(self.st, va, size, write=False)
+        for gpa, n in pieces:
             if self.memory.is_ram(gpa, n):
                 out += self.memory.read(gpa, n)
             else:
@@ -70,9 +75,18 @@ class Access:
                     out += value.to_bytes(k, "little")
         return out
 
+    def fetch(self, va: int, size: int) -> bytes:
+        gpa = self.physical(va, execute=True)
+        if self.memory.is_ram(gpa, size):
+            return self.memory.read(gpa, size)
+        return b"".join(self.io.mmio_read(at, k).to_bytes(k, "little") for at, k in _words(gpa, size))
+
     def write(self, va: int, data: bytes, supervisor: bool = False) -> None:
         at = 0
-        for gpa, n in self._pieces(va, len(data), True, supervisor):
+        pieces = self._pieces(va, len(data), True, supervisor)
+        if self.st.watch and not supervisor:
+            self.hits |= breakpoints.data_hits(self.st, va, len(data), write=True)
+        for gpa, n in pieces:
             piece = data[at : at + n]
             if self.memory.is_ram(gpa, n):
                 self.memory.write(gpa, piece)
@@ -107,7 +121,7 @@ class Access:
         """Physical address of code at ``va``; None where it is no RAM."""
         st = self.st
         failed = self._fetch(va)
-        if failed == 0:
+        if failed in (0, 254):
             return st.w_pa
         if failed == 255:
             return None
@@ -139,17 +153,15 @@ class Access:
         """Up to 15 bytes of code at rip, and the offset in their page. #GP if the instruction is not all in CS."""
         st = self.st
         va = self.linear_rip
-        supervisor = st.cpl < 3
         offset = va & 4095
         room = 4096 - offset
         most = 15
         if st.mode & Mode.SEGMENTED and st.cs_limit - st.rip < 14:
             most = max(0, st.cs_limit + 1 - st.rip)
-        data = self.read(va, min(most, room), supervisor) if most else b""
+        data = self.fetch(va, min(most, room)) if most else b""
         if room < most and Decoder(self._bits, data, ip=offset).decode().is_invalid:
             following = va + room & (0xFFFFFFFF if st.mode & Mode.NARROW else _M64)
-            self.physical(following, execute=True)
-            data += self.read(following, most - room, supervisor)
+            data += self.fetch(following, most - room)
         if most < 15 and Decoder(self._bits, data, ip=offset).decode().is_invalid:
             raise GuestFault(Vector.GP, 0)
         return data, offset

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from iced_x86 import Decoder, FlowControl, Mnemonic, OpKind, Register
 
 from skep.contracts.interrupts import LocalInterrupts
-from skep.engine.amd64.registers import Cr0, Cr4, Vector
-from skep.engine.translate import allowed, delivery
+from skep.engine.amd64.registers import Cr0, Cr4, Rflags, Vector
+from skep.engine.translate import allowed, breakpoints, delivery
 from skep.engine.translate.access import WRITE, Access, Unsupported
 from skep.engine.translate.blocks import Cache
 from skep.engine.translate.context import operand_segment
@@ -42,6 +42,8 @@ _MASKED_BY_XCR0 = set(_STATE) - set(_FX)
 _LEAVING = (Mnemonic.IRETQ, Mnemonic.SYSCALL, Mnemonic.SYSRETQ)
 """In translated code these go on in the guest."""
 _COMPARES = tuple(getattr(Mnemonic, op + size) for op in ("CMPS", "SCAS") for size in "BWDQ")
+_ENTERS = (Mnemonic.INT, Mnemonic.INT1, Mnemonic.INT3, Mnemonic.INTO, Mnemonic.SYSCALL, Mnemonic.SYSENTER)
+"""What clears TF on the way to a handler is not stepped over."""
 _IRETS = (Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
 
 
@@ -61,6 +63,10 @@ class Alone(Access, ABC):
     @abstractmethod
     def kick(self) -> None:
         """There may be an interrupt for the vCPU."""
+
+    @abstractmethod
+    def breakpoints_changed(self) -> None:
+        """As :meth:`port.CpuPort.breakpoints_changed`."""
 
     @abstractmethod
     def state_changed(self) -> None:
@@ -100,8 +106,11 @@ class Alone(Access, ABC):
         return bool(m in _AVX and st.cr0 & Cr0.TS and st.cr4 & Cr4.OSXSAVE and st.xcr0 & 6 == 6)
 
     def _step_and_trap(self) -> bool:
-        """RFLAGS.TF: one instruction, or one iteration of a REP string instruction, then #DB."""
+        """RFLAGS.TF or RF: one instruction, or one iteration of a REP string instruction, then #DB with TF."""
         st = self.st
+        if not st.sysfl & Rflags.TF:
+            return self._alone()
+        self.stop_at_breakpoint()
         ins = self.instruction()
         start, count = st.rip, st.rcx
         one = bool(ins.is_string_instruction and (ins.has_rep_prefix or ins.has_repne_prefix) and count > 1)
@@ -114,9 +123,24 @@ class Alone(Access, ABC):
                 st.rcx = count - 1 + st.rcx
         if one and not (ins.mnemonic in _COMPARES and bool(st.flags & 0x40) == ins.has_repne_prefix):
             st.rip = start
-        st.dr6 |= _DR6_BS
-        delivery.trap(self, Vector.DB, st.rip)
+        if st.sysfl & Rflags.TF or ins.mnemonic not in _ENTERS:
+            self.hits |= _DR6_BS
         return halted
+
+    def stop_at_breakpoint(self) -> None:
+        """Raise #DB if one is armed for the instruction at rip. RFLAGS.RF lets it pass."""
+        st = self.st
+        if st.watch_code and not st.sysfl & Rflags.RF:
+            hits = breakpoints.code_hits(st, self.linear_rip)
+            if hits:
+                st.dr6 |= hits
+                raise GuestFault(Vector.DB)
+
+    def report_hits(self) -> None:
+        """#DB for the breakpoints that the last instruction has hit, and for its single step."""
+        self.st.dr6 |= self.hits
+        self.hits = 0
+        delivery.trap(self, Vector.DB, self.st.rip)
 
     def _alone(self, missed: bool = False) -> bool:
         """Run the one instruction at rip, looking for nothing before or after it. True: it was HLT. ``missed``: its
@@ -144,6 +168,7 @@ class Alone(Access, ABC):
                 for number, (va, size) in pending.items():
                     at = BOUNCE + number * BOUNCE_SIZE + buffers[number]
                     self.write(va, bytes(st.bytes[at : at + size]))
+                st.sysfl &= ~Rflags.RF
                 return False
             if kind == Kind.PORT:
                 self._port()
@@ -205,7 +230,8 @@ class Alone(Access, ABC):
         size = desc >> 12 & 1023
         if desc >> 22 & 3 and (va & 4095) + size <= 4096:
             gpa = self._walk(va, WRITE, st.mode & 3) or st.w_pa
-            if gpa > 255 and self.memory.is_ram(gpa, size):
+            hit = st.watch and breakpoints.data_hits(st, va, size, write=True)
+            if gpa > 255 and self.memory.is_ram(gpa, size) and not hit:
                 here = self._fetch(self.linear_rip) or st.w_pa
                 if abs(gpa - here) > _NEAR:
                     if desc >> 28 & 1:  # a string instruction: it will go on over the page
@@ -221,6 +247,8 @@ class Alone(Access, ABC):
         size = info & 0xF
         port = info >> 16 if info & 0x20 else q[_RDX] & 0xFFFF
         mask = (1 << 8 * size) - 1
+        if self.st.dr7 & 0xFF:
+            self.hits |= breakpoints.port_hits(self.st, port, size)
         if info & 0x10:
             value = q[_RAX] & mask
             self.exits.note("out", port, size, value, q[_RIP])

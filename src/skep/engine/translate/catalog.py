@@ -49,7 +49,7 @@ class Catalog:
         name = (bytes(shape), open_)
         form = shapes.get(name)
         if form is None:
-            general = (name, lowering.mode & Mode.SHAPE)
+            general = (name, lowering.shape)
             form = self._general.get(general)
             if form is None:
                 form = lowering.form(ins, relative)

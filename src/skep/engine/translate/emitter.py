@@ -54,6 +54,7 @@ from skep.engine.translate.forms import (
     VEX_ALIGNED,
     WRITE,
     WRITES,
+    Legality,
     Open,
     Template,
     home,
@@ -86,6 +87,9 @@ class Emitter:
         self.bits = 32 if mode & Mode.CODE32 else 16 if mode & Mode.CODE16 else 64
         self.wide = self.bits == 64
         self.legality = mode >> Mode.CLASS_SHIFT
+        self.kernel = not self.user and not self.legality & Legality.INNER
+        self.shape = mode & (Mode.SHAPE | (Legality.INNER | Legality.WATCHED) << Mode.CLASS_SHIFT)
+        """What tells apart modes that general instructions are lowered differently in."""
         self.info = InstructionInfoFactory()
         self.encoder = Encoder(64)
         self._checks: dict[tuple[int, bool, bool], tuple[bytes, int]] = {}

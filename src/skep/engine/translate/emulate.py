@@ -81,14 +81,14 @@ class Emulator(Context):
         rip = st.rip
         address = rip if self.bits == 64 else st.cs_base + rip & M32
         first = min(MAX_LENGTH, PAGE - (address & PAGE - 1))
-        data = self._code(address, first)
+        data = self.cpu.fetch(address, first)
         decoder = Decoder(self.bits, data, DecoderOptions.NONE, ip=rip)
         i = decoder.decode()
         if decoder.last_error == DecoderError.NO_MORE_BYTES:
             if first == MAX_LENGTH:
                 raise GuestFault(Vector.GP, 0)  # longer than 15 bytes
             following = address + first & (M64 if self.bits == 64 else M32)
-            data += self._code(following, MAX_LENGTH - first)
+            data += self.cpu.fetch(following, MAX_LENGTH - first)
             decoder = Decoder(self.bits, data, DecoderOptions.NONE, ip=rip)
             i = decoder.decode()
             if decoder.last_error == DecoderError.NO_MORE_BYTES:
@@ -97,7 +97,3 @@ class Emulator(Context):
             self.refused.append(f"{rip:#x}: {data.hex()}")
             raise GuestFault(Vector.UD)
         return i
-
-    def _code(self, address: int, size: int) -> bytes:
-        self.cpu.physical(address, execute=True)
-        return self.cpu.read(address, size, self.st.cpl < 3)

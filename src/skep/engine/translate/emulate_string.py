@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from iced_x86 import Instruction, Mnemonic, OpKind
 
 from skep.engine.amd64.registers import Rflags, Vector
+from skep.engine.translate import breakpoints
 from skep.engine.translate.context import (
     M32,
     MASK,
@@ -106,6 +107,7 @@ def ins(e: Context, element: Element) -> None:
     port = e.st.q[RDX] & 0xFFFF
     address = element.destination(e)
     e.cpu.check_write(address, element.size)
+    e.cpu.hits |= breakpoints.port_hits(e.st, port, element.size)
     value = e.io.port_read(port, element.size) & MASK[element.size]
     e.cpu.write(address, value.to_bytes(element.size, "little"))
     element.advance_destination(e)
@@ -114,6 +116,7 @@ def ins(e: Context, element: Element) -> None:
 def outs(e: Context, element: Element) -> None:
     port = e.st.q[RDX] & 0xFFFF
     value = int.from_bytes(e.cpu.read(element.source(e), element.size), "little")
+    e.cpu.hits |= breakpoints.port_hits(e.st, port, element.size)
     e.io.port_write(port, element.size, value)
     element.advance_source(e)
 
@@ -200,7 +203,7 @@ def string(e: Context, i: Instruction) -> None:
     flags_before = st.flags
     if element.address_size == 4 and e.bits == 64 and not e.cpuid.is_amd:
         _truncate(e, operation)
-    run = _RUNS.get(operation) if element.step > 0 else None
+    run = _RUNS.get(operation) if element.step > 0 and not st.watch else None
     for _ in range(MAX_ROUNDS):
         count = st.q[RCX] & MASK[element.address_size]
         if not count:
@@ -216,6 +219,8 @@ def string(e: Context, i: Instruction) -> None:
         e.put_number(RCX, element.address_size, count - 1)
         if compares and st.flags & Rflags.ZF != wanted:
             return
+        if e.cpu.hits:
+            break
     if st.q[RCX] & MASK[element.address_size]:
         e.next_rip = st.rip  # more to do, after a look at what is pending
         st.flags = flags_before  # which a fault further on is to find

@@ -14,7 +14,7 @@ from iced_x86 import Code, Instruction, Mnemonic, Register, Register_, RegisterE
 from skep.engine.amd64.cpuid import Feature
 from skep.engine.amd64.msrs import EFER
 from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Pte, Rflags, SystemType, Vector, Xcr0, canonical
-from skep.engine.translate import segments
+from skep.engine.translate import breakpoints, segments
 from skep.engine.translate.context import M32, M64, RAX, RBX, RCX, RDX, SEGMENT_NAME, Context, Handler, operand_segment
 from skep.engine.translate.port import GuestFault
 
@@ -72,12 +72,14 @@ def check_port(e: Context, port: int, size: int) -> None:
 def in_(e: Context, i: Instruction) -> None:
     port, size = e.load(i, 1), RegisterExt.size(i.op0_register)
     check_port(e, port, size)
+    e.cpu.hits |= breakpoints.port_hits(e.st, port, size)
     e.put(i.op0_register, e.io.port_read(port, size))
 
 
 def out(e: Context, i: Instruction) -> None:
     port, size = e.load(i, 0), RegisterExt.size(i.op1_register)
     check_port(e, port, size)
+    e.cpu.hits |= breakpoints.port_hits(e.st, port, size)
     e.io.port_write(port, size, e.get(i.op1_register))
 
 
@@ -231,6 +233,8 @@ def write_dr(e: Context, i: Instruction) -> None:
     elif number == 7:
         value = value & DR7_WRITABLE | DR7_FIXED
     setattr(e.st, f"dr{number}", value)
+    if number != 6:
+        e.cpu.breakpoints_changed()
 
 
 def clts(e: Context, i: Instruction) -> None:

@@ -100,6 +100,8 @@ class Legality:
     AVX = 4  # and CR4.OSXSAVE set with SSE and AVX in XCR0
     TSC = 8  # CR4.TSD clear: RDTSC is the user's too
     OSXSAVE = 16
+    INNER = 32  # CPL 1 or 2: the supervisor's pages, but not its instructions
+    WATCHED = 64  # breakpoints are armed for data: each access has to make its check
 
 
 _NAMES = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{i}" for i in range(8, 16)))

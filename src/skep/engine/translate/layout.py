@@ -57,6 +57,7 @@ _FIELDS = (
     "star", "lstar", "cstar", "sfmask", "sysenter_cs", "sysenter_esp", "sysenter_eip",
     "tsc_offset", "tsc_aux", "pat",
     "dr0", "dr1", "dr2", "dr3", "dr6", "dr7",
+    "watch", "watch_code",  # 1 while breakpoints are armed for data, for instructions (breakpoints.py)
     "pdpte0", "pdpte1", "pdpte2", "pdpte3",  # PAE paging: loaded with CR3, not looked at in memory later
     "self_",  # host address of this block
     "ram",  # host address of guest-physical 0
@@ -116,6 +117,7 @@ JC_ARRAY = JC_SETS * JC_SET
 SIZE = 0x200000
 
 PDPTE = OFFSETS["pdpte0"]
+DR = OFFSETS["dr0"]
 BRK, BRK_STI, BRK_STOP = OFFSETS["brk"], OFFSETS["brk"] + 1, OFFSETS["brk"] + 2
 
 EMPTY_JC = 1 << 63 | 1  # the negative of no guest address

@@ -171,7 +171,7 @@ class Lowering(Special):
                 if ins.op_kind(i) == OpKind.REGISTER and ins.op_register(i) in SYSTEM_REGISTERS:
                     if ins.op_register(i) in SREG_FIELD:
                         return i == 1
-                    if self.user or not self.wide:
+                    if not self.kernel or not self.wide:
                         return False
                     if i == 0:
                         return bool(ins.op_register(0) == Register.CR3)
@@ -191,17 +191,19 @@ class Lowering(Special):
                 return code in (_INDIRECT64 if self.wide else _INDIRECT)
             return not self._branch_is_python(ins)
         if m in (Mnemonic.IN, Mnemonic.OUT):
-            return not self.user
+            return self.kernel
         if m in POP_FLAGS:
-            return not self.user and m == Mnemonic.POPFQ
+            return self.kernel and m == Mnemonic.POPFQ
         if m in (Mnemonic.STI, Mnemonic.CLI, Mnemonic.SWAPGS, Mnemonic.STAC, Mnemonic.CLAC, Mnemonic.INVLPG):
-            return not self.user and (self.wide or m in (Mnemonic.STI, Mnemonic.CLI))
+            return self.kernel and (self.wide or m in (Mnemonic.STI, Mnemonic.CLI))
         if m == Mnemonic.IRETQ:
-            return not self.user and self.wide
-        if m in (Mnemonic.SYSCALL, Mnemonic.SYSRETQ):
-            return self.wide and self.user == (m == Mnemonic.SYSCALL) and ins.len == (2 if self.user else 3)
+            return self.kernel and self.wide
+        if m == Mnemonic.SYSCALL:
+            return self.wide and self.user and ins.len == 2
+        if m == Mnemonic.SYSRETQ:
+            return self.wide and self.kernel and ins.len == 3
         if m in (Mnemonic.RDTSC, Mnemonic.RDTSCP):
-            return not self.user or bool(self.legality & Legality.TSC)
+            return self.kernel or bool(self.legality & Legality.TSC)
         if m in (Mnemonic.RDFSBASE, Mnemonic.RDGSBASE, Mnemonic.WRFSBASE, Mnemonic.WRGSBASE):
             return self.wide
         if m in STRINGS:

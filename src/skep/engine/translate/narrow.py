@@ -79,7 +79,7 @@ class Narrow(Lowering):
         if m in PUSH_FLAGS:
             return not (self.real and self.user)  # virtual-8086 mode looks at IOPL
         if m in POP_FLAGS:
-            return not self.user
+            return self.kernel
         return super()._allowed_special(ins)
 
     # Addresses

@@ -31,11 +31,16 @@ class CpuPort(Protocol):
     st: StateBlock
     io: IoSpace
     interrupts: LocalInterrupts
+    hits: int
+    """Bits for DR6 of the breakpoints that the instruction has hit so far; reads and writes add theirs."""
 
     def read(self, va: int, size: int, supervisor: bool = False) -> bytes:
         """Read guest virtual memory (RAM or MMIO) with the current privilege, or as the CPU's own implicit supervisor
         access (descriptor tables, TSS). ``va`` is a linear address, already truncated to 32 bits where the mode says
         so. Raises GuestFault (#PF, #GP for non-canonical)."""
+
+    def fetch(self, va: int, size: int) -> bytes:
+        """Read code, which lies within one page, with the current privilege."""
 
     def write(self, va: int, data: bytes, supervisor: bool = False) -> None:
         """All or nothing: both pages are checked before the first byte is stored."""
@@ -56,6 +61,9 @@ class CpuPort(Protocol):
     def flush_tlb(self, global_too: bool) -> None: ...
 
     def invalidate_page(self, va: int) -> None: ...
+
+    def breakpoints_changed(self) -> None:
+        """DR0 to DR3 or DR7 changed."""
 
     def state_changed(self) -> None:
         """CR0, CR4, EFER, XCR0, CPL, CS or RFLAGS.AC/TF changed: recompute the mode."""

@@ -35,6 +35,7 @@ from skep.engine.translate.compiler import (
 from skep.engine.translate.layout import (
     BRK,
     BRK_STI,
+    DR,
     EMPTY_JC,
     HASH_BITS,
     HASH_ENTRY,
@@ -384,6 +385,25 @@ def clear_write_tags(block: int, host: int) -> int:
     return 0
 
 
+def watched(va: int, size: int, write: int) -> int:
+    """Whether a data breakpoint is hit by an access to [va, va + size) (SDM 3, 17.2.5)."""
+    i = 0
+    while i < 4:
+        how = (st.dr7 >> (16 + i * 4)) & 3
+        if (st.dr7 >> (i * 2)) & 3 and (how == 3 or (how == 1 and write)):
+            length = (st.dr7 >> (18 + i * 4)) & 3
+            shift = length
+            if length == 2:
+                shift = 3
+            elif length == 3:
+                shift = 2
+            at = (ld64(st.self_ + DR + i * 8) >> shift) << shift
+            if at < va + size and va < at + (1 << shift):
+                return 1
+        i = i + 1
+    return 0
+
+
 def enter_page(va: int, array: int, kind: int) -> int:
     """Put the page that walk just found (``st.w_pa``) into the TLB; ``kind``: the tag to set besides what follows."""
     me = st.self_
@@ -410,7 +430,7 @@ def enter_page(va: int, array: int, kind: int) -> int:
                 st.large = 1
     if kind == TLB_EXEC:
         st64(entry + TLB_EXEC, page | (st.w_flags & 1))
-    else:
+    elif st.watch == 0 or watched(page, 4096, 1) == 0:
         st64(entry + TLB_READ, page)
         if kind == TLB_WRITE:
             st64(entry + TLB_WRITE, page)
@@ -497,7 +517,7 @@ def fill(va: int, desc: int) -> int:
     if failed:
         return to_python(va, desc, rip)
     gpa = st.w_pa
-    if is_ram(gpa) == 0:
+    if is_ram(gpa) == 0 or (st.watch and watched(va, size, write)):
         return to_python(va, desc, rip)
     if write:
         announce(gpa)
@@ -541,7 +561,7 @@ def fill_crossing(va: int, desc: int, size: int, write: int, array: int, rip: in
     if failed:
         return to_python(va, desc, rip)
     high = st.w_pa
-    if is_ram(low) == 0 or is_ram(high) == 0:
+    if is_ram(low) == 0 or is_ram(high) == 0 or (st.watch and watched(va, size, write)):
         return to_python(va, desc, rip)
     if write:
         announce(low)
@@ -573,7 +593,7 @@ def supervisor_pointer(va: int, size: int, write: int) -> int:
     if walk(va, write, SUPERVISOR):
         return 0
     gpa = st.w_pa
-    if is_ram(gpa) == 0:
+    if is_ram(gpa) == 0 or (st.watch and watched(va, size, write)):
         return 0
     if write:
         announce(gpa)
@@ -705,7 +725,8 @@ def insert(key: int, checked: int, plain: int) -> int:
 
 
 def fetch_page(va: int) -> int:
-    """The guest-physical address of code at ``va``, through the execute tags: 0 and ``st.w_pa``, or walk's failure."""
+    """The guest-physical address of code at ``va``, through the execute tags: 0 and ``st.w_pa``, or walk's failure; 255
+    where it is no RAM, 254 (and ``st.w_pa``) where a breakpoint is armed in the page."""
     array = st.mode & 3
     entry = st.self_ + TLB + array * TLB_ARRAY + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
     tag = ld64(entry + TLB_EXEC)
@@ -718,6 +739,13 @@ def fetch_page(va: int) -> int:
         return failed
     if is_ram(st.w_pa) == 0:
         return 255
+    if st.watch_code:
+        i = 0
+        while i < 4:
+            here = (ld64(st.self_ + DR + i * 8) ^ va) >> 12 == 0
+            if here and (st.dr7 >> (i * 2)) & 3 and (st.dr7 >> (16 + i * 4)) & 3 == 0:
+                return 254
+            i = i + 1
     enter_page(va, array, TLB_EXEC)
     return 0
 
@@ -847,7 +875,7 @@ def interrupt_return(rip: int) -> int:
     cs = ld64(frame + 8) & 0xFFFF
     flags = ld64(frame + 16)
     ss = ld64(frame + 32) & 0xFFFF
-    if flags & (TF | VM | NT) or sar(new_rip, 47) + 1 > 1:
+    if flags & (TF | VM | NT) or sar(new_rip, 47) + 1 > 1 or (flags & RF and st.watch_code):
         return 0
     code = descriptor_at(cs)
     rpl = cs & 3
@@ -958,7 +986,7 @@ def operand(va: int, size: int, kind: int, array: int, offset: int) -> int:
 def elements(va: int, shift: int) -> int:
     """Whole elements up to the page's end; at least the one that crosses it."""
     n = (4096 - (va & 4095)) >> shift
-    if n == 0:
+    if n == 0 or st.watch:
         n = 1
     return n
 
@@ -1177,7 +1205,7 @@ def rep_compare(desc: int, array: int) -> int:
 def down_elements(va: int, shift: int, most: int) -> int:
     """Whole elements from ``va`` down to the page's start, at least one and ``most`` at most."""
     n = ((va & 4095) >> shift) + 1
-    if (va & 4095) + (1 << shift) > 4096:
+    if (va & 4095) + (1 << shift) > 4096 or st.watch:
         n = 1
     if n > most:
         n = most
@@ -1185,8 +1213,8 @@ def down_elements(va: int, shift: int, most: int) -> int:
 
 
 ROUTINES = [
-    walk, refused, walk_legacy, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page, page_fault,
-    fill, to_python,
+    watched, walk, refused, walk_legacy, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page,
+    page_fault, fill, to_python,
     fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, barrier, resume, lookup, link,
     load_cr3, descriptor_at, interrupt_return, system_call, system_return, operand,
     interrupted, rep_store, mask_at_host, rep_move, rep_down,

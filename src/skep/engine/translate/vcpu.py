@@ -18,7 +18,7 @@ from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Rflags, Vector
 from skep.engine.amd64.tsc import tsc_hz
 from skep.engine.contract import Exit, ExitReason
 from skep.engine.exits import Exits
-from skep.engine.translate import delivery, saved, segments
+from skep.engine.translate import breakpoints, delivery, saved, segments
 from skep.engine.translate.access import Unsupported
 from skep.engine.translate.alone import Alone
 from skep.engine.translate.emulate import Emulator
@@ -95,6 +95,7 @@ class TranslateVcpu(Alone):
         self._exit_requested = False
         self._nmi = False
         self._fresh = True
+        self.hits = 0
         self.counts = [0] * 12
         self.watch: Watch | None = None
         st.q[XSAVE_AREA >> 3] = 0x37F
@@ -143,7 +144,9 @@ class TranslateVcpu(Alone):
             try:
                 if (q[_BRK] & 0xFFFF or (q[_IRQ] and q[_IFLAG])) and self._service():
                     return Exit(ExitReason.KICKED)
-                if q[_SYSFL] & 0x100 and not q[_INJECT]:  # TF
+                if self.hits:
+                    self.report_hits()
+                if q[_SYSFL] & 0x10100 and not q[_INJECT]:  # TF, RF
                     if self._step_and_trap():
                         return self._halted()
                     continue
@@ -177,7 +180,7 @@ class TranslateVcpu(Alone):
                 elif kind == Kind.DELIVER:
                     self._deliver()
             except GuestFault as fault:
-                st.site = 0
+                st.site = self.hits = 0
                 self._note(fault)
                 try:
                     delivery.deliver_exception(self, fault)
@@ -208,6 +211,7 @@ class TranslateVcpu(Alone):
             self._fresh = False
             self._flush(1)
             st = self.st
+            breakpoints.watch(st)
             if st.cr0 & Cr0.PG and st.cr4 & Cr4.PAE and not st.efer & Efer.LMA:
                 entries = self.read_physical(st.cr3 & 0xFFFFFFE0, 32)
                 st.bytes[PDPTE : PDPTE + 32] = entries  # no state of the architecture: taken from memory anew
@@ -258,6 +262,9 @@ class TranslateVcpu(Alone):
         va = self.linear_rip
         if st.mode & Mode.SEGMENTED and self._beyond(va):
             return self._alone()
+        if st.watch_code and breakpoints.page_has_code_breakpoint(st, va):
+            self.stop_at_breakpoint()
+            return self._alone()
         with self._world.lock:
             pa = self.code_address(va)
             if pa is not None:
@@ -289,7 +296,7 @@ class TranslateVcpu(Alone):
         """The block at rip lies on two pages: bring the second into the TLB; if it has changed, drop the block."""
         st = self.st
         va = self.linear_rip
-        if st.mode & Mode.SEGMENTED and self._beyond(va):
+        if st.watch_code or (st.mode & Mode.SEGMENTED and self._beyond(va)):
             self._alone()
             return
         with self._world.lock:
@@ -318,6 +325,10 @@ class TranslateVcpu(Alone):
             legality |= Legality.TSC
         if cr4 & Cr4.OSXSAVE:
             legality |= Legality.OSXSAVE
+        if st.cpl in (1, 2):
+            legality |= Legality.INNER
+        if st.watch:
+            legality |= Legality.WATCHED
         mode = legality << Mode.CLASS_SHIFT
         attributes = st.cs_attr
         if not (efer & Efer.LMA and attributes & Attr.L):
@@ -329,6 +340,13 @@ class TranslateVcpu(Alone):
         if mode >> Mode.CLASS_SHIFT != st.mode >> Mode.CLASS_SHIFT and getattr(_ON_THREAD, "vcpu", None) is self:
             self._flush_jumps()  # their tags do not tell legality classes apart
         st.mode = mode
+
+    def breakpoints_changed(self) -> None:
+        before = self.st.watch | self.st.watch_code
+        breakpoints.watch(self.st)
+        if before or self.st.watch or self.st.watch_code:
+            self._flush(1)
+        self.state_changed()
 
     # State
 
