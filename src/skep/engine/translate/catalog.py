@@ -23,6 +23,7 @@ class Catalog:
         """Forms that no legality class changes."""
 
     def mode(self, mode: int) -> tuple[Lowering, dict[bytes, Form]]:
+        mode &= ~Mode.PLAIN
         known = self._modes.get(mode)
         if known is None:
             known = self._modes[mode] = (Narrow(mode) if mode & Mode.NARROW else Lowering(mode), {})
@@ -52,9 +53,8 @@ class Catalog:
             general = (name, lowering.shape)
             form = self._general.get(general)
             if form is None:
-                form = lowering.form(ins, relative)
+                form = lowering.form(ins, relative, open_)
                 if not form.emulate:
-                    form.open = open_
                     form.plain = relative and not where.has_immediate
                     if lowering.is_general(ins):
                         self._general[general] = form
@@ -71,4 +71,10 @@ class Catalog:
         else:
             t = lowering.template(ins, data[index : index + n], live, None, form.open)
         form.templates[1 if live else 0] = t
+        return t
+
+    def placed(self, form: Form, lowering: Lowering, data: bytes, index: int, at: int, n: int) -> Template:
+        """The instruction with its operand at r10 plus a hole."""
+        ins = Decoder(lowering.bits, data[index : index + n], ip=at).decode()
+        t = form.placed = lowering.placed(ins, data[index : index + n], form.open)
         return t

@@ -46,6 +46,8 @@ class Draft(NamedTuple):
     pa2: int | None
     lowering: Lowering
     data: bytes
+    plain: bool
+    """No checks are shared."""
 
 
 class Known(Protocol):
@@ -139,6 +141,8 @@ class Drafting:
     def draft(self, pa: int, mode: int, next_page: Callable[[], int]) -> Draft:
         """The block at ``pa``. ``next_page``: the physical address of the page behind it for the guest, for an
         instruction on two pages; what it raises goes through."""
+        plain = bool(mode & Mode.PLAIN)
+        mode &= ~Mode.PLAIN
         offset = pa & 4095
         room = 4096 - offset
         data = bytes(self._memory.view(pa, room if room < MAX_BYTES else MAX_BYTES))
@@ -225,7 +229,7 @@ class Drafting:
                     break
             if shadow or pa2 is not None or len(items) >= MAX_INSTRUCTIONS:
                 break
-        return Draft(pa, mode, at, items, ends, shadow, pa2, lowering, data)
+        return Draft(pa, mode, at, items, ends, shadow, pa2, lowering, data, plain)
 
     def _with_second_page(
         self, data: bytes, room: int, bits: int, offset: int, next_page: Callable[[], int]

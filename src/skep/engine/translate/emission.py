@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 from iced_x86 import Decoder
 
-from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
+from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, Reg, gs
 from skep.engine.translate.catalog import Catalog
 from skep.engine.translate.drafting import Draft, Known
-from skep.engine.translate.forms import TLB_MASK, Ends
-from skep.engine.translate.layout import JC, JC_ARRAY, OFFSETS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
+from skep.engine.translate.forms import TLB_MASK, Ends, home
+from skep.engine.translate.layout import JC, JC_ARRAY, OFFSETS, SLOTS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
 from skep.engine.translate.lower import Lowering
 from skep.engine.translate.narrow import Narrow
+from skep.engine.translate.sharing import shares
 from skep.engine.translate.stubs import field as state
 from skep.engine.translate.stubs import restore_flags, save_flags
 
@@ -30,6 +31,14 @@ def _frag(build: Callable[[Assembler], None]) -> bytes:
     return a.code(0)
 
 
+def _range_start(a: Assembler, number: int) -> None:
+    register = home(number)
+    if register is None:
+        a.mov(R10, gs(number * 8))
+        register = R10
+    a.lea(R10, Mem(Reg(register), disp=0x11111111))
+
+
 _LINK_CALL = _frag(lambda a: a.call(state("link")))
 _SLOW_CALL = _frag(lambda a: a.call(state("slow")))
 _LOAD_PAGE = _frag(lambda a: a.mov(R10, state("page")))
@@ -40,6 +49,13 @@ _SLOW_SIZE = _SLOW.size
 _slow_pack = _SLOW.pack
 # Looking names up in a class costs more than the rest of a step of the loops below.
 _NO, _JCC, _JMP, _CALL, _LOOP, _MODE, _LOOK = Ends.NO, Ends.JCC, Ends.JMP, Ends.CALL, Ends.LOOP, Ends.MODE, Ends.LOOK
+_LEA = [
+    _frag(lambda a, n=n: _range_start(a, n))[:-4]  # type: ignore[misc]
+    for n in range(16)
+]
+"""r10 = a guest register plus the 32 bits that follow."""
+_KEEP = [_frag(lambda a, i=i: a.mov(state(f"slot{i}"), R10)) for i in range(SLOTS)]  # type: ignore[misc]
+_TAKE = [_frag(lambda a, i=i: a.mov(R10, state(f"slot{i}"))) for i in range(SLOTS)]  # type: ignore[misc]
 _JCC_CODE = tuple(bytes((0x0F, 0x80 | cc)) for cc in range(16))
 _LINK = struct.Struct(f"<2sQ{len(_LINK_CALL)}si")
 _LINK_SITE = 10 + len(_LINK_CALL)
@@ -102,9 +118,11 @@ class Emission:
         breaks: list[tuple[int, int]] = []  # (position of a displacement, offset to go on at)
         far: list[tuple[int, int, int, bool]] = []  # (position of a displacement, target, at, narrow)
         wide = lowering.wide
+        shared = shares(draft.items, data, offset) if wide and not draft.plain else {}
+        held = -1  # the range whose start is in r10
         marks = array("H")
         mark = marks.append
-        own = pa << Mode.BITS | mode
+        own = -1 if draft.plain else pa << Mode.BITS | mode
         shadow = draft.shadow
         if draft.pa2 is not None:
             self._span(out, mode, offset, draft.pa2)
@@ -177,15 +195,41 @@ class Emission:
             if e == _JMP:
                 leave(extra, extra <= at or shadow, mode, at, form.narrow)
                 continue
-            t = form.templates[needs[i]]
-            if t is None:
-                t = self._catalog.template(form, lowering, data, at - offset, at, n, needs[i])
+            place = 0
+            share = shared.get(len(marks) - 2 >> 1) if shared else None
+            if share is None:
+                t = form.templates[needs[i]]
+                if t is None:
+                    t = self._catalog.template(form, lowering, data, at - offset, at, n, needs[i])
+                if not t.keeps:
+                    held = -1
+            else:
+                slot, place, lead = share
+                if lead is not None:
+                    register, disp, length, write = lead
+                    extend(_LEA[register])
+                    extend(disp.to_bytes(4, "little", signed=True))
+                    base = len(out)
+                    code, jump = lowering.range_check(write, needs[i])
+                    extend(code)
+                    _i32(out, base + jump - 6, 4096 - length)
+                    desc = 1 << 30 | (mode & 3) << 24 | write << 22 | length << 12 | at
+                    slow.append((base + jump, len(out), desc, needs[i]))
+                    extend(_KEEP[slot])
+                elif held != slot:
+                    extend(_TAKE[slot])
+                base = len(out)
+                t = form.placed
+                if t is None:
+                    t = self._catalog.placed(form, lowering, data, at - offset, at, n)
+                held = slot if t.keeps else -1
             extend(t.code)
             if t.open:
                 for jump, back, desc, saved in t.checks:
                     slow.append((base + jump, base + back, desc | at, saved))
                 for hole, what, add in t.holes:
-                    _i32(out, base + hole, add + (at if what == 0 else at + n if what == 1 else extra))
+                    value = at if what == 0 else at + n if what == 1 else extra if what == 2 else place
+                    _i32(out, base + hole, add + value)
                 for to, of, k in t.copies:
                     of += at - offset
                     out[base + to : base + to + k] = data[of : of + k]

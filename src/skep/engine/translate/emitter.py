@@ -76,6 +76,9 @@ from skep.engine.translate.layout import (
 from skep.engine.translate.stubs import field as state
 from skep.engine.translate.stubs import jump_set, restore_flags, save_flags
 
+PLACE = 0x1D7C6B5A
+"""Stands for an operand's place in its range until the template is ready: no code and no constant has these bytes."""
+
 
 class Emitter:
     """Writes one template at a time, for one mode."""
@@ -102,6 +105,8 @@ class Emitter:
         self.live = live
         self.bounce = bounce
         self.open = open_
+        self.keeps = False
+        self.is_placed = False
         self.count = 0
         self.checks: list[tuple[int, int, int, bool]] = []
         self.holes: list[tuple[int, int, int]] = []
@@ -109,7 +114,8 @@ class Emitter:
 
     def finish(self) -> Template:
         open_parts = bool(self.checks or self.holes or self.copies)
-        return Template(self.a.code(0), tuple(self.checks), tuple(self.holes), tuple(self.copies), open_parts)
+        parts = tuple(self.checks), tuple(self.holes), tuple(self.copies)
+        return Template(self.a.code(0), *parts, open_parts, self.keeps)
 
     def emulate(self) -> None:
         """Leave: Python has this one."""
@@ -159,6 +165,8 @@ class Emitter:
 
     def check(self, size: int, access: int, aligned: bool = False) -> None:
         """r10: guest address to host address of ``size`` bytes that may be read or written."""
+        if self.is_placed:
+            return
         a = self.a
         number = self.count
         self.count += 1
@@ -204,6 +212,8 @@ class Emitter:
 
     def address(self, ins: Instruction) -> None:
         """r10 = the linear address of the memory operand. No flag changes."""
+        if self.is_placed:
+            return
         a = self.a
         base, index = ins.memory_base, ins.memory_index
         disp = ins.memory_displacement
@@ -272,6 +282,7 @@ class Emitter:
             if self.open.imm_size:
                 self.copies.append((len(self.a) + self.open.imm, self.open.imm, self.open.imm_size))
             self.a.raw(data)
+            self.keeps = True
             return
         info = self.info.info(ins)
         if memory:
@@ -299,7 +310,7 @@ class Emitter:
             y.code = MOFFS[ins.code]
         elif ins.code in NARROW_CODES:
             y.code = NARROW_CODES[ins.code]
-        temporaries = [11] if memory else [10, 11]
+        temporaries = [11] if memory else [11, 10]
         borrowed: list[tuple[int, str]] = []
         place: dict[int, int] = {}
         store: list[tuple[int, int]] = []
@@ -343,6 +354,7 @@ class Emitter:
         a.raw(self.encoder.take_buffer())
         if self.open.imm_size:  # an immediate is an instruction's end
             self.copies.append((len(a) - self.open.imm_size, self.open.imm, self.open.imm_size))
+        self.keeps = self.is_placed or (not memory and 10 in temporaries)
         if exchange is not None:
             a.raw(bytes((0x86, 0xE0 | exchange | exchange << 3)))
         for t, number in store:
@@ -350,15 +362,14 @@ class Emitter:
         for t, spill in borrowed:
             a.mov(Reg(t), state(spill))
 
-    @staticmethod
-    def moved(ins: Instruction) -> Instruction:
-        """A copy of ``ins`` whose memory operand is [r10]."""
+    def moved(self, ins: Instruction) -> Instruction:
+        """A copy of ``ins`` whose memory operand is [r10], or lies in a range at r10."""
         y = ins.copy()
         y.memory_base = Register.R10
         y.memory_index = Register.NONE
         y.memory_index_scale = 1
-        y.memory_displacement = 0
-        y.memory_displ_size = 0
+        y.memory_displacement = PLACE if self.is_placed else 0
+        y.memory_displ_size = 8 if self.is_placed else 0
         y.segment_prefix = Register.NONE
         return y
 
@@ -368,10 +379,17 @@ class Emitter:
 
     def stack_at(self, disp: int) -> None:
         """r10 = the address ``disp`` bytes from the top of the stack."""
+        if self.is_placed:
+            return
         if disp:
             self.a.lea(R10, Mem(R9, disp=disp))
         else:
             self.a.mov(R10, R9)
+
+    @property
+    def operand(self) -> Mem:
+        """What is at r10 after a check."""
+        return Mem(R10, disp=PLACE) if self.is_placed else Mem(R10)
 
     def stack_move(self, disp: int) -> None:
         """Move the stack pointer."""

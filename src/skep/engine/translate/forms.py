@@ -30,8 +30,9 @@ from skep.engine.translate.layout import (
 
 ALL_FLAGS: int = RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF | RflagsBits.PF
 READ, WRITE, READ_WRITE = 0, 1, 2
-HOLE_IP, HOLE_NEXT, HOLE_TARGET = 0, 1, 2
-"""What a hole is filled with: the instruction's offset in its page, the next one's, its RIP-relative operand's."""
+HOLE_IP, HOLE_NEXT, HOLE_TARGET, HOLE_PLACE = 0, 1, 2, 3
+"""What a hole is filled with: the instruction's offset in its page, the next one's, its RIP-relative operand's;
+where the operand lies in the range that was checked."""
 
 
 class Ends:
@@ -59,6 +60,8 @@ class Template:
     """(offset, offset in the guest's instruction, bytes): displacement and immediate where the form leaves them open"""
     open: bool = False
     """There is anything of the three above."""
+    keeps: bool = False
+    """r10 is behind it what it was before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,16 @@ class Form:
     loop: bytes = b""  # LOOP, JCXZ in 16- and 32-bit code: counts, and ends in the displacement of the jump if taken
     plain: bool = False  # its displacement, relative to RIP, is its end: there is no immediate
     open: Open = Open()
+    reach: tuple[int, int, int, bool, int, int] | None = None
+    """An operand that may share its check: base register, constant besides an open displacement, size, is it written,
+    where the open displacement stands in the instruction, and in how many bytes"""
+    step: tuple[int, int, int, int, int, int] | None = None
+    """A register becomes another plus a constant: (register, other, constant, sign of an open constant, where that
+    stands, bytes)"""
+    spoils: tuple[int, ...] = ()
+    """General registers that become something else."""
+    placed: Template | None = None
+    """With its operand in a range that was checked."""
     templates: list[Template | None] = field(default_factory=lambda: [None, None])
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 GPRS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 
+SLOTS = 8
 _FIELDS = (
     *GPRS,  # 0x000
     "rip",  # 0x080 where the guest goes on
@@ -37,6 +38,7 @@ _FIELDS = (
     "host_rsp",
     "host_mxcsr",
     "t0", "t1", "t2", "t6", "t7",  # temporaries of one instruction
+    *(f"slot{i}" for i in range(SLOTS)),  # host addresses of a block's checked ranges (sharing.py)
     *(f"{s}_sel" for s in SEGMENTS),
     *(f"{s}_base" for s in SEGMENTS),
     *(f"{s}_limit" for s in SEGMENTS),  # in bytes, granularity applied
@@ -137,6 +139,7 @@ class Mode:
     SEGMENTED = 16  # CS, DS, ES or SS is not flat: bases are added, limits checked. All 16-bit code is taken so
     STACK16 = 32  # SS.B is clear
     REAL = 64  # real or virtual-8086 mode: a selector is a paragraph's number
+    PLAIN = 128  # only in a block's key: no checks are shared (sharing.py)
     SHAPE = 0xFF
     CLASS_SHIFT = 8
     BITS = 16  # a block's key is its physical address above its mode
@@ -159,6 +162,7 @@ class Kind:
     STOPPED = 9  # the vCPU was to enter guest code while it must not
     SEGMENT = 11  # an access outside its segment: exception `info` with error code 0
     DELIVER = 10  # the interrupt in `inject` is for Python to deliver
+    PLAIN = 12  # the plain twin of the block at rip is wanted
     PAIR = 6  # map the frames of tag `info` side by side, then run the instruction at rip again
 
 

@@ -18,25 +18,32 @@ from iced_x86 import (
     Mnemonic,
     OpKind,
     Register,
+    RegisterExt,
 )
 
+from skep.engine.translate.emitter import PLACE
 from skep.engine.translate.forms import (
     ALL_FLAGS,
     AVX,
     BIT_TESTS,
     BY_CL,
+    FULL_REGISTERS,
     FXRSTOR,
     FXSAVE,
     GENERAL_SPECIAL,
+    GPR,
+    HOLE_PLACE,
     INTEGER,
     MOFFS,
     NO_OPERATION,
     NOTHING_OPEN,
+    READ,
     SHIFTS,
     SREG_FIELD,
     SSE,
     STRINGS,
     SYSTEM_REGISTERS,
+    WRITES,
     X87,
     XRSTOR,
     XSAVE,
@@ -45,12 +52,17 @@ from skep.engine.translate.forms import (
     Legality,
     Open,
     Template,
+    sign_extend,
+    waits,
 )
 from skep.engine.translate.special import Special
 from skep.engine.translate.stubs import field as state
+from skep.errors import InternalError
 
 PUSH_FLAGS = (Mnemonic.PUSHF, Mnemonic.PUSHFD, Mnemonic.PUSHFQ)
 POP_FLAGS = (Mnemonic.POPF, Mnemonic.POPFD, Mnemonic.POPFQ)
+RSP, RBP = 4, 5
+"""Numbers of guest registers."""
 _INDIRECT64 = (Code.JMP_RM64, Code.CALL_RM64)
 _INDIRECT = (Code.JMP_RM32, Code.CALL_RM32, Code.JMP_RM16, Code.CALL_RM16)
 
@@ -63,6 +75,7 @@ class Lowering(Special):
     def __init__(self, mode: int) -> None:
         super().__init__(mode)
         self._handlers: dict[int, Callable[[Instruction], None]] = self.special()
+        self._range_checks: dict[tuple[bool, bool], tuple[bytes, int]] = {}
         self._closed = frozenset(self._handlers) - {Mnemonic.MOV, Mnemonic.LEA}
         """Mnemonics whose constants templates do not leave open."""
         self.emulated = Form(keeps=0, reads=ALL_FLAGS, ends=Ends.YES, emulate=True)
@@ -76,13 +89,15 @@ class Lowering(Special):
         build()
         return self.a.code(0)
 
-    def form(self, ins: Instruction, relative: bool) -> Form:
+    def form(self, ins: Instruction, relative: bool, open_: Open = NOTHING_OPEN) -> Form:
         """Classify an instruction; templates are made later, when it is known whether flags must survive."""
         flow = ins.flow_control
         m = ins.mnemonic
         if self._is_python(ins):
             return self.emulated
-        form = Form(relative=relative)
+        form = Form(relative=relative, open=open_)
+        if self.wide:
+            self._describe(form, ins)
         form.memory = self.memory_operand(ins) or ins.is_stack_instruction or ins.is_string_instruction
         modified: int = ins.rflags_modified
         if ins.is_string_instruction or (m in BY_CL and ins.op_kind(ins.op_count - 1) == OpKind.REGISTER):
@@ -118,6 +133,87 @@ class Lowering(Special):
         elif m == Mnemonic.MOV and ins.op0_kind == OpKind.REGISTER and ins.op0_register == Register.CR3:
             form.ends = Ends.YES
         return form
+
+    def _describe(self, form: Form, ins: Instruction) -> None:
+        """What sharing.py wants to know."""
+        m = ins.mnemonic
+        info = self.info.info(ins)
+        full = {RegisterExt.full_register(used.register) for used in info.used_registers() if used.access in WRITES}
+        spoils = {FULL_REGISTERS[r] for r in full if r in FULL_REGISTERS}
+        w = ins.stack_pointer_increment
+        open_ = form.open
+        if m in (Mnemonic.PUSH, Mnemonic.POP) and ins.op0_kind != OpKind.MEMORY:
+            if ins.op0_kind == OpKind.REGISTER and ins.op0_register in SREG_FIELD:
+                pass
+            else:
+                form.reach = (RSP, min(w, 0), 8, m == Mnemonic.PUSH, 0, 0)
+                if not (m == Mnemonic.POP and ins.op0_register == Register.RSP):
+                    form.step = (RSP, RSP, w, 0, 0, 0)
+        elif m == Mnemonic.CALL and ins.flow_control == FlowControl.CALL:
+            form.reach = (RSP, -8, 8, True, 0, 0)
+        elif m == Mnemonic.RET:
+            form.reach = (RSP, 0, 8, False, 0, 0)
+        elif m == Mnemonic.LEAVE:
+            form.reach = (RBP, 0, 8, False, 0, 0)
+            form.step = (RSP, RBP, 8, 0, 0, 0)
+        elif m in (Mnemonic.ADD, Mnemonic.SUB, Mnemonic.LEA, Mnemonic.MOV) and self._moves_pointer(form, ins):
+            pass
+        elif self._may_share(ins):
+            disp = 0 if open_.disp_size else sign_extend(ins.memory_displacement & 0xFFFFFFFF, 32)
+            written = self._access(info) != READ
+            form.reach = (GPR[ins.memory_base][0], disp, self.size(ins), written, open_.disp, open_.disp_size)
+        if form.step is not None:
+            spoils.discard(form.step[0])
+        form.spoils = tuple(spoils)
+
+    @staticmethod
+    def _moves_pointer(form: Form, ins: Instruction) -> bool:
+        """Whether a register becomes a register plus a constant."""
+        if ins.op0_kind != OpKind.REGISTER or RegisterExt.size(ins.op0_register) != 8:
+            return False
+        to = GPR.get(ins.op0_register)
+        if to is None:
+            return False
+        m = ins.mnemonic
+        if m == Mnemonic.LEA:
+            base = GPR.get(ins.memory_base)
+            if base is None or base[1] != 8 or ins.memory_index != Register.NONE:
+                return False
+            open_ = form.open
+            disp = 0 if open_.disp_size else sign_extend(ins.memory_displacement & 0xFFFFFFFF, 32)
+            form.step = (to[0], base[0], disp, 1, open_.disp, open_.disp_size)
+        elif m == Mnemonic.MOV:
+            source = GPR.get(ins.op1_register) if ins.op1_kind == OpKind.REGISTER else None
+            if source is None:
+                return False
+            form.step = (to[0], source[0], 0, 0, 0, 0)
+        elif form.open.imm_size:
+            form.step = (to[0], to[0], 0, 1 if m == Mnemonic.ADD else -1, form.open.imm, form.open.imm_size)
+        else:
+            return False
+        return True
+
+    def _may_share(self, ins: Instruction) -> bool:
+        """Whether the instruction is copied with one operand at a 64-bit register plus a constant."""
+        m = ins.mnemonic
+        return (
+            self.memory_operand(ins)
+            and (m not in self._handlers or m == Mnemonic.MOV)
+            and m not in NO_OPERATION
+            and ins.flow_control == FlowControl.NEXT
+            and ins.memory_base in GPR
+            and RegisterExt.size(ins.memory_base) == 8
+            and ins.memory_index == Register.NONE
+            and ins.memory_segment not in (Register.FS, Register.GS)
+            and 0 < self.size(ins) <= 64
+            and not self._aligned(ins)
+            and not ins.is_string_instruction
+            and not waits(ins)
+            and not any(
+                ins.op_kind(i) == OpKind.REGISTER and ins.op_register(i) in SYSTEM_REGISTERS
+                for i in range(ins.op_count)
+            )
+        )
 
     def _is_python(self, ins: Instruction) -> bool:
         """Whether the emulator has this instruction, in this mode."""
@@ -276,7 +372,31 @@ class Lowering(Special):
             if handler is not None:
                 handler(ins)
             elif m in NO_OPERATION:
-                pass
+                self.keeps = True
             else:
                 self.generic(ins, data)
         return self.finish()
+
+    def placed(self, ins: Instruction, data: bytes, open_: Open) -> Template:
+        """Lower an instruction whose form has a reach: its operand is at r10 plus a hole."""
+        self.begin(data, False, None, open_)
+        self.is_placed = True
+        handler = self._handlers.get(ins.mnemonic)
+        if handler is not None:
+            handler(ins)
+        else:
+            self.generic(ins, data)
+        code = self.a.code(0)
+        place = PLACE.to_bytes(4, "little")
+        if code.count(place) != 1:
+            raise InternalError(f"{ins}: an operand's place is not to be found in {code.hex()}")
+        self.holes.append((code.index(place), HOLE_PLACE, 0))
+        return self.finish()
+
+    def range_check(self, write: bool, live: bool) -> tuple[bytes, int]:
+        """The check of a range whose start is in r10, and where the displacement of its way out stands; the length's
+        complement to 4096 is an immediate 6 bytes before that."""
+        known = self._range_checks.get((write, live))
+        if known is None:
+            known = self._range_checks[write, live] = self._check_code(8, write, live)
+        return known

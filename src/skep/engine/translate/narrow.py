@@ -17,7 +17,19 @@ from iced_x86 import Code, EncodingKind, FlowControl, Instruction, Mnemonic, OpK
 
 from skep.engine.amd64.registers import Vector
 from skep.engine.translate.asm import R9, R10, R11, RBP, RCX, Assembler, Cond, Mem
-from skep.engine.translate.forms import GPR, HOLE_IP, HOLE_TARGET, READ, SREG_FIELD, STRINGS, WRITE, Ends, Form
+from skep.engine.translate.forms import (
+    GPR,
+    HOLE_IP,
+    HOLE_TARGET,
+    NOTHING_OPEN,
+    READ,
+    SREG_FIELD,
+    STRINGS,
+    WRITE,
+    Ends,
+    Form,
+    Open,
+)
 from skep.engine.translate.layout import SEGMENTS, Mode
 from skep.engine.translate.lower import POP_FLAGS, PUSH_FLAGS, Lowering
 from skep.engine.translate.narrow_runtime import REPEATED, SEGMENT_SHIFT, SIXTEEN, UNTIL_EQUAL
@@ -54,8 +66,8 @@ class Narrow(Lowering):
 
     # Classification
 
-    def form(self, ins: Instruction, relative: bool) -> Form:
-        form = super().form(ins, relative)
+    def form(self, ins: Instruction, relative: bool, open_: Open = NOTHING_OPEN) -> Form:
+        form = super().form(ins, relative, open_)
         form.narrow = form is not self.emulated and ins.op_count > 0 and ins.op0_kind == OpKind.NEAR_BRANCH16
         if form.ends == Ends.LOOP:
             form.loop = self._loop(ins)

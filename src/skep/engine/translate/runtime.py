@@ -78,6 +78,7 @@ WRITE, FETCH = 1, 2
 PF_P, PF_W, PF_U, PF_RSVD, PF_I = PfError.P, PfError.W, PfError.U, PfError.RSVD, PfError.FETCH
 
 ALIGNED = 1 << 29  # in a descriptor: the operand's alignment is checked first
+RANGE = 1 << 30  # in a descriptor: of a range that several operands share
 STRING = 1 << 28  # in a descriptor: a REP string instruction's
 SUPERVISOR, USER, SUPERVISOR_AC = 0, 1, 2
 ATTR_CODE64 = 0xA09B
@@ -507,6 +508,8 @@ def fill(va: int, desc: int) -> int:
         write = WRITE
     st.n_fill = st.n_fill + 1
     rip = st.page + (desc & 4095)
+    if desc & RANGE:
+        return fill_range(va, size, write, array, rip)
     if (va & 4095) + size > 4096:
         return fill_crossing(va, desc, size, write, array, rip)
     failed = walk(va, write, array)
@@ -531,6 +534,32 @@ def fill(va: int, desc: int) -> int:
     else:
         enter_page(va, array, TLB_READ)
     return st.ram + gpa
+
+
+def fill_range(va: int, size: int, write: int, array: int, rip: int) -> int:
+    """As fill, for a range that several operands share (sharing.py); what is not plain RAM on one page is left to the
+    block's plain twin."""
+    if (va & 4095) + size <= 4096 and walk(va, write, array) == 0:
+        gpa = st.w_pa
+        if is_ram(gpa) and (st.watch == 0 or watched(va, size, write) == 0):
+            if write == 0:
+                enter_page(va, array, TLB_READ)
+                return st.ram + gpa
+            announce(gpa)
+            if mask_at(gpa) == 0:
+                enter_page(va, array, TLB_WRITE)
+                return st.ram + gpa
+            if is_code(gpa, size) == 0:
+                enter_page(va, array, TLB_READ)
+                return st.ram + gpa
+    st.rip = rip
+    if fetch_page(rip) == 0:
+        entry = find((st.w_pa << Mode.BITS) | st.mode | Mode.PLAIN)
+        if entry:
+            st.target = ld64(entry + 16)
+            return 1
+    st.kind = Kind.PLAIN
+    return 0
 
 
 def to_python(va: int, desc: int, rip: int) -> int:
@@ -1214,7 +1243,7 @@ def down_elements(va: int, shift: int, most: int) -> int:
 
 ROUTINES = [
     watched, walk, refused, walk_legacy, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page,
-    page_fault, fill, to_python,
+    page_fault, fill, fill_range, to_python,
     fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, barrier, resume, lookup, link,
     load_cr3, descriptor_at, interrupt_return, system_call, system_return, operand,
     interrupted, rep_store, mask_at_host, rep_move, rep_down,

@@ -130,6 +130,7 @@ class Special(Emitter):
             if self.open.disp_size:
                 self.copies.append((len(a) + self.open.disp, self.open.disp, self.open.disp_size))
             a.raw(self.data)
+            self.keeps = True
             return
         bare = ins.copy()
         bare.segment_prefix = Register.DS if not self.wide else Register.NONE
@@ -160,17 +161,18 @@ class Special(Emitter):
         self.check(w, WRITE)
         if kind == OpKind.MEMORY:
             a.mov(R11, state("t0"))
-            a.mov(Mem(R10), R11, size=w * 8)
+            a.mov(self.operand, R11, size=w * 8)
         elif kind == OpKind.REGISTER:
             number = GPR[ins.op0_register][0]
             h = home(number)
             if h is None:
                 a.mov(R11, gs(number * 8))
                 h = R11
-            a.mov(Mem(R10), Reg(h), size=w * 8)
+            a.mov(self.operand, Reg(h), size=w * 8)
         else:
-            a.mov(Mem(R10), sign_extend(ins.immediate(0) & 0xFFFFFFFF, 32), size=w * 8)
+            a.mov(self.operand, sign_extend(ins.immediate(0) & 0xFFFFFFFF, 32), size=w * 8)
         self.stack_move(-w)
+        self.keeps = self.is_placed
 
     def _pop(self, ins: Instruction) -> None:
         a = self.a
@@ -180,14 +182,15 @@ class Special(Emitter):
         number = GPR[ins.op0_register][0]
         h = home(number)
         if h is None:
-            a.mov(R11, Mem(R10), size=w * 8)
+            a.mov(R11, self.operand, size=w * 8)
             a.mov(gs(number * 8), R11)
         elif number == 4:
-            a.mov(R9, Mem(R10), size=w * 8)
+            a.mov(R9, self.operand, size=w * 8)
             return
         else:
-            a.mov(h, Mem(R10), size=w * 8)
+            a.mov(h, self.operand, size=w * 8)
         self.stack_move(w)
+        self.keeps = self.is_placed
 
     def push_next(self, w: int) -> None:
         """Push the address of the next instruction in ``w`` bytes; r10 and r11 are free."""
@@ -195,7 +198,7 @@ class Special(Emitter):
         self.stack_at(-w)
         self.check(w, WRITE)
         self.page_plus(R11, HOLE_NEXT)
-        a.mov(Mem(R10), R11, size=w * 8)
+        a.mov(self.operand, R11, size=w * 8)
         self.stack_move(-w)
 
     def _indirect_target(self, ins: Instruction) -> None:
@@ -235,17 +238,18 @@ class Special(Emitter):
         w = ins.stack_pointer_increment - released
         self.stack_at(0)
         self.check(w, READ)
-        self.a.mov(R10, Mem(R10), size=w * 8)
+        self.a.mov(R10, self.operand, size=w * 8)
         self.branch_target(w)
         self.stack_move(w + released)
         self.dispatch()
 
     def _leave(self, ins: Instruction) -> None:
         a = self.a
-        a.mov(R10, RBP)
+        if not self.is_placed:
+            a.mov(R10, RBP)
         self.check(8, READ)
         a.lea(R9, Mem(RBP, disp=8))
-        a.mov(RBP, Mem(R10))
+        a.mov(RBP, self.operand)
 
     def _pushfq(self, ins: Instruction) -> None:
         a = self.a

@@ -96,7 +96,7 @@ class TranslateVcpu(Alone):
         self._nmi = False
         self._fresh = True
         self.hits = 0
-        self.counts = [0] * 12
+        self.counts = [0] * 13
         self.watch: Watch | None = None
         st.q[XSAVE_AREA >> 3] = 0x37F
         st.bytes[XSAVE_AREA + 24 : XSAVE_AREA + 28] = (0x1F80).to_bytes(4, "little")
@@ -175,6 +175,8 @@ class TranslateVcpu(Alone):
                     self._respan()
                 elif kind == Kind.FAULT:
                     raise self._host_fault()
+                elif kind == Kind.PLAIN:
+                    self._translate_plain()
                 elif kind == Kind.STOPPED:
                     self.wait()
                 elif kind == Kind.DELIVER:
@@ -291,6 +293,15 @@ class TranslateVcpu(Alone):
         st = self.st
         page = st.rip - (va & 4095)
         return st.rip >= st.code_end or (va & 4095 > 4096 - 15 and page + 4096 >= st.code_end)
+
+    def _translate_plain(self) -> None:
+        """Make the plain twin of the block at rip, which fill_range will find when it is asked again."""
+        st = self.st
+        with self._world.lock:
+            pa = self.code_address(st.rip)
+            mode = st.mode | Mode.PLAIN
+            if pa is not None and pa << Mode.BITS | mode not in self.cache.blocks:
+                self.cache.translate(pa, mode, lambda: self.second_page(st.rip))
 
     def _respan(self) -> None:
         """The block at rip lies on two pages: bring the second into the TLB; if it has changed, drop the block."""
