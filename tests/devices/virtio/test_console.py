@@ -436,3 +436,38 @@ class TestConformance(DeviceConformance[VirtioPci]):
 
     def regions(self, device: VirtioPci) -> Sequence[tuple[IoRegion, int]]:
         return [(bar.region, bar.size) for bar in device.bars.values()]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    said=st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=5), min_size=1, max_size=5),
+    takes=st.lists(st.integers(1, 3000), min_size=4, max_size=8),
+    pauses=st.booleans(),
+)
+def test_2_7_4_what_a_guest_says_arrives_whole_however_it_is_cut(
+    said: list[list[int]], takes: list[int], pauses: bool
+) -> None:
+    """Buffers cut anyhow, and a host that takes a little now and then, with the machine frozen in between."""
+    made = Made()
+    made.introduce()
+    host, queue = made.hosts[2], made.queues[7]
+    host.takes = 0
+    rng = random.Random(len(said))
+    whole = b""
+    for cuts in said:
+        pieces = [rng.randbytes(n) for n in cuts]
+        if len(queue.free) < len(pieces):
+            break
+        made.send(7, *pieces)
+        whole += b"".join(pieces)
+    for n in (*takes, len(whole)):
+        host.take_more(n)
+        made.driver.wait(lambda: host.takes <= 0 or len(host.got) == len(whole))
+        assert host.takes >= 0, "never more than there was room for"
+        if pauses:
+            made.function.pause()
+            made.function.load(made.function.save())
+            made.function.resume()
+    assert host.got == whole
+    queue.wait(len(queue.chains))
+    made.close()

@@ -36,11 +36,9 @@ UNMAP = 1 << 0
 
 QUEUE_SIZE = 256
 ID_LENGTH = 20
-MAX_SEGMENTS = 32
-"""Ranges of one discard, or of one write of zeros."""
-MAX_DISCARD = (1 << 31) // SECTOR
-MAX_WRITE_ZEROES = (1 << 26) // SECTOR
-"""Sectors of a range. Zeros may have to be written, and a pause waits for it."""
+MAX_DISCARD, MAX_DISCARD_SEGMENTS = (1 << 31) // SECTOR, 32
+MAX_WRITE_ZEROES, MAX_WRITE_ZEROES_SEGMENTS = (1 << 26) // SECTOR, 1
+"""Sectors of a range, and ranges of a request. Zeros may have to be written, and a pause waits for it."""
 _THREADS = 16
 """Requests that wait for the host at the same time, flushes not counted."""
 
@@ -106,8 +104,8 @@ class VirtioBlk(VirtioDevice):
     def config_read(self, offset: int, size: int) -> int:
         logical, physical = self._options.block
         ratio = physical // logical
-        discard = (MAX_DISCARD, MAX_SEGMENTS, physical // SECTOR) if self.features & F_DISCARD else (0, 0, 0)
-        zeroes = (MAX_WRITE_ZEROES, MAX_SEGMENTS) if self.features & F_WRITE_ZEROES else (0, 0)
+        discard = (MAX_DISCARD, MAX_DISCARD_SEGMENTS, physical // SECTOR) if self.features & F_DISCARD else (0, 0, 0)
+        zeroes = (MAX_WRITE_ZEROES, MAX_WRITE_ZEROES_SEGMENTS) if self.features & F_WRITE_ZEROES else (0, 0)
         config = _CONFIG.pack(
             *(self._backend.size // SECTOR, 0, QUEUE_SIZE - 2, 0, 0, 0, logical),
             *(ratio.bit_length() - 1, 0, min(ratio, 0xFFFF), 0, self.writeback, 0, len(self.queues)),
@@ -150,9 +148,9 @@ class VirtioBlk(VirtioDevice):
         if kind == T_GET_ID:
             return _answer(chain, S_OK, _scatter(self._id, _room(chain)))
         if kind == T_DISCARD and self.driver_features & F_DISCARD:
-            return self._clear(chain, payload, MAX_DISCARD, discard=True)
+            return self._clear(chain, payload, MAX_DISCARD, MAX_DISCARD_SEGMENTS, discard=True)
         if kind == T_WRITE_ZEROES and self.driver_features & F_WRITE_ZEROES:
-            return self._clear(chain, payload, MAX_WRITE_ZEROES, discard=False)
+            return self._clear(chain, payload, MAX_WRITE_ZEROES, MAX_WRITE_ZEROES_SEGMENTS, discard=False)
         return _answer(chain, S_UNSUPP)
 
     def _read(self, chain: Chain, sector: int) -> int | None:
@@ -188,17 +186,20 @@ class VirtioBlk(VirtioDevice):
         self._pool.submit(partial(self._work, chain, 0, durable, partial(self._backend.pwritev, payload, offset)))
         return None
 
-    def _clear(self, chain: Chain, payload: list[memoryview], most: int, *, discard: bool) -> int | None:
-        ranges = self._ranges(payload, most, discard)
+    def _clear(
+        self, chain: Chain, payload: list[memoryview], most: int, segments: int, *, discard: bool
+    ) -> int | None:
+        ranges = self._ranges(payload, most, segments, discard)
         if isinstance(ranges, int):
             return _answer(chain, ranges)
         self._pool.submit(partial(self._work, chain, 0, self._durable, partial(self._clear_all, ranges, discard)))
         return None
 
-    def _ranges(self, payload: list[memoryview], most: int, discard: bool) -> list[Range] | int:
-        """The ranges of a request (5.2.6); or the status that it gets instead."""
+    def _ranges(self, payload: list[memoryview], most: int, segments: int, discard: bool) -> list[Range] | int:
+        """The ranges of a request (5.2.6), of so many sectors each and so many of them; or the status that it gets
+        instead."""
         length = sum(map(len, payload))
-        if self._backend.read_only or length % _RANGE.size or not 0 < length <= MAX_SEGMENTS * _RANGE.size:
+        if self._backend.read_only or length % _RANGE.size or not 0 < length <= segments * _RANGE.size:
             return S_IOERR
         ranges = []
         for sector, count, flags in _RANGE.iter_unpack(b"".join(payload)):
