@@ -45,12 +45,11 @@ def still(vm: Vm, disk: Path) -> tuple[object, ...]:
     """What must not change while it is frozen."""
     board: Any = vm.board
     status = disk.stat()
-    queue = the_disk(vm).queues[0]
     return (
         board.clock.now_ns(),
-        board.clock.tsc(),
-        board.lapics[0].save(),
-        (queue.next_avail, queue.next_used),
+        [device.save() for device in board.devices],
+        [processor._vcpu.get_state() for processor in vm._processors if processor._vcpu],
+        vm.board.memory.read(0, 1 << 20),
         status.st_mtime_ns,
         vm.state,
     )
@@ -169,7 +168,7 @@ def test_a_reset_while_frozen(linux: Linux) -> None:
 
 @pytest.mark.parametrize(
     ("cpus", "times"),
-    [(1, 50), (2, 50), pytest.param(1, 1000, marks=pytest.mark.slow), pytest.param(2, 1000, marks=pytest.mark.slow)],
+    [(2, 50), pytest.param(1, 1000, marks=pytest.mark.slow), pytest.param(2, 1000, marks=pytest.mark.slow)],
 )
 def test_a_build_is_frozen_and_thawed(guest: Guest, tmp_path: Path, cpus: int, times: int) -> None:
     disk = make_disk(tmp_path / "disk.img")
