@@ -138,7 +138,8 @@ def _build(arch: str, scratch: Path, made: Path) -> None:
         command = (*apart, "sh", script, release, mirror, arch, kernel, tree, image, str(bytes_of(SIZE)))
         last = _follow(command, ticker)
     if last:
-        raise UserError(last, "debootstrap", "see whether this system's own `apt-get update` and its mirror work")
+        todo = "making it takes the archive that this system's apt uses, half a GiB of memory, and as much of disk"
+        raise UserError(last, "the root could not be made", todo)
     image.chmod(0o444)
 
 
@@ -165,8 +166,8 @@ def _follow(command: tuple[str | Path, ...], ticker: Ticker) -> str:
             raise
     if process.returncode == 0:
         return ""
-    errors = [line for line in lines if line.startswith(("E: ", "W: "))] or [*lines]
-    return errors[-1][:300] if errors else f"it ended with status {process.returncode}"
+    errors = [line for line in lines if line.startswith(("E: ", "W: "))] or [line for line in lines if line]
+    return errors[-1][:300].removeprefix("E: ") if errors else f"root.sh ended with status {process.returncode}"
 
 
 def _of_length(image: Path, length: int) -> Path:
