@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.devices.ps2keyboard import CAPS_LOCK
 from skep.guest import debian
 from skep.guest.debian import Guest
 from tests.linux import Linux, complaints
@@ -99,3 +100,21 @@ def test_a_new_generation_reseeds_the_guests_random_numbers() -> None:
         linux.vm.new_generation()
         linux("until dmesg | grep -q 'crng reseeded due to virtual machine fork'; do sleep 0.1; done")
         linux.power_off()
+
+
+def test_keys_arrive_and_lamps_are_lit(linux: Linux) -> None:
+    keyboard = linux.vm.board.keyboard
+    assert "AT Translated Set 2 keyboard" in linux("cat /proc/bus/input/devices")
+    linux("for module in $(cat /lib/modules/evdev.order); do insmod /lib/modules/$module; done")
+    number = re.search(r"Name=\"AT Translated Set 2.*?\bevent(\d+)", linux("cat /proc/bus/input/devices"), re.DOTALL)
+    assert number
+    # Six events of 24 bytes: scan code, key, end; each with its type, code and value in the last eight.
+    linux(f"head -c 144 /dev/input/event{number[1]} > /tmp/events & true")
+    linux("until ls -l /proc/[0-9]*/fd 2> /dev/null | grep -q /dev/input/event; do sleep 0.1; done")
+    assert keyboard.inject(b"\x1c") and keyboard.inject(b"\xf0\x1c")
+    linux("until [ $(wc -c < /tmp/events) = 144 ]; do sleep 0.1; done")
+    events = [line.split() for line in linux("od -A n -v -t u2 -w24 /tmp/events").splitlines()]
+    assert [event[8:11] for event in events if event[8] == "1"] == [["1", "30", "1"], ["1", "30", "0"]]  # EV_KEY, KEY_A
+    linux("echo 1 > $(ls -d /sys/class/leds/*::capslock)/brightness")
+    linux("until cat /sys/class/leds/*::capslock/brightness | grep -q 1; do sleep 0.1; done; sleep 1")
+    assert keyboard.leds == CAPS_LOCK

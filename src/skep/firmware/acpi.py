@@ -29,6 +29,13 @@ class Pci(NamedTuple):
     """(slot, pin from 0 for INTA, GSI) of every interrupt pin."""
 
 
+class Keyboard(NamedTuple):
+    """The PS/2 controller."""
+
+    ports: tuple[int, int]
+    irq: int
+
+
 class Serial(NamedTuple):
     """COM port ``number``, counted from 1."""
 
@@ -78,6 +85,7 @@ class Platform(NamedTuple):
     s5_sleep_type: int
     century: int
     """The CMOS byte that holds the century."""
+    keyboard: Keyboard
     serial: tuple[Serial, ...]
     hpet: Hpet
     generation: Generation
@@ -155,7 +163,7 @@ def fadt(platform: Platform, facs_address: int, dsdt_address: int) -> bytes:
     flags = wbinvd | proc_c1 | slp_button | fix_rtc | reset_reg_sup  # bit 4 clear: a fixed power button
     if platform.pm_timer_32bit:
         flags |= tmr_val_ext
-    legacy_devices, vga_not_present = 1 << 0, 1 << 2  # bit 1 clear: no 8042; bit 5 clear: an RTC
+    legacy_devices, with_8042, vga_not_present = 1 << 0, 1 << 1, 1 << 2  # bit 5 clear: an RTC
     no_c_state = 0xFFFF
     body = struct.pack(
         "<II B BHIBBBB IIII IIII BBBBBBBB HHHHBBBBB HBI",
@@ -167,7 +175,7 @@ def fadt(platform: Platform, facs_address: int, dsdt_address: int) -> bytes:
         4, 2, 0, 4,  # lengths of PM1_EVT, PM1_CNT, PM2_CNT, PM_TMR
         platform.gpe0_size, 0, 0, 0,  # of GPE0, GPE1; GPE1 base, _CST
         no_c_state, no_c_state, 0, 0, 0, 0, 0, 0, platform.century,
-        legacy_devices | vga_not_present, 0, flags,
+        legacy_devices | with_8042 | vga_not_present, 0, flags,
     )  # fmt: skip
     body += _gas(platform.reset_port, 8, _BYTE) + struct.pack("<BHB", platform.reset_value, 0, 5)  # minor version 5
     body += struct.pack("<QQ", facs_address, dsdt_address)
@@ -237,6 +245,16 @@ def dsdt(platform: Platform) -> bytes:
         aml.name("_HID", aml.eisa_id("PNP0B00")),
         aml.name("_CRS", aml.resource_template(aml.io(0x70, 2), aml.irq_no_flags(8))),
     )
+    keyboard = aml.device(
+        "KBD",
+        aml.name("_HID", aml.eisa_id("PNP0303")),
+        aml.name(
+            "_CRS",
+            aml.resource_template(
+                *(aml.io(port, 1) for port in platform.keyboard.ports), aml.irq_no_flags(platform.keyboard.irq)
+            ),
+        ),
+    )
     timer = aml.device(
         "HPET",
         aml.name("_HID", aml.eisa_id("PNP0103")),
@@ -261,11 +279,11 @@ def dsdt(platform: Platform) -> bytes:
         )
         for i in range(platform.possible_cpus)
     ]
-    devices = (*processors, _pci_root(platform.pci), board, clock, timer, *serial, _generation(platform.generation))
+    devices = (_pci_root(platform.pci), board, clock, timer, keyboard, *serial, _generation(platform.generation))
     return _table(
         b"DSDT",
         2,
-        aml.scope("_SB", *devices)
+        aml.scope("_SB", *processors, *devices)
         + aml.scope("_GPE", _event(platform.generation.event, r"\_SB.GENC"))
         + aml.name("_S5", aml.package(s5, s5, aml.integer(0), aml.integer(0))),
     )

@@ -20,6 +20,7 @@ from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.devices import pm
 from skep.devices.i8042 import I8042
+from skep.devices.ps2keyboard import Ps2Keyboard
 from skep.devices.rtc import Rtc
 from skep.devices.uart import Uart
 from skep.devices.virtio.pci import VirtioPci
@@ -41,6 +42,7 @@ from skep.machine.amd64map import (
     ECAM_BASE,
     ECAM_SIZE,
     IOAPIC_ID,
+    KEYBOARD_IRQ,
     PCI_MEMORY,
     PCI_PORTS,
     RTC_IRQ,
@@ -127,12 +129,13 @@ class Amd64Board:
             local_time=settings.rtc_use_localtime,
         )
         rtc.attach(self.bus)
-        keyboard = I8042(events.reset)
-        keyboard.attach(self.bus)
+        self.keyboard = Ps2Keyboard(self.lock)
+        controller = I8042(self.lines.source(KEYBOARD_IRQ), self.keyboard, events.reset)
+        controller.attach(self.bus)
         self.pm = pm.AcpiPm(self.clock, self.lines.source(pm.SCI_GSI), events.power_off, events.reset)
         self.pm.attach(self.bus)
         self.generation = VmGenId(self.memory, VMGENID_BASE, lambda: self.pm.raise_event(VMGENID_GPE))
-        self.devices += [pit, rtc, timer, keyboard, self.pm, self.generation]
+        self.devices += [pit, rtc, timer, controller, self.pm, self.generation]
 
     def _serial_ports(self, paths: Iterable[str | None], plug: PlugSerial) -> tuple[acpi.Serial, ...]:
         """Those that the tree connects to something; the others are not there."""

@@ -16,12 +16,12 @@ Guest-physical addresses:
 4 GiB-                 RAM beyond 3 GiB
 =====================  ==========================================================================
 
-Ports: 0x20, 0xa0, 0x4d0 8259 pair; 0x40, 0x61 8254; 0x60, 0x64, 0x92 reset and A20; 0x70 RTC; 0x3f8, 0x2f8, 0x3e8,
-0x2e8 COM1 to COM4; 0x600 ACPI PM1a, timer and GPE0; 0xcf8-0xcff PCI, 0xcf9 reset; 0xc000-0xffff windows of PCI
+Ports: 0x20, 0xa0, 0x4d0 8259 pair; 0x40, 0x61 8254; 0x60, 0x64, 0x92 keyboard, reset and A20; 0x70 RTC; 0x3f8, 0x2f8,
+0x3e8, 0x2e8 COM1 to COM4; 0x600 ACPI PM1a, timer and GPE0; 0xcf8-0xcff PCI, 0xcf9 reset; 0xc000-0xffff windows of PCI
 devices (I/O BARs).
 
-Interrupts (GSIs): 0 8254 (pin 2 of the I/O APIC), 3 COM2 and COM4, 4 COM1 and COM3, 8 RTC, 9 SCI; 16-23 the INTx pins
-of PCI slots.
+Interrupts (GSIs): 0 8254 (pin 2 of the I/O APIC), 1 keyboard, 3 COM2 and COM4, 4 COM1 and COM3, 8 RTC, 9 SCI; 16-23 the
+INTx pins of PCI slots.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ ECAM_BASE, ECAM_SIZE = 0xE000_0000, 1 << 20
 COM_PORTS = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
 """First port and IRQ of COM1 to COM4."""
 VMGENID_GPE = 0
+KEYBOARD_IRQ = 1
 RTC_IRQ, RTC_CENTURY = 8, 0x32
 IOAPIC_ID = 0
 PCI_ROUTING = tuple((slot, pin, intx_gsi(slot, pin)) for slot in range(1, SLOTS) for pin in range(4))

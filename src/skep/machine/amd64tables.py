@@ -8,7 +8,7 @@ from uuid import UUID
 
 from skep.boot.e820 import E820, RangeType
 from skep.config import Settings, Tree, option, values, view
-from skep.devices import pm
+from skep.devices import i8042, pm
 from skep.engine.amd64 import cpuid
 from skep.engine.amd64.tsc import tsc_hz
 from skep.firmware import acpi, mptable, smbios
@@ -23,6 +23,7 @@ from skep.machine.amd64map import (
     ECAM_SIZE,
     HIGH_MEMORY,
     IOAPIC_ID,
+    KEYBOARD_IRQ,
     LOW_RAM_END,
     MPTABLE_BASE,
     PCI_MEMORY,
@@ -101,6 +102,7 @@ def _acpi(settings: Settings, serial: tuple[acpi.Serial, ...]) -> acpi.Tables:
         reset_value=pm.RESET_VALUE,
         s5_sleep_type=pm.SLEEP_TYPE_S5,
         century=RTC_CENTURY,
+        keyboard=acpi.Keyboard((i8042.DATA_PORT, i8042.STATUS_PORT), KEYBOARD_IRQ),
         serial=serial,
         hpet=acpi.Hpet(hpet.BASE, hpet.SIZE, hpet.CAPABILITIES & 0xFFFF_FFFF, hpet.MIN_PERIOD_TICKS),
         generation=acpi.Generation(VMGENID_BASE, VMGENID_GPE),
