@@ -166,6 +166,29 @@ def test_a_reset_while_frozen(linux: Linux) -> None:
     assert linux("echo again") == "again\n"
 
 
+@pytest.mark.slow
+def test_freezes_and_resets_at_any_moment_of_a_boot(guest: Guest, tmp_path: Path) -> None:
+    rng = random.Random(20)
+    with Linux(guest, disks=[make_disk(tmp_path / "disk.img")], cpus=2) as linux:
+        vm = linux.vm
+        for _ in range(20):
+            vm.reset()
+            until = time.monotonic() + rng.uniform(0, 8)
+            while time.monotonic() < until:
+                vm.freeze()
+                if rng.random() < 0.01:
+                    vm.reset()
+                vm.thaw()
+                time.sleep(rng.expovariate(20))
+        vm.reset()
+        vm.freeze()
+        vm.console.read()
+        vm.thaw()
+        linux.wait_ready()
+        assert linux("mount -t ext4 /dev/vda /mnt && nproc") == "2\n"
+        linux.power_off()
+
+
 @pytest.mark.parametrize(
     ("cpus", "times"),
     [(2, 50), pytest.param(1, 1000, marks=pytest.mark.slow), pytest.param(2, 1000, marks=pytest.mark.slow)],
