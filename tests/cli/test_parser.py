@@ -105,6 +105,17 @@ def test_the_later_option_wins(tmp_path: Path) -> None:
     assert dump("-k", str(conf), "word")["name"] == "word"
 
 
+def test_what_devices_there_are() -> None:
+    done = skep("run", "--device", "help")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines if line[0] != " "] == [
+        "hostbridge", "virtio-blk", "virtio-console", "virtio-rnd"
+    ]  # fmt: skip
+    assert "  port.N.console  a terminal of the guest: hvc0, and so on in the order of ports" in lines
+    assert all(len(line) < 130 for line in lines)
+
+
 def test_devices_as_bhyve_has_them() -> None:
     leaves = dump("--device", "virtio-rnd", "--device", "virtio-console,org.x=/run/x%y,console=stdio", "--disk", "/y")
     assert {key: value for key, value in leaves.items() if key.startswith("pci")} == {

@@ -57,6 +57,15 @@ def _file(key: str) -> Write:
     return write
 
 
+def _device(tree: Tree, text: str) -> None:
+    if text == "help":
+        from skep.machine.pcidevices import describe
+
+        print("\n".join(describe()))
+        raise SystemExit(0)
+    add_device(tree, text, "--device")
+
+
 def _add_run(commands: Any) -> None:
     run = commands.add_parser(
         "run",
@@ -91,9 +100,9 @@ def _add_run(commands: Any) -> None:
     add(
         "--device",
         metavar="NAME[,CONF]",
-        write=lambda tree, text: add_device(tree, text, "--device"),
+        write=_device,
         help="a PCI device: virtio-rnd; virtio-console,NAME=/PATH/OF/SOCKET,..., of which console= is a terminal; may"
-        " be repeated",
+        " be repeated. `--device help` has all of them and their keys",
     )
     add("--engine", metavar="ENGINE", write=_leaf("engine"), help="auto, kvm or translate (auto)")
     add(

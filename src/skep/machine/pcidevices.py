@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from skep.block.image import open_image
 from skep.block.options import BlockOptions
 from skep.bus.pci import HostBridge, PciFunction
-from skep.config import Node, view
+from skep.config import Node, keys_of, view
 from skep.config.views import NoKeys
 from skep.devices.virtio.blk import VirtioBlk
-from skep.devices.virtio.console import VirtioConsole, port_options
+from skep.devices.virtio.console import MOST_PORTS, PortOptions, VirtioConsole, port_options
 from skep.devices.virtio.pci import VirtioPci
 from skep.devices.virtio.rnd import VirtioRnd
 from skep.errors import UserError
@@ -36,11 +36,20 @@ class Surroundings(NamedTuple):
 def make_pci_device(node: Node, board: Surroundings) -> PciFunction:
     """The device that ``node`` describes. Raises UserError, and leaves nothing open then."""
     kind = node.get("device")
+    known = f"known are {', '.join(_KINDS)}"
     if kind is None:
-        raise UserError("says nothing of its device", node.full("device"), f"known are {', '.join(_MAKERS)}")
-    if kind not in _MAKERS:
-        raise UserError(f"no such device: {kind!r}", node.full("device"), f"known are {', '.join(_MAKERS)}")
-    return _MAKERS[kind](f"{kind} {node.path.removeprefix('pci.')}", node, board)
+        raise UserError("says nothing of its device", node.full("device"), known)
+    if kind not in _KINDS:
+        raise UserError(f"no such device: {kind!r}", node.full("device"), known)
+    return _KINDS[kind].make(f"{kind} {node.path.removeprefix('pci.')}", node, board)
+
+
+def describe() -> Iterator[str]:
+    """Every device and its keys, a line each."""
+    for name, kind in _KINDS.items():
+        yield f"{name}: {kind.about}"
+        for key, about in kind.keys.items():
+            yield f"  {key:<16}{about}"
 
 
 def check_boot_indexes(nodes: Iterable[Node]) -> None:
@@ -78,9 +87,19 @@ def _virtio_rnd(name: str, node: Node, board: Surroundings) -> PciFunction:
     return VirtioPci(VirtioRnd(name, board.memory, board.lock, board.say))
 
 
-_MAKERS: dict[str, Callable[[str, Node, Surroundings], PciFunction]] = {
-    "hostbridge": _hostbridge,
-    "virtio-blk": _virtio_blk,
-    "virtio-console": _virtio_console,
-    "virtio-rnd": _virtio_rnd,
+class _Kind(NamedTuple):
+    make: Callable[[str, Node, Surroundings], PciFunction]
+    about: str
+    keys: dict[str, str]
+
+
+_KINDS = {
+    "hostbridge": _Kind(_hostbridge, "what every PCI bus begins with", {}),
+    "virtio-blk": _Kind(_virtio_blk, "a disk: virtio-blk,PATH[,KEY[=VALUE]]...", keys_of(BlockOptions)),
+    "virtio-console": _Kind(
+        _virtio_console,
+        f"terminals and named ports, up to {MOST_PORTS}: virtio-console[,NAME=PATH]..., and console=PATH is a terminal",
+        {f"port.N.{key}": about for key, about in keys_of(PortOptions).items()},
+    ),
+    "virtio-rnd": _Kind(_virtio_rnd, "the host's random numbers", {}),
 }
