@@ -18,9 +18,10 @@ import gc
 import queue
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -29,18 +30,24 @@ from skep.chardev.plugs import Plugs
 from skep.config import Tree, check_settings
 from skep.config.sugar import add_device, add_disk
 from skep.engine.contract import Engine, EngineVm, Exit, ExitReason, Vcpu
-from skep.engine.exits import ExitRecord
 from skep.errors import EngineLimit, InternalError, SkepError, UserError
+from skep.explain.explainer import Explainer
+from skep.explain.explanation import Activity, Cause, Explanation, Seen
 from skep.machine import Board, Events, build, choose_engine
 from skep.memory import GuestMemory
 
 if TYPE_CHECKING:
     from skep.chardev.console import Console
+    from skep.explain.watch import Watch
 
 PROGRAM = "program"
 """The ``path`` of a serial port whose other end is the program's: see :meth:`Vm.serial`."""
 _PATIENCE = 30.0
 """Seconds after which a processor that does not answer is ours to explain."""
+_LOOKS, _BETWEEN_LOOKS = 5, 0.01
+"""How often, and after how many seconds, a processor is looked at to tell whether it spins."""
+_SPIN = 256
+"""Bytes of code in which a processor spins that is never seen elsewhere."""
 
 
 class End(enum.Enum):
@@ -58,12 +65,13 @@ class End(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a VM ended. ``registers`` and ``exits`` are there after a triple fault, ``error`` where it is ours."""
+    """How a VM ended. ``registers`` are there after a triple fault, ``error`` where it is ours, and ``explanation``
+    where the guest failed: a triple fault, or its kernel's panic before it rebooted or powered off."""
 
     end: End
     registers: dict[str, Any] = field(default_factory=dict)
-    exits: tuple[ExitRecord, ...] = ()
     error: BaseException | None = None
+    explanation: Explanation | None = None
 
     @property
     def exit_status(self) -> int:
@@ -86,6 +94,7 @@ class Step(enum.Enum):
     FREEZE = "freeze"
     THAW = "thaw"
     RESET = "reset"
+    EXPLAIN = "explain"
     END = "stop"
     CLOSE = "close"
 
@@ -98,6 +107,9 @@ TRANSITIONS = {
     (State.RUNNING, Step.THAW): State.RUNNING,
     (State.RUNNING, Step.RESET): State.RUNNING,
     (State.FROZEN, Step.RESET): State.FROZEN,
+    (State.RUNNING, Step.EXPLAIN): State.RUNNING,
+    (State.FROZEN, Step.EXPLAIN): State.FROZEN,
+    (State.ENDED, Step.EXPLAIN): State.ENDED,
     (State.CREATED, Step.END): State.ENDED,
     (State.RUNNING, Step.END): State.ENDED,
     (State.FROZEN, Step.END): State.ENDED,
@@ -120,6 +132,10 @@ class _Request:
         """The processor whose guest code asked; None: the program did."""
         self.done = threading.Event()
         self.error: BaseException | None = None
+        self.cause = Cause.ASKED
+        self.silent_for = 0.0
+        self.explanation: Explanation | None = None
+        """What EXPLAIN found; ``cause`` and ``silent_for`` say what for."""
 
 
 class Vm:
@@ -128,7 +144,9 @@ class Vm:
     Either from ``tree``, a configuration, or from keyword arguments, which only write one: ``disks`` are paths with
     options as ``skep run --disk`` takes them, ``devices`` as ``--device``; ``memory`` is text such as "512M";
     ``console`` is "program" (the default: see :attr:`console`), "stdio", "none" or whatever else ``lpc.com1.path`` may
-    be. ``config`` adds keys of the tree. ``diagnostics`` is called, from any thread, with one line for the user's eyes.
+    be. ``config`` adds keys of the tree. ``diagnostics`` is called, from any thread, with one line for the user's eyes;
+    ``explained``, from the VM's own, with the reasons when the guest has failed: a triple fault, its kernel's panic, a
+    halt for good, a silence of ``explain.silence`` seconds.
 
     Raises UserError for what is wrong with the configuration or with this host; nothing is left behind then.
     While any VM of the process runs, the interpreter's cyclic collector rests and threads take turns sooner.
@@ -151,6 +169,7 @@ class Vm:
         no_reboot: bool | None = None,
         config: Mapping[str, str] | None = None,
         diagnostics: Callable[[str], None] | None = None,
+        explained: Callable[[Explanation], None] | None = None,
     ) -> None:
         self.tree = tree.thawed() if tree is not None else Tree()
         _write(
@@ -178,6 +197,10 @@ class Vm:
         self.name = self.settings.name
         self.state = State.CREATED
         self._diagnostics = diagnostics
+        self._explained = explained
+        self._watch: Watch | None = None
+        self._last_seen: list[Seen] = []
+        """The processors as they were at the end."""
         self._outcome: Outcome | None = None
         self._ended = threading.Event()
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
@@ -193,6 +216,7 @@ class Vm:
         self._said_hopeless = False
         self.plugs = Plugs(self.name, self.say, self.stop, self._failed)
         """What the guest's ports are plugged into."""
+        self._explainer = Explainer(self.tree, self.settings, self.plugs.transcript)
         self._memory: GuestMemory | None = None
         self._board: Board | None = None
         self._thread: threading.Thread | None = None
@@ -296,6 +320,17 @@ class Vm:
         if self._board is not None and self.state not in (State.ENDED, State.CLOSED):
             self._board.new_generation()
 
+    def explain(self) -> Explanation:
+        """What the guest did last, and what may be wrong with it: ``str`` of it is a report.
+
+        A guest that runs is watched for a moment and then held, with its time, while its memory is looked at. After the
+        end it works until the VM is closed.
+        """
+        explanation = self._ask(Step.EXPLAIN).explanation
+        if explanation is None:
+            raise InternalError("nothing was explained")
+        return explanation
+
     def stop(self) -> None:
         """Ask for the end, whatever the guest does; ``wait`` tells when it came."""
         self._tell(_Request(Step.END, Outcome(End.STOPPED)))
@@ -322,7 +357,7 @@ class Vm:
     def _tell(self, request: _Request) -> None:
         self._requests.put(request)
 
-    def _ask(self, step: Step) -> None:
+    def _ask(self, step: Step) -> _Request:
         """Have a step taken and wait for it."""
         if self.state is State.CLOSED:
             raise UserError(f"cannot {step.value} a VM that is closed", self.name)
@@ -333,6 +368,7 @@ class Vm:
                 raise UserError(f"cannot {step.value} a VM that is closed", self.name)
         if request.error is not None:
             raise request.error
+        return request
 
     def _main(self) -> None:
         while self.state is not State.CLOSED:
@@ -350,7 +386,7 @@ class Vm:
         """Take a step. False: others come first, and then this one again."""
         before = self.state
         try:
-            if after is not before or request.step is Step.RESET:
+            if after is not before or request.step in (Step.RESET, Step.EXPLAIN):
                 self._do(request, after)
                 if request.step is Step.FREEZE and self._guest_was_first(request):
                     return False
@@ -359,7 +395,7 @@ class Vm:
             request.error = error
             if request.step is Step.CLOSE:
                 self.state = State.CLOSED
-            elif before is not State.CREATED:  # half a step: there is no way back
+            elif before is not State.CREATED and request.step is not Step.EXPLAIN:  # half a step: there is no way back
                 self._tell(_Request(Step.END, _failure(error, request.step.value)))
         if self._outcome is not None:
             self._ended.set()
@@ -380,8 +416,12 @@ class Vm:
         match request.step:
             case Step.START:
                 self._power_on(board.reset(), paused=False)
+                self._start_watch()
             case Step.RESET:
                 frozen = after is State.FROZEN
+                if self._explainer.panicked():
+                    self._park()
+                    self._tell_why(Cause.PANIC)
                 self._processors_off()
                 gc.collect()  # no automatic collection while guests run, and an engine's VM may be full of cycles
                 if not frozen:
@@ -397,6 +437,8 @@ class Vm:
                 board.resume()
                 for processor in self._processors:
                     processor.resume()
+            case Step.EXPLAIN:
+                self._explain(request)
             case Step.END:
                 self._end(request.outcome or Outcome(End.STOPPED))
             case Step.CLOSE:
@@ -408,6 +450,7 @@ class Vm:
     def _power_on(self, state: Any, *, paused: bool) -> None:
         """The first processor runs, unless ``paused``; the others wait to be started by it."""
         self._parting = False
+        self._explainer.begin()
         if not self._tuned:  # before the engine makes what a reset is to collect
             self._tuned = True
             _interpreter.enter()
@@ -445,6 +488,13 @@ class Vm:
     def _end(self, outcome: Outcome) -> None:
         if self._outcome is None:
             try:
+                self._park()
+                if outcome.end is not End.FAILED:
+                    self._last_seen = [processor.seen() for processor in self._processors]
+                if outcome.end is End.TRIPLE_FAULT:
+                    outcome = replace(outcome, explanation=self._tell_why(Cause.TRIPLE_FAULT))
+                elif self._explainer.panicked() and outcome.end in (End.REBOOTED, End.POWERED_OFF):
+                    outcome = replace(outcome, explanation=self._tell_why(Cause.PANIC))
                 self._processors_off()
                 if self._board is not None and self.state is State.RUNNING:
                     self._board.pause()
@@ -457,6 +507,8 @@ class Vm:
 
     def _free(self) -> None:
         """Everything that __init__ made, as far as it came."""
+        if self._watch is not None:
+            self._watch.close()
         self.plugs.close()
         if self._board is not None:
             self._board.close()
@@ -506,7 +558,87 @@ class Vm:
         hopeless = all(processor.hopeless for processor in self._processors if processor.begun)
         if hopeless and not self._parting and not self._said_hopeless:
             self._said_hopeless = True
-            self.say("the guest halted with interrupts off; nothing but a reset will wake it")
+            if self._explained is None or self._explainer.halted_on_purpose():
+                self.say(Cause.HALTED.value)
+            else:
+                self._tell(self._why(Cause.HALTED))
+
+    # Explanations, on the VM's own thread.
+
+    def _start_watch(self) -> None:
+        if self._explained is not None:
+            from skep.explain.watch import Watch
+
+            self._watch = Watch(
+                f"skep-{self.name}-watch",
+                self._explainer.transcript,
+                float(self.settings.explain_silence),
+                lambda cause, silent_for: self._tell(self._why(cause, silent_for)),
+            )
+
+    def _why(self, cause: Cause, silent_for: float = 0.0) -> _Request:
+        request = _Request(Step.EXPLAIN)
+        request.cause, request.silent_for = cause, silent_for
+        return request
+
+    def _explain(self, request: _Request) -> None:
+        """Something may have changed since it was asked for: a silent guest was frozen, a halted one reset."""
+        cause = request.cause
+        if cause is not Cause.ASKED:
+            running = self.state is State.RUNNING
+            late = {
+                Cause.PANIC: self._explainer.done or not self._explainer.panicked(),
+                Cause.HALTED: not any(processor.hopeless for processor in self._processors),
+            }
+            if not running or late.get(cause, False):
+                return
+        places = self._look_around() if self.state is State.RUNNING else {}
+        if self.state is State.RUNNING:
+            self._park()
+            self.board.pause()
+        try:
+            if self._processors:
+                self._last_seen = [one.seen(places.get(one.index, ())) for one in self._processors]
+            request.explanation = explanation = self._explainer.explain(
+                cause, self.board, self._last_seen, request.silent_for
+            )
+        finally:
+            if self.state is State.RUNNING:
+                self.board.resume()
+                for processor in self._processors:
+                    processor.resume()
+        if cause is not Cause.ASKED and (explanation.cause is not Cause.MUTE or explanation.findings):
+            self._publish(explanation)
+
+    def _look_around(self) -> dict[int, tuple[int, ...]]:
+        """Where each processor is at several moments."""
+        places: dict[int, tuple[int, ...]] = {}
+        for _ in range(_LOOKS):
+            self._park()
+            for processor in self._processors:
+                seen = processor.seen()
+                if seen.activity not in (Activity.NOT_STARTED, Activity.IDLE, Activity.HALTED):
+                    places[processor.index] = (*places.get(processor.index, ()), seen.registers["rip"])
+            for processor in self._processors:
+                processor.resume()
+            time.sleep(_BETWEEN_LOOKS)
+        return places
+
+    def _tell_why(self, cause: Cause) -> Explanation | None:
+        """Explain a failure before what it is seen by goes; the processors are parked."""
+        try:
+            seen = self._last_seen = [processor.seen() for processor in self._processors]
+            explanation = self._explainer.explain(cause, self.board, seen, 0.0)
+        except Exception as error:  # the end of the guest is to be told in any case
+            self.say(f"the guest's failure cannot be explained: {type(error).__name__}: {error}")
+            return None
+        self._publish(explanation)
+        return explanation
+
+    def _publish(self, explanation: Explanation) -> None:
+        self._explainer.done = explanation.cause not in (Cause.SILENT, Cause.MUTE)
+        if self._explained is not None:
+            self._explained(explanation)
 
     def say(self, line: str) -> None:
         if self._diagnostics is not None:
@@ -543,6 +675,8 @@ class _Processor:
         self._next_state: Any = None
         self._halted: bool | None = None
         """It executed HLT; the value is RFLAGS.IF."""
+        self._faulted = False
+        """It had a triple fault."""
         board.on_kick(index, self.kick)
 
     # From other threads.
@@ -588,6 +722,21 @@ class _Processor:
         """After ``pause``: no guest code runs, and none will."""
         if self._thread is not None and not self._parked.wait(_PATIENCE):
             raise InternalError(f"processor {self.index} does not stop")
+
+    def seen(self, places: tuple[int, ...] = ()) -> Seen:
+        """What it is doing, while it is parked; ``places`` are where it was, at several moments, before."""
+        vcpu = self._vcpu
+        if vcpu is None or (self._held and not self._faulted):
+            return Seen(self.index, Activity.NOT_STARTED, {})
+        registers = vcpu.get_state()
+        activity = Activity.RUNNING
+        if self._faulted:
+            activity = Activity.FAULTED
+        elif self._halted is not None:
+            activity = Activity.HALTED if self.hopeless else Activity.IDLE
+        elif len(places) == _LOOKS and max(places) - min(places) < _SPIN:
+            activity = Activity.SPINNING
+        return Seen(self.index, activity, registers, places, tuple(vcpu.exits.last()), vcpu.exits.refused())
 
     def resume(self) -> None:
         with self._guard:
@@ -703,7 +852,8 @@ class _Processor:
                     self.hopeless = True
                     self._vm._processor_sleeps_for_good()
             case ExitReason.SHUTDOWN:
-                self._over(Outcome(End.TRIPLE_FAULT, vcpu.get_state(), tuple(vcpu.exits.last())))
+                self._faulted = True
+                self._over(Outcome(End.TRIPLE_FAULT, vcpu.get_state()))
             case ExitReason.FAILED:
                 self._fail(EngineLimit(str(exit_.detail.get("message", "the engine gave no reason"))))
 

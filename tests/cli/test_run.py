@@ -139,7 +139,9 @@ def test_halting_for_good_is_said_once(run: Start) -> None:
     line = vm.process.stderr.readline().decode()
     assert line.startswith("skep: the guest halted with interrupts off")
     vm.process.send_signal(signal.SIGINT)
-    assert vm.end() == (0, b"B", "")
+    status, output, errors = vm.end()
+    assert (status, output) == (0, b"B")
+    assert all(line.startswith("  ") for line in errors.splitlines()), "the report, and no second one"
 
 
 @pytest.mark.parametrize(("redirection", "printed"), [("<&-", b"B"), (">&-", b""), ("2>&-", b"Bab")])

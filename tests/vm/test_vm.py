@@ -524,7 +524,9 @@ def test_a_triple_fault_is_no_reboot(make: Make) -> None:
     vm.start()
     outcome = vm.wait(10)
     assert outcome is not None and outcome.end is End.TRIPLE_FAULT and outcome.exit_status == 3
-    assert outcome.registers["rip"] == LOAD + 0x200 and [str(one) for one in outcome.exits] == ["fault 0x8, 1 times"]
+    assert outcome.registers["rip"] == LOAD + 0x200
+    assert outcome.explanation is not None
+    assert [str(one) for one in outcome.explanation.processors[0].exits] == ["fault 0x8, 1 times"]
 
 
 def test_what_is_ours_is_said_to_be_ours(make: Make) -> None:

@@ -16,6 +16,13 @@ class Window(NamedTuple):
     start: int
     end: int
     region: IoRegion
+    name: str
+    """Whose it is, for diagnosis."""
+
+
+def _name(region: IoRegion, given: str | None) -> str:
+    name: str = getattr(region, "name", "") if given is None else given
+    return name
 
 
 class Bus:
@@ -35,9 +42,12 @@ class Bus:
         self._mmio: list[Window] = []
         self._starts: list[int] = []
 
-    def add_ports(self, first: int, count: int, region: IoRegion) -> None:
-        """``region`` answers ``count`` ports from ``first``. Raises ValueError where one is taken."""
-        window = Window(first, first + count, region)
+    def add_ports(self, first: int, count: int, region: IoRegion, name: str | None = None) -> None:
+        """``region`` answers ``count`` ports from ``first``; its ``name`` is its own, unless given.
+
+        Raises ValueError where one is taken.
+        """
+        window = Window(first, first + count, region, _name(region, name))
         with self.lock:
             if count <= 0 or first < 0 or window.end > 0x10000 or any(p in self._ports for p in range(*window[:2])):
                 raise ValueError(f"ports {first:#x}-{window.end - 1:#x} are not free")
@@ -53,9 +63,9 @@ class Bus:
             for port in range(first, window.end):
                 del self._ports[port]
 
-    def add_mmio(self, gpa: int, size: int, region: IoRegion) -> None:
-        """``region`` answers ``size`` bytes from ``gpa``. Raises ValueError where one is taken."""
-        window = Window(gpa, gpa + size, region)
+    def add_mmio(self, gpa: int, size: int, region: IoRegion, name: str | None = None) -> None:
+        """``region`` answers ``size`` bytes from ``gpa``; see :meth:`add_ports`."""
+        window = Window(gpa, gpa + size, region, _name(region, name))
         with self.lock:
             at = bisect_right(self._starts, gpa)
             free = size > 0 and gpa >= 0
@@ -73,6 +83,16 @@ class Bus:
             if at < 0 or self._starts[at] != gpa:
                 raise KeyError(gpa)
             del self._mmio[at], self._starts[at]
+
+    def owner(self, space: str, address: int) -> str | None:
+        """Who answers at ``address`` of "port" or "mmio", for diagnosis; None: nobody."""
+        with self.lock:
+            if space == "port":
+                window = self._ports.get(address)
+            else:
+                at = bisect_right(self._starts, address) - 1
+                window = self._mmio[at] if at >= 0 and address < self._mmio[at].end else None
+            return None if window is None else window.name
 
     def port_read(self, port: int, size: int) -> int:
         with self.lock:

@@ -213,9 +213,9 @@ class PciFunction(Fields):
         for bar, wanted in moved:
             try:
                 if bar.io:
-                    self._bus.add_ports(wanted, bar.size, bar.region)
+                    self._bus.add_ports(wanted, bar.size, bar.region, self.name)
                 else:
-                    self._bus.add_mmio(wanted, bar.size, bar.region)
+                    self._bus.add_mmio(wanted, bar.size, bar.region, self.name)
             except ValueError:
                 continue
             bar.at = wanted
@@ -333,7 +333,7 @@ class PciBus(Fields):
 
     def attach(self, ecam_base: int, ecam_size: int = ECAM_BYTES_PER_BUS) -> None:
         self.bus.add_ports(0xCF8, 8, self)
-        self.bus.add_mmio(ecam_base, ecam_size, self.ecam)
+        self.bus.add_mmio(ecam_base, ecam_size, self.ecam, self.name)
 
     def reset(self) -> None:
         self.address = 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from skep.chardev.loop import Loop
+from skep.chardev.transcript import Transcript
 from skep.contracts.chardev import BackendStatus, CharBackend
 from skep.errors import UserError
 
@@ -40,6 +41,8 @@ class Plugs:
         self.consoles: dict[str, Console] = {}
         """Those whose other end is the program's."""
         self.stdio: Stdio | None = None
+        self.transcript = Transcript()
+        """The end of what was written to all of them."""
 
     def plug(self, port: str, where: str, key: str) -> CharBackend:
         """The backend of ``port``, which ``key`` of the tree wants to be ``where``: one of :data:`KINDS`.
@@ -49,7 +52,7 @@ class Plugs:
         if port in self._backends:
             raise UserError(f"another port is called {port} too", key)
         backend = self._backends[port] = self._make(port, where, key)
-        return backend
+        return self.transcript.tap(backend)
 
     def _make(self, port: str, where: str, key: str) -> CharBackend:
         kind, colon, rest = where.partition(":")

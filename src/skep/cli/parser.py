@@ -112,6 +112,18 @@ def _add_run(commands: Any) -> None:
         help="what serial port com1 (or PORT, com1 to com4) is plugged into: stdio, none, pty, unix:PATH, tcp:HOST:PORT"
         " or file:PATH (stdio); may be repeated",
     )
+    add(
+        "--system-map",
+        metavar="FILE",
+        write=_file("boot.system_map"),
+        help="names for the kernel's addresses, should it fail (the kernel's own)",
+    )
+    add(
+        "--silence",
+        metavar="SECONDS",
+        write=_leaf("explain.silence"),
+        help="say what the guest does when it says nothing for so long (never)",
+    )
     add("--no-reboot", nargs=0, write=_leaf("no_reboot"), help="a reboot of the guest ends it, with status 0")
     add("--stats", nargs=0, write=_leaf("stats"), help="tell at the end what the engine did")
     add("--perf-map", nargs=0, write=_leaf("perf_map"), help="name the guest's code for Linux perf")

@@ -16,6 +16,7 @@ from skep.errors import UserError
 
 if TYPE_CHECKING:
     from skep.control.directory import Claim
+    from skep.explain import Explanation
 
 
 def run(tree: Tree, verbose: bool) -> int:
@@ -25,7 +26,7 @@ def run(tree: Tree, verbose: bool) -> int:
         sys.stdout.write(tree.dump())
         return 0
     from skep.control.controller import Controller
-    from skep.vm import End, Vm
+    from skep.vm import Vm
 
     messages = Messages()
     with ExitStack() as last:
@@ -35,7 +36,7 @@ def run(tree: Tree, verbose: bool) -> int:
             if claim.name != settings.name:
                 tree = tree.thawed()
                 tree["name"] = claim.name
-        vm = Vm(tree, diagnostics=messages.say_once)
+        vm = Vm(tree, diagnostics=messages.say_once, explained=messages.explain)
         last.callback(vm.close)  # again, should what follows fail
         controller = Controller(vm)
         if claim is not None:
@@ -57,11 +58,7 @@ def run(tree: Tree, verbose: bool) -> int:
     messages.end = "\n"  # the terminal is the user's again
     if outcome.error is not None:
         raise outcome.error
-    if outcome.end is End.TRIPLE_FAULT:
-        messages.say("the guest had a triple fault")
-        for line in (*outcome.exits, *register_lines(outcome.registers)):
-            print(f"  {line}", file=sys.stderr)
-    elif verbose:
+    if verbose:
         messages.say(str(outcome))
     for line in statistics_lines(vm.statistics):
         print(line, file=sys.stderr)
@@ -97,21 +94,10 @@ class Messages:
             self._said.add(line)
             self.say(line)
 
-
-_GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{number}" for number in range(8, 16)))
-_CONTROL = ("rip", "rflags", "cr0", "cr2", "cr3", "cr4", "efer")
-_TABLES = ("cs", "ss", "ds", "es", "fs", "gs", "tr", "ldtr", "gdtr", "idtr")
-
-
-def register_lines(registers: dict[str, Any]) -> Iterator[str]:
-    """The registers as an engine's ``get_state`` names them, four to a line."""
-    plain = [f"{name}={registers[name]:016x}" for name in (*_CONTROL, *_GENERAL) if name in registers]
-    for at in range(0, len(plain), 4):
-        yield " ".join(plain[at : at + 4])
-    for name in _TABLES:
-        if name in registers:
-            parts = " ".join(f"{part}={value:x}" for part, value in registers[name].items())
-            yield f"{name}: {parts}"
+    def explain(self, explanation: Explanation) -> None:
+        """The report of a guest's failure, in one piece."""
+        sys.stderr.write(f"skep: {explanation}\n".replace("\n", self.end))
+        sys.stderr.flush()
 
 
 def statistics_lines(statistics: Mapping[str, int | float]) -> Iterator[str]:

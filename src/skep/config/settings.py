@@ -53,6 +53,15 @@ class Settings:
     )
     boot_initrd: str | None = option(values.text, None, key="boot.initrd", doc="the initramfs that goes with it")
     boot_cmdline: str = option(values.any_text, "", key="boot.cmdline", doc="the kernel's command line")
+    boot_system_map: str | None = option(
+        values.text, None, key="boot.system_map", doc="the kernel's System.map, to name functions when a boot failed"
+    )
+    explain_silence: int = option(
+        values.integer(0, 86400),
+        0,
+        key="explain.silence",
+        doc="after so many seconds without output, say what the guest does; 0: never",
+    )
     no_reboot: bool = option(values.boolean, False, doc="a reboot of the guest ends the VM")
     stats: bool = option(values.boolean, False, doc="tell at the VM's end what the engine did")
     perf_map: bool = option(values.boolean, False, doc="name the guest's code for Linux perf, in /tmp/perf-PID.map")

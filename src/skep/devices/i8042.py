@@ -92,7 +92,7 @@ class I8042(Fields):
 
     def attach(self, bus: Bus) -> None:
         for port, (region, length) in zip((DATA_PORT, STATUS_PORT, FAST_PORT), self.regions(), strict=True):
-            bus.add_ports(port, length, region)
+            bus.add_ports(port, length, region, self.name)
 
     # The output buffer.
 

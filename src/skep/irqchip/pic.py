@@ -224,7 +224,7 @@ class Pic(Passive, Fields):
     def attach(self, bus: Bus) -> None:
         bus.add_ports(0x20, 2, self.master)
         bus.add_ports(0xA0, 2, self.slave)
-        bus.add_ports(0x4D0, 2, self.elcr)
+        bus.add_ports(0x4D0, 2, self.elcr, self.name)
 
     def set_line(self, irq: int, level: bool) -> None:
         """IRQ 0 to 15, under the board lock; 2 is the cascade and not to be had."""

@@ -217,7 +217,7 @@ class Pit(Fields):
 
     def attach(self, bus: Bus) -> None:
         bus.add_ports(0x40, 4, self)
-        bus.add_ports(0x61, 1, self.speaker)
+        bus.add_ports(0x61, 1, self.speaker, self.name)
 
     def now(self) -> int:
         """Guest time in ticks."""

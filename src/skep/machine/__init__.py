@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from skep.bus import Bus
 from skep.clock import GuestClock
 from skep.config import Settings, Tree
 from skep.contracts.chardev import CharBackend
@@ -40,6 +41,7 @@ class Board(Protocol):
     lock: Lock
     memory: GuestMemory
     clock: GuestClock
+    bus: Bus
     cpus: int
     io: IoSpace
     """For the engine. It knows the processor that calls by its thread."""
