@@ -145,7 +145,7 @@ def _smbios(tree: Tree, settings: Settings, memory: GuestMemory, model: cpuid.Cp
             manufacturer=model.vendor.decode("ascii"),
             brand=cpuid.BRAND.decode("ascii"),
             identifier=features << 32 | signature,
-            mhz=tsc_hz() // 1_000_000,
+            mhz=round(tsc_hz() / 1_000_000),
             cores=_possible_cpus(settings),
             enabled_cores=settings.cpus,
         ),

@@ -286,7 +286,7 @@ def _fixed(
         (0xB, 0): (0, 1, 1 << 8, apic_id),  # threads: one a core
         (0xB, 1): (core_bits, cpus, 2 << 8, apic_id),
         (0x15, 0): _tsc_and_crystal(tsc_hz),
-        (0x16, 0): (tsc_hz // 10**6, tsc_hz // 10**6, 100, 0),
+        (0x16, 0): (round(tsc_hz / 10**6), round(tsc_hz / 10**6), 100, 0),
         (7, 0): (2, 0, 0, 0),  # the last subleaf
         (0x4000_0000, 0): (MAX_HYPERVISOR, *struct.unpack("<III", SIGNATURE)),
         (0x4000_0010, 0): (tsc_hz // 1000, APIC_TIMER_HZ // 1000, 0, 0),
