@@ -128,6 +128,21 @@ def test_threads_are_named_and_say_where_they_are(run: Start) -> None:
     assert re.search(r"^  \S+/vm\.py:\d+ wait: ", text, re.MULTILINE)
 
 
+def test_what_a_guest_does_is_explained(run: Start) -> None:
+    vm = run("web")
+    vm.send(b"as")
+    vm.expect(b"Ba")
+    report = skep("ctl", "web", "explain").splitlines()
+    assert report[0] == "the guest, as it is now"
+    assert any(line.startswith("  cpu0 spins at 0x100") for line in report), report
+    assert "  code: jmp 0x100" in "\n".join(report)
+    told = json.loads(skep("ctl", "web", "explain", "--json"))
+    assert (told["summary"], told["findings"], told["log"]) == (report[0], [], [])
+    skep("ctl", "web", "freeze")
+    assert "spins" not in skep("ctl", "web", "explain"), "who is frozen does nothing"
+    assert state() == "frozen"
+
+
 def test_the_second_of_a_name_is_refused(run: Start, kernel: Path) -> None:
     vm = run("web")
     line = skep("run", "web", "--kernel", str(kernel), "--memory", "16M", status=2)

@@ -86,6 +86,13 @@ class Threads:
 
 
 @dataclass(frozen=True, slots=True)
+class Explain:
+    """what the guest did last, and what may be wrong with it"""
+
+    name: ClassVar[str] = "explain"
+
+
+@dataclass(frozen=True, slots=True)
 class Dump:
     """write memory and registers to a file, an ELF core for gdb and crash"""
 
@@ -93,10 +100,10 @@ class Dump:
     file: str = _argument(str, "the file, which appears when it is complete", os.path.abspath)
 
 
-Action: TypeAlias = Status | Freeze | Thaw | Reset | Power | Stop | Nmi | Registers | Threads | Dump
+Action: TypeAlias = Status | Freeze | Thaw | Reset | Power | Stop | Nmi | Registers | Threads | Explain | Dump
 
 ACTIONS: Mapping[str, type[Action]] = {
-    kind.name: kind for kind in (Status, Freeze, Thaw, Reset, Power, Stop, Nmi, Registers, Threads, Dump)
+    kind.name: kind for kind in (Status, Freeze, Thaw, Reset, Power, Stop, Nmi, Registers, Threads, Explain, Dump)
 }
 
 
@@ -176,13 +183,23 @@ class AllThreads(NamedTuple):
     threads: list[Thread]
 
 
+class Explained(NamedTuple):
+    summary: str
+    findings: list[str]
+    """What is probably wrong, and what to do."""
+    report: list[str]
+    """All of it in at most 40 lines, for people."""
+    log: list[str]
+    """The kernel's log, from the guest's memory."""
+
+
 class Dumped(NamedTuple):
     file: str
     bytes: int
     """The file's length; holes take no room."""
 
 
-Result: TypeAlias = VmStatus | Done | AllRegisters | AllThreads | Dumped
+Result: TypeAlias = VmStatus | Done | AllRegisters | AllThreads | Explained | Dumped
 
 
 def parse(name: object, arguments: object) -> Action:

@@ -11,6 +11,7 @@ from typing import Any, assert_never
 from skep.control import actions
 from skep.control.actions import Action, Done, Result
 from skep.errors import SkepError, UserError
+from skep.explain.explanation import Explanation
 from skep.vm import TRANSITIONS, State, Step, Vm
 
 Reply = dict[str, Any]
@@ -68,6 +69,8 @@ class Controller:
                 return look()
             case actions.Registers():
                 return self._registers(action.cpu)
+            case actions.Explain():
+                return _explained(vm.explain())
             case actions.Dump():
                 return self._dump(Path(action.file))
             case actions.Freeze():
@@ -162,6 +165,15 @@ class Controller:
     def _check_alive(self, what: str) -> None:
         if self.vm.state not in (State.RUNNING, State.FROZEN):
             raise UserError(f"cannot {what} a VM that is {self.vm.state.value}", self.vm.name)
+
+
+def _explained(explanation: Explanation) -> actions.Explained:
+    return actions.Explained(
+        summary=explanation.summary,
+        findings=[str(finding) for finding in explanation.findings],
+        report=str(explanation).split("\n"),
+        log=list(explanation.log),
+    )
 
 
 def _refusal(error: Exception) -> Reply:

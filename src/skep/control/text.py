@@ -19,6 +19,8 @@ def lines(action: str, result: dict[str, Any]) -> Iterator[str]:
             yield from _registers(result)
         case "threads":
             yield from _threads(result)
+        case "explain":
+            yield from result["report"]
         case "dump":
             yield f"{result['file']}: {result['bytes'] >> 20} MiB"
         case _:

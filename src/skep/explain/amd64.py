@@ -150,7 +150,7 @@ def code(space: AddressSpace, state: dict[str, Any], count: int) -> list[str]:
         return [data[:15].hex(" ")]
     decoder, formatter = Decoder(bits(state), data, ip=rip), Formatter(FormatterSyntax.INTEL)
     formatter.hex_prefix, formatter.hex_suffix, formatter.uppercase_hex = "0x", "", False
-    formatter.branch_leading_zeros = False
+    formatter.branch_leading_zeros = formatter.show_branch_size = False
     lines = []
     for _ in range(count):
         if not decoder.can_decode:
