@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from skep.engine.amd64.registers import Pte
+from skep.engine.translate.layout import TLB_ENTRIES, Kind
 from tests.engine.assemble import assemble
 from tests.engine.place import PAGE
 from tests.engine.tiny import PROGRAM, Tiny
@@ -175,6 +176,36 @@ def test_an_instruction_across_two_pages(boot: Boot) -> None:
         guest.memory.write(H, code[V + PAGE - at :])
         at_end(guest)
         assert guest.reg("rcx") == 5 + 0x01000007
+
+
+def test_an_instruction_across_two_pages_whose_second_leaves_the_tlb(boot: Boot) -> None:
+    """Looking the second page up again stays in machine code, and sees when it has become another."""
+    at, rounds = V + PAGE - 3, 100
+    text = f"""
+        start: mov r15d, {rounds}
+        again: call AT
+        add rcx, rax
+        mov rdx, [BESIDE]       ; its TLB entry is the second page's
+        cmp r15d, {rounds // 2}
+        jne next
+        out 0xf4, al
+        invlpg [V + {PAGE}]
+        next: dec r15d
+        jnz again
+        hlt
+    """
+    guest = boot(text, symbols={"AT": at, "V": V, "BESIDE": V + PAGE + (TLB_ENTRIES << 12)})
+    guest.map(V, G)
+    second = guest.map(V + PAGE, H)
+    guest.map(V + PAGE + (TLB_ENTRIES << 12), PROGRAM)
+    guest.memory.write(G + PAGE - 3, bytes.fromhex("b80500"))  # mov eax, 5, of which two bytes are on the second page
+    guest.memory.write(H, bytes.fromhex("0000c3"))
+    guest.memory.write(H + PAGE, bytes.fromhex("0100c3"))
+    guest.io.on_write = lambda port, size, value: guest.memory.store_u64(second, H + PAGE | Pte.P)
+    at_end(guest)
+    assert guest.reg("rcx") == 5 * rounds + 0x10000 * (rounds // 2 - 1)
+    assert guest.vcpu.st.n_span > rounds * 9 // 10  # type: ignore[attr-defined]
+    assert guest.vcpu.counts[Kind.SPAN] < 5  # type: ignore[attr-defined]
 
 
 def test_through_another_mapping(boot: Boot) -> None:

@@ -323,7 +323,7 @@ class Emission:
     def _span(self, out: bytearray, mode: int, offset: int, pa2: int) -> None:
         """Make sure that the second page is still mapped where it was; the TLB's execute tag knows."""
         a = Assembler()
-        bad, good = a.label(), a.label()
+        bad, good, over = a.label(), a.label(), a.label()
         base = TLB + (mode & 3) * TLB_ARRAY
         save_flags(a)
         a.mov(R10, state("page"))
@@ -344,11 +344,13 @@ class Emission:
         a.jcc(Cond.E, good)
         a.bind(bad)
         restore_flags(a)
-        a.mov(R10, state("page"))
-        a.lea(R10, Mem(R10, disp=offset))
-        a.jmp(state("span_exit"))
+        a.mov(R10, self._base + pa2)
+        a.raw(b"\x68" + offset.to_bytes(4, "little"))
+        a.call(state("span"))
+        a.jmp(over)
         a.bind(good)
         restore_flags(a)
+        a.bind(over)
         out.extend(a.code(0))
 
     def single(self, data: bytes, offset: int, mode: int, bounce: dict[int, int]) -> bytes:

@@ -84,10 +84,10 @@ _FIELDS = (
     "spins",  # PAUSE instructions until the host's CPU is offered to others
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
-    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "span_exit", "port_exit", "segment_exit",
+    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "port_exit", "segment_exit",
     "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs", "rep_cmps", "yield_",
-    "narrow_string",
-    "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link",  # counters
+    "narrow_string", "span",
+    "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link", "n_span",  # counters
 )
 
 OFFSETS: dict[str, int] = {name: 8 * i for i, name in enumerate(_FIELDS)}

@@ -779,6 +779,26 @@ def fetch_page(va: int) -> int:
     return 0
 
 
+def second_page(host: int, offset: int) -> int:
+    """Whether the block at ``offset`` of this page, which goes on in the next, may be run: that page's execute tag was
+    not in the TLB, but it is mapped to ``host`` still. 0: that is Python's to see."""
+    st.rip = st.page + offset
+    st.kind = Kind.SPAN
+    va = st.page + 4096
+    if st.mode & Mode.NARROW:
+        va = va & 0xFFFFFFFF
+    if st.mode & Mode.SEGMENTED:
+        if va >= st.code_end:
+            return 0
+        va = (st.cs_base + va) & 0xFFFFFFFF
+    if fetch_page(va):
+        return 0
+    st.n_span = st.n_span + 1
+    if st.ram + st.w_pa == host:
+        return 1
+    return 0
+
+
 def barrier() -> int:
     fence()
     return 0
@@ -1244,8 +1264,8 @@ def down_elements(va: int, shift: int, most: int) -> int:
 ROUTINES = [
     watched, walk, refused, walk_legacy, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page,
     page_fault, fill, fill_range, to_python,
-    fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, barrier, resume, lookup, link,
-    load_cr3, descriptor_at, interrupt_return, system_call, system_return, operand,
+    fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, second_page, barrier, resume,
+    lookup, link, load_cr3, descriptor_at, interrupt_return, system_call, system_return, operand,
     interrupted, rep_store, mask_at_host, rep_move, rep_down,
     subtract_flags, rep_compare, element, down_elements, empty_entry, lines, is_code, mask_at, announce, jump_set,
     elements,

@@ -16,6 +16,7 @@ brk_exit               ``jmp``: r10 is the guest address to go on at
 emu_exit               ``jmp``: r10 is the address of an instruction for Python
 iret, syscall, sysret  ``jmp``: r10 is the instruction's address
 cr3_load, invlpg       ``push offset; call``: r10 is the operand
+span                   ``push offset; call``: r10 is the host address of the block's second page
 rep_stos, rep_movs, rep_cmps, narrow_string  ``push desc; call``
 yield_                 ``call``: only r11 may change
 =====================  ==========================================================================
@@ -168,7 +169,6 @@ class Stubs:
         self._finish(a)
         for name, kind in (
             ("emu_exit", Kind.EMULATE),
-            ("span_exit", Kind.SPAN),
             ("port_exit", Kind.PORT),
             ("segment_exit", Kind.SEGMENT),
         ):
@@ -365,15 +365,16 @@ class Stubs:
             a.mov(RDI, R10)
             self._call(a, routine)
             self._finish(a)
-        for name, routine in (("cr3_load", "load_cr3"), ("invlpg", "invalidate")):
+        for name, routine in (("cr3_load", "load_cr3"), ("invlpg", "invalidate"), ("span", "second_page")):
             self._begin(name)
             leave = a.label()
             self._save(a)
             a.mov(RDI, R10)
             a.mov(RSI, Mem(RSP, disp=8), size=32)
-            a.add(RSI, field("page"))
+            if routine != "second_page":
+                a.add(RSI, field("page"))
             self._call(a, routine)
-            if routine == "load_cr3":
+            if routine != "invalidate":
                 a.test(RAX, RAX)
                 a.jcc(Cond.E, leave)
             self._restore(a)
