@@ -1,7 +1,8 @@
 """Guest memory and registers as an ELF core, as `virsh dump --memory-only` writes it, for gdb and crash.
 
-The file's addresses are guest-physical. Each processor is a thread: a note NT_PRSTATUS (struct elf_prstatus of
-x86-64 Linux) for its registers, and one of QEMU's own kind, which crash needs to find a kernel at a random address.
+Its addresses are what the first processor's page tables map, and behind these all of memory at its guest-physical
+addresses. Each processor is a thread: a note NT_PRSTATUS (struct elf_prstatus of x86-64 Linux) for its registers, and
+one of QEMU's own kind, which crash needs to find a kernel at a random address.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from skep.control.mappings import Run, runs
 from skep.errors import UserError
 from skep.memory import PAGE, GuestMemory
 
@@ -37,14 +39,8 @@ _QEMU_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "ldtr", "tr", "gdtr", "idt
 _QEMU_VERSION, _QEMU_SIZE = 1, 440
 _KERNEL_GS_BASE = 0xC000_0102
 _CHUNK = 16 << 20
-
-
-class _Piece(NamedTuple):
-    """RAM that lies together, in the guest and in its memfd."""
-
-    gpa: int
-    size: int
-    at: int
+_MOST_RUNS = 60_000
+"""A file has 65,534 program headers at most."""
 
 
 def write_core(path: Path, memory: GuestMemory, processors: Sequence[dict[str, Any]]) -> int:
@@ -53,12 +49,11 @@ def write_core(path: Path, memory: GuestMemory, processors: Sequence[dict[str, A
     The file is for its user alone, and under its name it is complete or not there at all. Returns its length. Pages
     that the guest never touched are holes. Raises UserError for what the file system refuses.
     """
-    pieces, at = [], 0
-    for region in memory.regions:
-        pieces.append(_Piece(region.gpa, region.size, at))
-        at += region.size
+    at = sum(region.size for region in memory.regions)
     notes = b"".join(_notes(number, state) for number, state in enumerate(processors))
-    count = 1 + len(pieces)
+    loads = runs(memory, processors[0], _MOST_RUNS) if processors else []
+    loads += [Run(region.gpa, region.gpa, region.size) for region in memory.regions]
+    count = 1 + len(loads)
     notes_at = _ELF.size + count * _PROGRAM.size
     data_at = -(-(notes_at + len(notes)) // PAGE) * PAGE
     header = _ELF.pack(
@@ -66,9 +61,10 @@ def write_core(path: Path, memory: GuestMemory, processors: Sequence[dict[str, A
         *(_ELF.size, _PROGRAM.size, count, 0, 0, 0),
     )
     header += _PROGRAM.pack(_PT_NOTE, 0, notes_at, 0, 0, len(notes), len(notes), 4)
-    for piece in pieces:
-        place = (data_at + piece.at, piece.gpa, piece.gpa, piece.size, piece.size, PAGE)
-        header += _PROGRAM.pack(_PT_LOAD, _RWX, *place)
+    for va, gpa, size in loads:
+        # In the file, as in its memfd, high RAM follows low RAM at once.
+        place = data_at + (gpa if gpa < memory.high_base else gpa - memory.high_base + memory.low_size)
+        header += _PROGRAM.pack(_PT_LOAD, _RWX, place, va, gpa, size, size, PAGE)
     try:
         if path.exists() and not path.is_file():
             raise UserError("exists, and is no file", path)
