@@ -48,9 +48,15 @@ def _code() -> bytes:
     return code + b"\xe9" + struct.pack("<i", again - len(code) - 5)
 
 
-def tiny_kernel() -> bytes:
-    """A file that ``--kernel`` takes."""
-    body = (bytes(512) + _code()).ljust(4096, b"\xcc")  # the 64-bit entry is at 0x200
+def printing(count: int) -> bytes:
+    """Code that prints ``count`` dots as fast as it can, and powers off."""
+    code = _dx(_COM1) + _al(ord(".")) + b"\xb9" + struct.pack("<I", count)  # mov ecx, count
+    return code + _OUT + b"\xff\xc9\x75\xfb" + _OFF  # dec ecx; jnz out
+
+
+def tiny_kernel(code: bytes = b"") -> bytes:
+    """A file that ``--kernel`` takes; with ``code`` it runs that instead."""
+    body = (bytes(512) + (code or _code())).ljust(4096, b"\xcc")  # the 64-bit entry is at 0x200
     setup = bytearray(1024)
     struct.pack_into("<BHI", setup, 0x1F1, 1, 0, len(body) // 16)  # setup_sects, root_flags, syssize
     setup[0x1FE:0x206] = b"\x55\xaa\xeb\x66HdrS"

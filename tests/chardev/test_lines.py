@@ -228,20 +228,6 @@ def test_input_waits_for_the_guest_and_is_bounded(line: CharBackend) -> None:
         assert len(port.drain(line, sent, 60)) == sent
 
 
-def test_what_a_client_typed_before_it_left_arrives(line: CharBackend) -> None:
-    if line.status().where.startswith("pty"):
-        pytest.skip("the last to close a terminal takes its unread input along")
-    port = Port(0)
-    line.connect(port)
-    with client_of(line) as client:
-        assert wait_for(lambda: line.status().present)
-        client.write(b"x" * 20_000)
-    time.sleep(0.1)
-    port.size = 16
-    line.room_available()
-    assert port.drain(line, 20_000) == b"x" * 20_000
-
-
 def test_the_last_output_arrives_before_the_end(line: CharBackend) -> None:
     line.connect(Port())
     with client_of(line) as client:
@@ -256,13 +242,17 @@ def test_the_last_output_arrives_before_the_end(line: CharBackend) -> None:
 
 def test_who_does_not_read_does_not_hold_up_the_end(line: CharBackend) -> None:
     line.connect(Port())
-    with client_of(line):
+    with client_of(line) as client:
         assert wait_for(lambda: line.status().present)
         line.write(bytes(LIMIT))
         began = time.monotonic()
         line.close()
         line.close()
         assert time.monotonic() - began < 5
+        taken = LIMIT - line.status().dropped
+        if not line.status().where.startswith("pty"):  # whose kernel forgets what it holds
+            assert len(client.read(taken)) == taken
+        assert client.read(1) == b""
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -312,6 +302,18 @@ def test_a_second_client_is_turned_away(listener: CharBackend) -> None:
         assert third.read(4) == b"next"
 
 
+def test_what_a_client_typed_before_it_left_arrives(listener: CharBackend) -> None:
+    port = Port(0)
+    listener.connect(port)
+    with client_of(listener) as client:
+        assert wait_for(lambda: listener.status().present)
+        client.write(b"x" * 20_000)
+    time.sleep(0.1)
+    port.size = 16
+    listener.room_available()
+    assert port.drain(listener, 20_000) == b"x" * 20_000
+
+
 def test_nothing_is_written_to_who_has_left_already(listener: CharBackend) -> None:
     """TCP would take it all the same, and lose it."""
     for _ in range(20):
@@ -336,7 +338,7 @@ def test_who_left_while_the_guest_takes_nothing_makes_room(listener: CharBackend
         assert second.read(7) == b"welcome"
 
 
-def test_a_thousand_clients_at_once(listener: CharBackend) -> None:
+def test_hundreds_of_clients_at_once(listener: CharBackend) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     port = Port()
@@ -345,7 +347,7 @@ def test_a_thousand_clients_at_once(listener: CharBackend) -> None:
     try:
         with client_of(listener) as first:
             assert wait_for(lambda: listener.status().present)
-            clients = [client_of(listener) for _ in range(1000)]
+            clients = [client_of(listener) for _ in range(300)]
             first.write(b"hello")
             assert port.drain(listener, 5) == b"hello"
             assert clients[-1].read(1000, 20) == BUSY
@@ -450,11 +452,10 @@ def test_mistakes(tmp_path: Path, where: str, message: str) -> None:
     assert (sorted(os.listdir("/proc/self/fd")), sorted(tmp_path.iterdir())) == before
 
 
-def test_a_port_in_use(listener: CharBackend, plugs: Plugs) -> None:
-    if "unix" in listener.status().where:
-        pytest.skip("a Unix socket's case is its own")
-    with pytest.raises(UserError, match="address already in use"):
-        plugs.plug("com2", listener.status().where, "lpc.com2.path")
+def test_a_tcp_port_in_use(plugs: Plugs) -> None:
+    first = plugs.plug("com1", "tcp:127.0.0.1:0", "lpc.com1.path")
+    with pytest.raises(UserError, match=r"lpc.com2.path: 127.0.0.1:\d+: address already in use"):
+        plugs.plug("com2", first.status().where, "lpc.com2.path")
 
 
 # Pseudo-terminals

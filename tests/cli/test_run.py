@@ -64,8 +64,8 @@ class Run:
             assert data, (self.output, self.process.poll())
             self.output += data
 
-    def end(self, data: bytes | None = None) -> tuple[int, bytes, str]:
-        output, errors = self.process.communicate(data, timeout=WAIT)
+    def end(self, data: bytes | None = None, wait: float = WAIT) -> tuple[int, bytes, str]:
+        output, errors = self.process.communicate(data, timeout=wait)
         return self.process.returncode, self.output + output, errors.decode()
 
 

@@ -98,7 +98,8 @@ def test_any_memory_is_a_page_table(seed: int) -> None:
     try:
         for table in range(ROOT, ROOT + 0x8000, 0x1000):
             for _ in range(6):
-                put(memory, table, rng.randrange(512), rng.randrange(1, 256) << 12 | rng.choice((1, 3, 0x81, 0, 1 << 63)))
+                entry = rng.randrange(1, 256) << 12 | rng.choice((1, 3, 0x81, 0, 1 << 63))
+                put(memory, table, rng.randrange(512), entry)
         found = runs(memory, STATE, 1000)
         assert len(found) <= 1000
         assert all(run.size > 0 and memory.is_ram(run.gpa, run.size) and run.va < 1 << 64 for run in found)

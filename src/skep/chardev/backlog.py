@@ -72,6 +72,12 @@ class Backlog:
             self._data[:0] = data + _note(self._gap)
             self._gap = 0
 
+    def discard(self) -> None:
+        """Nobody will ever take what is left."""
+        with self._guard:
+            self.dropped += len(self._data)
+            self._data.clear()
+
 
 def _note(gap: int) -> bytes:
     return b"\r\n[skep: %d bytes of output are lost here]\r\n" % gap if gap else b""

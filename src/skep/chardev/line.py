@@ -106,6 +106,7 @@ class Line:
         if self._link is not None:
             self._link.detach()
             self._link.finish(PATIENCE)
+        self._backlog.discard()
         self._detach()
         self._shut()
 

@@ -81,7 +81,11 @@ class Writer:
         self._closing = True
         self._ready.set()
         self._thread.join(patience)
-        return not self._thread.is_alive()
+        if not self._thread.is_alive():
+            return True
+        self._gone += self._unwritten
+        self.backlog.discard()
+        return False
 
     def _main(self) -> None:
         while True:
