@@ -347,3 +347,14 @@ def test_memory_is_seen_from_outside(make: Make) -> None:
     memory = vm.board.memory
     assert ended(vm) is End.POWERED_OFF
     assert memory.read(0x2000000, 8) == bytes.fromhex("8877665544332211")
+
+
+def test_a_guest_that_only_resets_can_be_frozen(make: Make) -> None:
+    vm = make("r")
+    for _ in range(10):
+        vm.freeze()
+        vm.console.read()
+        time.sleep(0.01)
+        assert vm.console.read() == ""
+        vm.thaw()
+        vm.console.expect("Hi\n", timeout=20)
