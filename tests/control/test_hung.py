@@ -41,7 +41,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, let_go: threading.Eve
     made: list[Vm] = []
 
     def start(program: Callable[[ScriptedVcpu], Exit], **options: Any) -> Vm:
-        monkeypatch.setattr("skep.vm.choose_engine", lambda wanted: (ScriptedEngine(program), "the test wants it"))
+        engine = ScriptedEngine(program)
+        monkeypatch.setattr("skep.vm.choose_engine", lambda wanted, kept: (engine, "the test wants it"))
         made.append(Vm(kernel=tmp_path / "vmlinuz", memory="64M", name="hung", **options))
         made[-1].start()
         return made[-1]

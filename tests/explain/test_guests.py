@@ -196,7 +196,7 @@ def kernel(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(request: pytest.FixtureRequest, kernel: Path) -> Iterator[Make]:
     """``make(letter)``: a VM with the small guest that has said its first byte."""
     try:
-        choose_engine(request.param)
+        choose_engine(request.param, "off")
         if request.param == "kvm":
             os.close(os.open("/dev/kvm", os.O_RDWR))
     except (UserError, OSError) as error:

@@ -208,7 +208,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(request: pytest.FixtureRequest, kernel: Path) -> Iterator[Make]:
     """``make(command)``: a VM with the small guest; everything it took is given back."""
     try:
-        choose_engine(request.param)
+        choose_engine(request.param, "off")
         if request.param == "kvm":
             os.close(os.open("/dev/kvm", os.O_RDWR))
     except (UserError, OSError) as error:

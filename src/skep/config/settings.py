@@ -63,6 +63,9 @@ class Settings:
         doc="after so many seconds without output, say what the guest does; 0: never",
     )
     no_reboot: bool = option(values.boolean, False, doc="a reboot of the guest ends the VM")
+    code_cache: str = option(
+        values.text, "on", doc="where the translator keeps its work for the next time: on, off, or a directory"
+    )
     stats: bool = option(values.boolean, False, doc="tell at the VM's end what the engine did")
     perf_map: bool = option(values.boolean, False, doc="name the guest's code for Linux perf, in /tmp/perf-PID.map")
     control: bool = option(values.boolean, True, doc="`skep run` opens a control socket, for skep ctl and skep list")

@@ -95,12 +95,13 @@ def build(tree: Tree, settings: Settings, memory: GuestMemory, events: Events, p
     return Amd64Board(tree, settings, memory, events, plug)
 
 
-def choose_engine(wanted: str) -> tuple[Engine, str]:
-    """The engine for "auto", or for its name, and why it was taken. Raises UserError where it cannot work here."""
+def choose_engine(wanted: str, code_cache: str) -> tuple[Engine, str]:
+    """The engine for "auto", or for its name, and why it was taken; ``code_cache``: the setting of that name. Raises
+    UserError where it cannot work here."""
     _check_host()
     from skep.machine import amd64
 
-    return amd64.choose_engine(wanted)
+    return amd64.choose_engine(wanted, code_cache)
 
 
 def _check_host() -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from skep.boot.image import open_image
 from skep.bus import Bus
@@ -321,16 +322,16 @@ def startup_state(vector: int) -> CpuState:
 # Engines.
 
 
-def choose_engine(wanted: str) -> tuple[Engine, str]:
+def choose_engine(wanted: str, code_cache: str) -> tuple[Engine, str]:
     """See :func:`skep.machine.choose_engine`."""
     if wanted == "kvm":
         return _kvm(), "as configured"
     if wanted == "translate":
-        return _translate(), "as configured"
+        return _translate(code_cache), "as configured"
     why = why_not_kvm()
     if why is None:
         return _kvm(), "the CPU has hardware virtualization, and /dev/kvm opens"
-    return _translate(), why
+    return _translate(code_cache), why
 
 
 def why_not_kvm() -> str | None:
@@ -359,11 +360,12 @@ def _kvm() -> Engine:
     return KvmEngine()
 
 
-def _translate() -> Engine:
+def _translate(code_cache: str) -> Engine:
     try:
-        from skep.engine.translate import TranslateEngine
+        from skep.engine.translate import TranslateEngine, store
     except ImportError as error:
         if error.name is None or not error.name.startswith("iced_x86"):
             raise
         raise HostError("the translator needs the Python package iced-x86", None, "install it") from None
-    return TranslateEngine()
+    kept = {"on": store.directory(), "off": None}
+    return TranslateEngine(kept[code_cache] if code_cache in kept else Path(code_cache))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable
@@ -25,10 +26,11 @@ from skep.engine.translate.codebuffer import CodeBuffer
 from skep.engine.translate.codemap import CodeMap
 from skep.engine.translate.compiler import CompiledUnit, compile_functions
 from skep.engine.translate.drafting import Drafting
-from skep.engine.translate.emission import Emission
+from skep.engine.translate.emission import LINK_KEY, Emission, Emitted
 from skep.engine.translate.layout import HASH_BITS, HASH_ENTRY, Mode
 from skep.engine.translate.narrow_runtime import NARROW_ROUTINES
 from skep.engine.translate.runtime import ROUTINES
+from skep.engine.translate.store import Look, Record, Store, matches
 from skep.engine.translate.stubs import Stubs
 from skep.engine.translate.world import World
 from skep.memory import GuestMemory
@@ -43,6 +45,10 @@ GIVE_UP = 200
 """A code page that is written this often is forgotten whole, so that data beside dead code is cheap again."""
 
 _ON_DEMAND = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+
+
+_i32 = struct.Struct("<i").pack_into
+_u64 = struct.Struct("<Q").pack_into
 
 
 @lru_cache(1)
@@ -86,8 +92,11 @@ class Block:
 class Cache:
     """A VM's translations."""
 
-    def __init__(self, memory: GuestMemory, size: int = CODE_SIZE) -> None:
+    def __init__(self, memory: GuestMemory, store: Store, size: int = CODE_SIZE) -> None:
         self.memory = memory
+        self.store = store
+        self._made: tuple[bytes, Emitted] | None = None
+        """What _make made last, for _keep."""
         self.buffer = CodeBuffer(size)
         self.code = self.buffer.view
         self._words = self.code.cast("I")
@@ -129,6 +138,7 @@ class Cache:
         """Nanoseconds."""
 
     def close(self) -> None:
+        self.store.close()
         self.map.close()
         self._hash.release()
         self._words.release()
@@ -155,7 +165,8 @@ class Cache:
             with self.world.stopped():
                 self._protect(pa >> 12)
         changes = map_.changes
-        block = self._make(pa, mode, next_page)
+        adopted = self._adopt(pa, mode) if len(self.store) and not mode & Mode.PLAIN else []
+        block = adopted[0] if adopted else self._make(pa, mode, next_page)
         if len(self.world.blocks) > 1:
             self._fence()
         pa2 = block.pa2
@@ -164,9 +175,103 @@ class Cache:
                 for frame in (pa >> 12,) if pa2 is None else (pa >> 12, pa2 >> 12):
                     self._protect(frame)
                     self._forget_page(frame)
+                adopted = []
                 block = self._make(pa, mode, next_page)
-        self._register(block)
+        if adopted:
+            for block in reversed(adopted):
+                self._register(block)
+        else:
+            self._register(block)
+            self._keep(block)
         return block
+
+    def _adopt(self, pa: int, mode: int) -> list[Block]:
+        """The block at ``pa`` if the store has it, and whatever else the store has of its page: made as by _make."""
+        store = self.store
+        offset = pa & 4095
+        head = bytes(self.memory.view(pa, min(16, 4096 - offset)))
+        for number in store.find(offset, mode, head):
+            block = self._place(number, pa - offset)
+            if block is not None:
+                break
+        else:
+            return []
+        adopted = [block]
+        taken = {block.key}
+        for other in store.group(number):
+            if self.pos + (64 << 10) > self.limit or len(self.blocks) + len(adopted) >= MAX_BLOCKS:
+                break
+            key = store.key(other, pa - offset)
+            if key not in taken and key not in self.blocks:
+                block = self._place(other, pa - offset)
+                if block is not None:
+                    adopted.append(block)
+                    taken.add(key)
+        return adopted
+
+    def _place(self, number: int, page: int) -> Block | None:
+        """The block of a record, on this page, if the guest shows the same bytes."""
+        store = self.store
+        stored = store.record(number)
+        pa = page | stored.offset
+        memory = self.memory
+        guest = memory.view(pa, stored.size)
+        if not stored.same(guest):
+            return None
+        looks = list(stored.each_look()) if stored.looks < stored.marks else ()
+        for look in looks:
+            if not matches(look, memory.view(page | look.offset, len(look.data))):
+                return None
+        for look in looks:
+            self._drafting.rest(page | look.offset, len(look.data))
+        start = self.pos
+        size = stored.end - stored.code
+        end = start + size
+        code = self.code
+        code[start:end] = stored.blob[stored.code : stored.end]
+        self._emission.move(code[start:end], start, stored.offset, stored.mode, stored.live)
+        for to, of, k in stored.each_copy():
+            code[start + to : start + to + k] = guest[of : of + k]
+        for site, stub, target, other in stored.each_link():
+            key = (page | target) << Mode.BITS | (stored.mode ^ Mode.AC if other else stored.mode)
+            known = self.blocks.get(key)
+            _u64(code, start + stub + LINK_KEY, key)
+            _i32(code, start + site, (stub if known is None else known.entry - start) - site - 4)
+        self.pos = end + 15 & ~15
+        if start >> 20 != self.pos >> 20:
+            self.buffer.relax()
+        self.map.mark(pa, stored.size)
+        marks = array("H")
+        marks.frombytes(stored.blob[stored.marks : stored.code])
+        store.use(number)
+        key = pa << Mode.BITS | stored.mode
+        return Block(key, pa, stored.size, None, start, start + stored.entry, end, stored.live, marks)
+
+    def _keep(self, block: Block) -> None:
+        """Have the store keep a block that was just made."""
+        made = self._made
+        if block.pa2 is not None or block.key & Mode.PLAIN or made is None or not self.store.keeps:
+            return
+        data, emitted = made
+        page = block.pa & ~4095
+        links = []
+        for site, stub, key in emitted.links:
+            links.append((site, stub, key >> Mode.BITS & 4095, (key ^ block.key) & Mode.AC != 0))
+        looks = {}
+        for offset, (_, n, constants) in self._drafting.looked:
+            mask = bytearray()
+            if constants:
+                mask += b"\xff" * n
+                for at, k in constants:
+                    mask[at : at + k] = bytes(k)
+            looks[offset] = Look(offset, bytes(self.memory.view(page | offset, n)), bytes(mask))
+        self.store.put(
+            block.pa >> 12,
+            Record(
+                block.pa & 4095, block.mode, data, bytes(emitted.code), emitted.entry, block.live, links,
+                emitted.copies, list(looks.values()), block.marks,
+            ),
+        )  # fmt: skip
 
     def _make(self, pa: int, mode: int, next_page: Callable[[], int]) -> Block:
         """The block at ``pa``, its bytes marked, nothing leading to it."""
@@ -174,7 +279,9 @@ class Cache:
         draft = self._drafting.draft(pa, mode, next_page)
         needs, live = self._drafting.needs(draft)
         start = self.pos
-        code, entry, marks = self._emission.emit(draft, needs, live, start)
+        emitted = self._emission.emit(draft, needs, live, start)
+        code, entry, marks = emitted.code, emitted.entry, emitted.marks
+        self._made = (draft.data[: draft.size], emitted)
         end = start + len(code)
         self.code[start:end] = code
         self.pos = end + 15 & ~15

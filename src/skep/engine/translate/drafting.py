@@ -50,11 +50,16 @@ class Draft(NamedTuple):
     """No checks are shared."""
 
 
+LOOK = 3
+"""Instructions that are looked at behind a jump."""
+Peek = tuple[int, int, tuple[tuple[int, int], ...]]
+"""Flags that code reads before it writes them; the bytes looked at, 0 where nothing rests on them; and where among
+those constants stand (offset, bytes), which do not count."""
+
+
 class Known(Protocol):
     """A block that there is."""
 
-    live: int
-    """The flags it reads before it writes them."""
     entry: int
     """Its plain entry's offset in the code buffer."""
 
@@ -70,7 +75,9 @@ class Drafting:
         self._catalog = catalog
         self._mark = mark
         self._known = known
-        self._peeks: dict[int, int] = {}
+        self._peeks: dict[int, Peek] = {}
+        self.looked: list[tuple[int, Peek]] = []
+        """What has been looked at since ``draft``: page offsets, and what was seen there."""
         self._peeked: dict[int, int] = {}
         """By frame: the bytes that live_at looked at for blocks of the page, as bits."""
         self._ins = Instruction()
@@ -93,12 +100,11 @@ class Drafting:
     def live_at(self, page: int, offset: int, mode: int) -> int:
         """The flags that code at ``offset`` of the page reads before it writes them, as far as a short look tells."""
         key = (page | offset) << Mode.BITS | mode
-        block = self._known.get(key)
-        if block is not None:
-            return block.live
         known = self._peeks.get(key)
         if known is not None:
-            return known
+            if known[1]:
+                self.looked.append((offset, known))
+            return known[0]
         lowering, forms = self._catalog.mode(mode)
         pa = page | offset
         data = bytes(self._memory.view(pa, min(4096 - offset, 20)))
@@ -108,7 +114,8 @@ class Drafting:
         need = 0
         open_ = ALL_FLAGS
         at = 0
-        for _ in range(3):
+        other: list[tuple[int, int]] = []
+        for _ in range(LOOK):
             decoder.decode_out(ins)
             if ins.code == 0:
                 break
@@ -123,6 +130,11 @@ class Drafting:
                 form = shape(lowering, data[at : at + n], ins, decoder, relative)
                 if not relative:
                     forms[name] = form
+            constants = form.open
+            if constants.disp_size > 1:
+                other.append((at + constants.disp, constants.disp_size))
+            if constants.imm_size > 1:
+                other.append((at + constants.imm, constants.imm_size))
             at += n
             need |= open_ & form.reads
             open_ &= form.keeps
@@ -131,16 +143,24 @@ class Drafting:
         need |= open_
         if len(self._peeks) > 20000:
             self._peeks.clear()
-        self._peeks[key] = need
+        look = (need, 0 if need == ALL_FLAGS else at, tuple(other))
+        self._peeks[key] = look
         if need != ALL_FLAGS:  # blocks rest on these bytes too
-            frame = pa >> 12
-            self._peeked[frame] = self._peeked.get(frame, 0) | (1 << at) - 1 << offset
-            self._mark(pa, min(at, 4096 - offset))
+            self.looked.append((offset, look))
+            self.rest(pa, at)
         return need
+
+    def rest(self, pa: int, at: int) -> None:
+        """Blocks of a page rest on ``at`` bytes of it without containing them."""
+        frame = pa >> 12
+        offset = pa & 4095
+        self._peeked[frame] = self._peeked.get(frame, 0) | (1 << at) - 1 << offset
+        self._mark(pa, min(at, 4096 - offset))
 
     def draft(self, pa: int, mode: int, next_page: Callable[[], int]) -> Draft:
         """The block at ``pa``. ``next_page``: the physical address of the page behind it for the guest, for an
         instruction on two pages; what it raises goes through."""
+        self.looked = []
         plain = bool(mode & Mode.PLAIN)
         mode &= ~Mode.PLAIN
         offset = pa & 4095

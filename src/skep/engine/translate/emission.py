@@ -59,6 +59,8 @@ _TAKE = [_frag(lambda a, i=i: a.mov(R10, state(f"slot{i}"))) for i in range(SLOT
 _JCC_CODE = tuple(bytes((0x0F, 0x80 | cc)) for cc in range(16))
 _LINK = struct.Struct(f"<2sQ{len(_LINK_CALL)}si")
 _LINK_SITE = 10 + len(_LINK_CALL)
+LINK_KEY = 2
+"""Where in a link's stub the target's key stands."""
 _CHECK_DEAD = _frag(lambda a: a.cmp(gs(OFFSETS["brk"]), 0, size=32)) + b"\x0f\x85"  # jne rel32
 # the same without touching flags:
 # mov r11, rcx; mov ecx, brk; jrcxz over; mov rcx, r11; jmp rel32; over: mov rcx, r11
@@ -74,6 +76,10 @@ class Emitted(NamedTuple):
     """The plain entry's offset in ``code``."""
     marks: array[int]
     """Offsets in the code and in the guest's page, of each instruction in turn."""
+    links: list[tuple[int, int, int]]
+    """Jumps within the page: offset of the displacement, of the stub that links it, and the target's key."""
+    copies: list[tuple[int, int, int]]
+    """Constants of 4 and 8 bytes that the code only copies: offset in the code, in the block's bytes, bytes."""
 
 
 class Emission:
@@ -115,6 +121,8 @@ class Emission:
         extend = out.extend
         slow: list[tuple[int, int, int, bool]] = []
         links: list[tuple[int, int]] = []  # (position of a displacement, key)
+        fixed: list[tuple[int, int, int]] = []
+        copies: list[tuple[int, int, int]] = []
         breaks: list[tuple[int, int]] = []  # (position of a displacement, offset to go on at)
         far: list[tuple[int, int, int, bool]] = []  # (position of a displacement, target, at, narrow)
         wide = lowering.wide
@@ -132,12 +140,9 @@ class Emission:
             extend(_NOPS[-(len(out) + len(prefix)) & 3])
             extend(prefix)
             key = (page | target) << Mode.BITS | mode_
-            known = blocks.get(key)
             here = len(out)
             extend(b"\0\0\0\0")
-            if known is not None:
-                _i32(out, here, known.entry - (start + here + 4))
-            elif key == own and draft.pa2 is None:
+            if key == own and draft.pa2 is None:
                 _i32(out, here, entry - (here + 4))
             else:
                 links.append((here, key))
@@ -232,6 +237,8 @@ class Emission:
                     _i32(out, base + hole, add + value)
                 for to, of, k in t.copies:
                     of += at - offset
+                    if k > 1 and form.step is None:
+                        copies.append((base + to, of, k))
                     out[base + to : base + to + k] = data[of : of + k]
             if e:
                 if e == _CALL:
@@ -252,7 +259,9 @@ class Emission:
             extend(_slow_pack(0x68, desc, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))
         for site, key in links:
             here = len(out)
-            _i32(out, site, here - site - 4)
+            known = blocks.get(key)
+            _i32(out, site, (here if known is None else known.entry - start) - site - 4)
+            fixed.append((site, here, key))
             extend(_LINK.pack(b"\x49\xbb", key, _LINK_CALL, site - (here + _LINK_SITE)))
         for site, target in breaks:
             _i32(out, site, len(out) - site - 4)
@@ -260,7 +269,15 @@ class Emission:
         for site, target, at, narrow in far:
             _i32(out, site, len(out) - site - 4)
             extend(self.long(lowering, target, at, narrow))
-        return Emitted(out, entry, marks)
+        return Emitted(out, entry, marks, fixed, copies)
+
+    def move(self, code: memoryview, start: int, offset: int, mode: int, live: int) -> None:
+        """Fit the checked entry of a block's code, made for another place, to ``start`` of the buffer."""
+        _, second, brk, page = self._prologue(mode, bool(live))
+        rx = self._executable + start
+        _i32(code, second, self._second[mode & 3] - (rx + second + 4))
+        _i32(code, brk, self._brk_exit - (rx + brk + 4))
+        _i32(code, page, -offset)
 
     def long(self, lowering: Lowering, target: int, at: int = -1, narrow: bool = False) -> bytes:
         """Go to another page: its address relative to this one's, through the jump cache."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.amd64 import features
 from skep.engine.translate.faults import CATCHER
 from skep.engine.translate.shared import Shared
+from skep.engine.translate.store import Store
+from skep.engine.translate.store import identity as store_identity
 from skep.engine.translate.vcpu import TranslateVcpu
 from skep.engine.translate.watch import statistics
 from skep.memory import GuestMemory
@@ -17,19 +21,27 @@ class TranslateEngine:
 
     name = "translate"
 
+    def __init__(self, code_cache: Path | None = None) -> None:
+        """``code_cache``: the directory where translations are kept from one VM to the next; None: they are not."""
+        self._code_cache = code_cache
+
     def create_vm(
         self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
     ) -> TranslateVm:
         features.require()
-        return TranslateVm(memory, io, max_vcpus, cpu_model, tsc_offset)
+        kept = self._code_cache
+        store = Store(kept, store_identity() if kept else "")
+        return TranslateVm(memory, io, max_vcpus, cpu_model, tsc_offset, store)
 
 
 class TranslateVm:
     """A VM's part of the translator: the translations and what they rest on."""
 
-    def __init__(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> None:
+    def __init__(
+        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int, store: Store
+    ) -> None:
         self.max_vcpus = max_vcpus
-        self.shared = Shared(memory, io, max_vcpus, cpu_model, tsc_offset)
+        self.shared = Shared(memory, io, max_vcpus, cpu_model, tsc_offset, store)
         self.cache = self.shared.cache
         self.vcpus: list[TranslateVcpu] = []
         self._observed = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from skep.contracts.io import IoSpace
 from skep.engine.translate.blocks import Cache
 from skep.engine.translate.pairs import Pairs
+from skep.engine.translate.store import Store
 from skep.engine.translate.watch import PerfMap
 from skep.memory import GuestMemory
 
@@ -12,13 +13,15 @@ from skep.memory import GuestMemory
 class Shared:
     """A VM's memory and devices, and the translations of its code."""
 
-    def __init__(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> None:
+    def __init__(
+        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int, store: Store
+    ) -> None:
         self.memory = memory
         self.io = io
         self.max_vcpus = max_vcpus
         self.cpu_model = cpu_model
         self.tsc_offset = tsc_offset
-        self.cache = Cache(memory)
+        self.cache = Cache(memory, store)
         self.pairs = Pairs(memory)
         self.names: PerfMap | None = None
 

@@ -1,0 +1,212 @@
+"""Translations kept on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from skep.engine.translate import TranslateEngine, store
+from skep.engine.translate.blocks import Cache
+from tests.engine.tiny import Tiny
+
+TEXT = """
+    start: mov r15d, {value}
+    lea rbx, [rip + data]
+    mov ecx, 50
+    again: mov rax, [rbx + 8]
+    add rax, [rbx]
+    cmp ecx, 25
+    jb lower
+    add r15, rax
+    lower: push rcx
+    call function
+    pop rcx
+    dec ecx
+    jne again
+    hlt
+    function: lea rdx, [rdx + rcx * 2 + 1]
+    test dl, 1
+    je even
+    inc r14
+    even: mov dword [rbx + 16], {value}
+    ret
+    align 16
+    data: dq 3, 5, 0
+"""
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "WORTH", 1)
+
+
+def run(directory: Path | None, value: int = 0x12345678, text: str = TEXT) -> tuple[dict[str, int], int, Cache]:
+    """Registers at the end, and how many blocks were adopted."""
+    with Tiny(TranslateEngine(directory), text.format(value=value)) as guest:
+        cache: Cache = guest.vcpu.cache  # type: ignore[attr-defined]
+        guest.run()
+        assert guest.exception is None
+        state = guest.state
+        return {name: state[name] for name in ("rax", "rcx", "rdx", "rbx", "r14", "r15")}, cache.store.adopted, cache
+
+
+def test_the_second_time(tmp_path: Path) -> None:
+    there = tmp_path / "code"
+    plain, _, _ = run(None)
+    first, adopted, _ = run(there)
+    assert (first, adopted) == (plain, 0)
+    second, adopted, cache = run(there)
+    assert second == plain
+    assert adopted >= 6 and cache.made == 0
+    assert [p.suffix for p in there.iterdir()] == [".seg"]
+
+
+def test_adopted_code_is_what_translation_makes(tmp_path: Path) -> None:
+    """But for the order of blocks, and so for where jumps to the next one go."""
+    there = tmp_path / "code"
+    run(there)
+    with Tiny(TranslateEngine(there), TEXT.format(value=7)) as guest:
+        guest.run()
+        cache: Cache = guest.vcpu.cache  # type: ignore[attr-defined]
+        assert cache.made == 0
+        for block in list(cache.blocks.values()):
+            draft = cache._drafting.draft(block.pa, block.mode, lambda: 0)
+            if draft.size != block.size:  # it went on into a block that was not there then
+                continue
+            needs, live = cache._drafting.needs(draft)
+            emitted = cache._emission.emit(draft, needs, live, block.start)
+            code = bytearray(cache.code[block.start : block.end])
+            other = bytearray(emitted.code)
+            for site, _, _ in emitted.links:
+                code[site : site + 4] = other[site : site + 4] = bytes(4)
+            assert code == other
+            assert (emitted.entry + block.start, live) == (block.entry, block.live)
+            assert emitted.marks == block.marks
+
+
+def test_other_constants(tmp_path: Path) -> None:
+    """As in a kernel that was loaded at another address."""
+    there = tmp_path / "code"
+    run(there)
+    plain, _, _ = run(None, 0x01020304)
+    result, adopted, cache = run(there, 0x01020304)
+    assert result == plain and adopted >= 6 and cache.made == 0
+
+
+def test_what_was_looked_at_counts(tmp_path: Path) -> None:
+    """The block before a jump saves flags or not by what it saw behind the jump: other code there, another block."""
+    text = """
+        start: lea rbx, [rip + data]
+        mov ecx, 3
+        cmp ecx, 5
+        jmp next
+        next: mov eax, [rbx]
+        {reader} r14b
+        hlt
+        data: dq 1
+    """
+    there = tmp_path / "code"
+    for reader, expected in (("mov r14b, 1\nnot", 0xFE), ("setb", 1), ("setae", 0)):
+        for _ in range(2):
+            result, _, _ = run(there, text=text.replace("{reader}", reader))
+            assert result["r14"] & 0xFF == expected
+
+
+@pytest.mark.parametrize("spoil", ["short", "long", "bit", "empty", "magic"])
+def test_a_spoiled_segment(tmp_path: Path, spoil: str) -> None:
+    there = tmp_path / "code"
+    plain, _, _ = run(there)
+    (segment,) = there.iterdir()
+    data = bytearray(segment.read_bytes())
+    if spoil == "bit":
+        data[len(data) * 2 // 3] ^= 4
+    elif spoil == "magic":
+        data[0] ^= 1
+    else:
+        data = {"short": data[:-7], "long": data + b"\0", "empty": bytearray()}[spoil]
+    segment.write_bytes(data)
+    result, adopted, _ = run(there)
+    assert (result, adopted) == (plain, 0)
+    assert segment not in there.iterdir()
+    assert run(there)[1] > 0
+
+
+def test_what_others_could_have_written(tmp_path: Path) -> None:
+    there = tmp_path / "code"
+    run(there)
+    (segment,) = there.iterdir()
+    segment.chmod(0o620)
+    assert run(there)[1] == 0
+    for p in there.iterdir():
+        p.chmod(0o600)
+    assert run(there)[1] > 0
+    for mode in (0o755, 0o770, 0o701):
+        there.chmod(mode)
+        result, adopted, cache = run(there)
+        assert adopted == 0 and "others" in cache.store.problem and result == run(None)[0]
+    there.chmod(0o700)
+    moved = tmp_path / "moved"
+    there.rename(moved)
+    there.symlink_to(moved)
+    _, adopted, cache = run(there)
+    assert adopted == 0 and cache.store.problem
+    there.unlink()
+    moved.rename(there)
+    assert run(there)[1] > 0
+    (segment, *_) = there.iterdir()
+    elsewhere = tmp_path / segment.name
+    segment.rename(elsewhere)
+    for p in there.iterdir():
+        p.unlink()
+    segment.symlink_to(elsewhere)
+    assert run(there)[1] == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_another_owner(tmp_path: Path) -> None:
+    there = tmp_path / "code"
+    run(there)
+    (segment,) = there.iterdir()
+    os.chown(segment, 65534, 65534)
+    assert run(there)[1] == 0
+    os.chown(there, 65534, 65534)
+    _, adopted, cache = run(there)
+    assert adopted == 0 and cache.store.problem
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result, _, cache = run(tmp_path / "file" / "code")
+    assert result == run(None)[0] and cache.store.problem
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    there = tmp_path / "code"
+    engine = TranslateEngine(there)
+    with Tiny(engine, TEXT.format(value=1)) as one, Tiny(engine, TEXT.format(value=2)) as two:
+        one.run()
+        two.run()
+    assert len(list(there.iterdir())) == 2
+    assert run(there)[1] > 0
+
+
+def test_many_segments_become_one(tmp_path: Path) -> None:
+    there = tmp_path / "code"
+    for i in range(store.MAX_SEGMENTS + 1):
+        run(there, text=TEXT.replace("lea rdx, [rdx + rcx * 2 + 1]", f"lea rdx, [rdx + rcx + {i + 1}]"))
+    assert len(list(there.iterdir())) == 1
+    _, adopted, cache = run(there, text=TEXT.replace("lea rdx, [rdx + rcx * 2 + 1]", f"lea rdx, [rdx + rcx + {i + 1}]"))
+    assert adopted >= 6 and cache.made == 0
+
+
+def test_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tmp_path / "code"
+    run(there)
+    (old,) = there.iterdir()
+    monkeypatch.setattr(store.Store.__init__, "__defaults__", ("", old.stat().st_size * 3 // 2))
+    os.utime(old, ns=(0, 0))
+    run(there, text=TEXT.replace("inc r14", "inc r14\ninc r14").replace("again:", "nop\nagain:"))
+    (new,) = there.iterdir()
+    assert new != old
