@@ -93,6 +93,7 @@ class Session:
 class Linux(Session):
     """The kernel and the initramfs of a guest, and its shell."""
 
-    def __init__(self, guest: Guest, memory: str = "512M", **options: Any) -> None:
-        cmdline = command_line(LISTEN)
+    def __init__(self, guest: Guest, memory: str = "512M", words: tuple[str, ...] = (), **options: Any) -> None:
+        """``words`` are kernel parameters; "quiet" where there are none."""
+        cmdline = command_line(LISTEN, *words)
         super().__init__(kernel=guest.kernel, initrd=guest.initrd, memory=memory, cmdline=cmdline, **options)

@@ -73,6 +73,13 @@ def test_smbios_names_the_machine(linux: Linux) -> None:
 
 
 @pytest.mark.slow
+def test_one_of_255_processors_runs(guest: Guest) -> None:
+    with Linux(guest, "1G", words=("quiet", "maxcpus=1"), cpus=255) as linux:
+        assert linux("cat /sys/devices/system/cpu/present /sys/devices/system/cpu/online") == "0-254\n0\n"
+        linux.power_off()
+
+
+@pytest.mark.slow
 def test_without_acpi_linux_boots_by_the_mp_table(tmp_path: Path) -> None:
     """The full kernel; the cloud's has no reader for it."""
     disk = tmp_path / "disk"

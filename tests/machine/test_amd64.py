@@ -253,8 +253,10 @@ def test_reset_brings_everything_back(made: Made) -> None:
     state = board.reset()
     rng = random.Random(1)
     for _ in range(3000):
-        board.io.port_write(rng.choice((0x20, 0x40, 0x43, 0x3F9, 0x3FB, 0xCF8, 0x600)), 1, rng.randrange(256))
+        port = rng.choice((0x20, 0x40, 0x43, 0x60, 0x64, 0x3F9, 0x3FB, 0xCF8, 0x600, 0x60E))
+        board.io.port_write(port, 1, rng.randrange(256))
         board.bus.mmio_write(0xFEC00000 + rng.choice((0, 16)), 4, rng.randrange(1 << 32))
+        board.bus.mmio_write(0xFED00000 + rng.randrange(0x160), 4, rng.randrange(1 << 32))
         board.bus.mmio_write(ECAM_BASE + (2 << 15) + rng.randrange(64), 1, rng.randrange(256))
     assert board.reset() == state
     after = {device.name: device.save() for device in board.devices}
@@ -268,7 +270,8 @@ def test_random_traffic_over_the_whole_board_raises_nothing(made: Made) -> None:
     board = made.board
     board.enter_cpu(0)
     rng = random.Random(2)
-    windows = [(0xFEC00000, 0x1000), (0xFEE00000, 0x1000), (ECAM_BASE, 0x20000), (PCI_MEMORY[0], 0x10000)]
+    windows = [(0xFEC00000, 0x1000), (0xFED00000, 0x400), (0xFEE00000, 0x1000)]
+    windows += [(ECAM_BASE, 0x20000), (PCI_MEMORY[0], 0x10000)]
     for i in range(30_000):
         size = rng.choice((1, 2, 4))
         port = rng.choice((rng.randrange(0x10000), rng.choice((0x20, 0x40, 0x60, 0x70, 0x3F8, 0x600, 0xCF8)) + i % 8))
