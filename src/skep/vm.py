@@ -389,6 +389,7 @@ class Vm:
             if after is not before or request.step in (Step.RESET, Step.EXPLAIN):
                 self._do(request, after)
                 if request.step is Step.FREEZE and self._guest_was_first(request):
+                    self.state = after  # a reset happens to a frozen VM, whose guest does not run before it is thawed
                     return False
             self.state = after
         except BaseException as error:
