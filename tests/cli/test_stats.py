@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from skep.engine.translate.layout import Kind
-from skep.engine.translate.watch import EXITS
+from skep.engine.translate.statistics import EXITS
 from tests.cli.test_run import ENVIRONMENT, SKEP, WAIT
 from tests.tiny_kernel import tiny_kernel
 

@@ -19,7 +19,7 @@ class CodeBuffer:
     """Memory for code, seen twice: writable, and executable; never both at one address.
 
     It is shared anonymous memory: mremap(2) with an old size of 0 gives a second mapping of it, and Linux perf looks
-    for the names of what runs there (perfmap.py), which it does not do for a file.
+    for the names of what runs there (watch.py), which it does not do for a file.
     """
 
     def __init__(self, size: int) -> None:

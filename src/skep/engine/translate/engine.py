@@ -9,10 +9,10 @@ from skep.contracts.io import IoSpace
 from skep.engine.amd64 import features
 from skep.engine.translate.faults import CATCHER
 from skep.engine.translate.shared import Shared
+from skep.engine.translate.statistics import statistics
 from skep.engine.translate.store import Store
 from skep.engine.translate.store import identity as store_identity
 from skep.engine.translate.vcpu import TranslateVcpu
-from skep.engine.translate.watch import statistics
 from skep.memory import GuestMemory
 
 

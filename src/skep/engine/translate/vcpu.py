@@ -279,7 +279,8 @@ class TranslateVcpu(Alone):
                 if block is None:
                     block = cache.translate(pa, mode, lambda: self.second_page(va))
                     if self._shared.names is not None:
-                        self._shared.names.block(block, cache.buffer.rx, va)
+                        size = block.end - block.start
+                        self._shared.names.block(cache.buffer.rx + block.start, size, bool(mode & Mode.USER), va)
                 elif block.pa2 is not None:
                     self.second_page(va)
                 site = st.site

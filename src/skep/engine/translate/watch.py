@@ -1,53 +1,15 @@
-"""What ``skep run --stats`` tells of the translator, and the names that Linux perf asks for.
-
-Counters are always kept; what costs time at every exit, clocks and the rare instructions' names, only where asked for.
-"""
+"""Where a vCPU's time goes, and the names that Linux perf asks for. What costs time at every exit, clocks and the rare
+instructions' names, is kept only where asked for."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from iced_x86 import Mnemonic
-
-from skep.engine.translate.layout import Kind, Mode
 from skep.errors import UserError
-
-if TYPE_CHECKING:
-    from skep.engine.translate.blocks import Block, Cache
-    from skep.engine.translate.vcpu import TranslateVcpu
-
-EXITS = {
-    Kind.JUMP: "no translation yet",
-    Kind.PORT: "ports",
-    Kind.MEM: "devices' memory, stores into code",
-    Kind.EMULATE: "rare instructions",
-    Kind.BREAK: "asked for",
-    Kind.EXCEPTION: "exceptions that Python delivers",
-    Kind.FAULT: "faults of the host's CPU",
-    Kind.SEGMENT: "accesses outside their segment",
-    Kind.SPAN: "blocks on two pages",
-    Kind.PAIR: "operands on two pages",
-    Kind.STOPPED: "another vCPU's work on translations",
-    Kind.DELIVER: "interrupts that Python delivers",
-}
-WITHOUT_EXIT = {
-    "n_fill": "TLB misses",
-    "n_miss": "jump-cache misses",
-    "n_link": "jumps patched",
-    "n_pf": "page faults",
-    "n_irq": "interrupts",
-    "n_iret": "IRET",
-    "n_syscall": "SYSCALL",
-    "n_cr3": "CR3 loads",
-    "n_span": "second pages of blocks looked up",
-}
-"""What machine code did by itself; the state block counts."""
-
-_MNEMONICS = {value: name.lower() for name, value in vars(Mnemonic).items() if isinstance(value, int)}
 
 
 class Watch:
@@ -79,36 +41,6 @@ class Watch:
             self.running += perf_counter_ns() - start
 
 
-def statistics(cache: Cache, vcpus: Iterable[TranslateVcpu]) -> dict[str, int | float]:
-    """What the translator did since its VM was made, in the order in which it is to be read."""
-    vcpus = list(vcpus)
-    told: dict[str, int | float] = {
-        "blocks translated": cache.made,
-        "blocks forgotten one by one": cache.killed,
-        "times that all were forgotten": cache.generation,
-        "instructions translated": cache.instructions,
-        "bytes of host code": cache.pos - cache.first,
-    }
-    for kind, name in EXITS.items():
-        told[f"exits: {name}"] = sum(vcpu.counts[kind] for vcpu in vcpus)
-    for field, name in WITHOUT_EXIT.items():
-        told[f"without an exit: {name}"] = sum(getattr(vcpu.st, field) for vcpu in vcpus)
-    watches = [vcpu.watch for vcpu in vcpus if vcpu.watch is not None]
-    rare: Counter[int] = Counter()
-    for watch in watches:
-        rare.update(watch.rare)
-    for mnemonic, count in rare.most_common():
-        told[f"rare instruction: {_MNEMONICS[mnemonic]}"] = count
-    if watches:
-        running, guest = (sum(getattr(watch, name) for watch in watches) for name in ("running", "guest"))
-        told["seconds in guest code"] = guest / 1e9
-        told["seconds in Python"] = (running - guest) / 1e9
-    told["seconds translating"] = cache.translating / 1e9
-    if cache.instructions:
-        told["microseconds a translated instruction"] = cache.translating / 1e3 / cache.instructions
-    return told
-
-
 class PerfMap:
     """``/tmp/perf-PID.map``: perf-report(1) reads there what code that no file holds is called.
 
@@ -132,9 +64,9 @@ class PerfMap:
         for (address, name), (following, _) in zip(ordered, [*ordered[1:], (end, "")], strict=True):
             self._file.write(f"{address:x} {following - address:x} skep:{name}\n")
 
-    def block(self, block: Block, rx: int, va: int) -> None:
-        level = "user" if block.mode & Mode.USER else "kernel"
-        self._file.write(f"{rx + block.start:x} {block.end - block.start:x} {level}:{va:x}\n")
+    def block(self, address: int, size: int, user: bool, va: int) -> None:
+        """A block's host code, and the guest's address."""
+        self._file.write(f"{address:x} {size:x} {'user' if user else 'kernel'}:{va:x}\n")
 
     def close(self) -> None:
         self._file.close()

@@ -1,0 +1,73 @@
+"""What ``skep run --stats`` tells of the translator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from iced_x86 import Mnemonic
+
+from skep.engine.translate.blocks import Cache
+from skep.engine.translate.layout import Kind
+from skep.engine.translate.vcpu import TranslateVcpu
+
+EXITS = {
+    Kind.JUMP: "no translation yet",
+    Kind.PORT: "ports",
+    Kind.MEM: "devices' memory, stores into code",
+    Kind.EMULATE: "rare instructions",
+    Kind.BREAK: "asked for",
+    Kind.EXCEPTION: "exceptions that Python delivers",
+    Kind.FAULT: "faults of the host's CPU",
+    Kind.SEGMENT: "accesses outside their segment",
+    Kind.SPAN: "blocks on two pages",
+    Kind.PAIR: "operands on two pages",
+    Kind.PLAIN: "checks that cannot be shared",
+    Kind.STOPPED: "another vCPU's work on translations",
+    Kind.DELIVER: "interrupts that Python delivers",
+}
+WITHOUT_EXIT = {
+    "n_fill": "TLB misses",
+    "n_miss": "jump-cache misses",
+    "n_link": "jumps patched",
+    "n_pf": "page faults",
+    "n_irq": "interrupts",
+    "n_iret": "IRET",
+    "n_syscall": "SYSCALL",
+    "n_cr3": "CR3 loads",
+    "n_span": "second pages of blocks looked up",
+}
+"""What machine code did by itself; the state block counts."""
+
+_MNEMONICS = {value: name.lower() for name, value in vars(Mnemonic).items() if isinstance(value, int)}
+
+
+def statistics(cache: Cache, vcpus: Iterable[TranslateVcpu]) -> dict[str, int | float]:
+    """What the translator did since its VM was made, in the order in which it is to be read."""
+    vcpus = list(vcpus)
+    told: dict[str, int | float] = {
+        "blocks translated": cache.made,
+        "blocks taken from the code cache": cache.store.adopted,
+        "blocks forgotten one by one": cache.killed,
+        "times that all were forgotten": cache.generation,
+        "instructions translated": cache.instructions,
+        "bytes of host code": cache.pos - cache.first,
+    }
+    for kind, name in EXITS.items():
+        told[f"exits: {name}"] = sum(vcpu.counts[kind] for vcpu in vcpus)
+    for field, name in WITHOUT_EXIT.items():
+        told[f"without an exit: {name}"] = sum(getattr(vcpu.st, field) for vcpu in vcpus)
+    watches = [vcpu.watch for vcpu in vcpus if vcpu.watch is not None]
+    rare: Counter[int] = Counter()
+    for watch in watches:
+        rare.update(watch.rare)
+    for mnemonic, count in rare.most_common():
+        told[f"rare instruction: {_MNEMONICS[mnemonic]}"] = count
+    if watches:
+        running, guest = (sum(getattr(watch, name) for watch in watches) for name in ("running", "guest"))
+        told["seconds in guest code"] = guest / 1e9
+        told["seconds in Python"] = (running - guest) / 1e9
+    told["seconds translating"] = cache.translating / 1e9
+    if cache.instructions:
+        told["microseconds a translated instruction"] = cache.translating / 1e3 / cache.instructions
+    return told
