@@ -71,14 +71,16 @@ def test_the_processor_starts_as_the_abi_says(tmp_path: Path) -> None:
     memory.close()
 
 
-def test_a_guest_starts_and_finds_its_command_line(tmp_path: Path) -> None:
-    try:
-        os.close(os.open("/dev/kvm", os.O_RDWR))
-    except OSError as error:
-        pytest.skip(str(error))
+@pytest.mark.parametrize("engine", ["translate", "kvm"])
+def test_a_guest_starts_and_finds_its_command_line(tmp_path: Path, engine: str) -> None:
+    if engine == "kvm":
+        try:
+            os.close(os.open("/dev/kvm", os.O_RDWR))
+        except OSError as error:
+            pytest.skip(str(error))
     kernel = tmp_path / "vmlinux"
     kernel.write_bytes(vmlinux())
-    with Vm(kernel=kernel, memory="64M", cmdline="hello, PVH", engine="kvm") as vm:
+    with Vm(kernel=kernel, memory="64M", cmdline="hello, PVH", engine=engine) as vm:
         vm.start()
         vm.console.expect("hello, PVH", timeout=20)
         outcome = vm.wait(20)
