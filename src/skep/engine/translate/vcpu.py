@@ -142,10 +142,10 @@ class TranslateVcpu(Alone):
         counts = self.counts
         while True:
             try:
-                if (q[_BRK] & 0xFFFF or (q[_IRQ] and q[_IFLAG])) and self._service():
-                    return Exit(ExitReason.KICKED)
                 if self.hits:
                     self.report_hits()
+                if (q[_BRK] & 0xFFFF or (q[_IRQ] and q[_IFLAG])) and self._service():
+                    return Exit(ExitReason.KICKED)
                 if q[_SYSFL] & 0x10100 and not q[_INJECT]:  # TF, RF
                     if self._step_and_trap():
                         return self._halted()
