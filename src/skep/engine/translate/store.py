@@ -36,7 +36,7 @@ MAX_SEGMENTS = 6
 WORTH = 64
 """A segment with fewer records, or with less than a twentieth of what there is, is not written."""
 
-_SEGMENT = struct.Struct("<8sIIQ")  # magic, CRC-32 of the rest, records, bytes of records
+_SEGMENT = struct.Struct("<8sIIQ")  # magic, CRC-32 of the rest, records, bytes of records; records, then entries
 _MAGIC = b"SkepSeg1"
 _ENTRY = struct.Struct("<QQ")  # key; group << 40 | position
 _HEAD = struct.Struct("<IHHHHHBBHHH")
@@ -183,8 +183,8 @@ class Store:
         self._first: dict[int, int] = {}
         self._more: dict[int, list[int]] = {}
         self._used: set[int] = set()
-        self._new: list[tuple[int, int, bytes]] = []
-        """Group, key, record."""
+        self._draft: _Draft | None = None
+        """The segment of what is new."""
         self.adopted = 0
         self._directory = -1
         if directory is None:
@@ -212,6 +212,9 @@ class Store:
         except OSError as error:
             self.problem = error.strerror or str(error)
         finally:
+            if self._draft is not None:
+                self._draft.drop()
+                self._draft = None
             os.close(self._directory)
             self._directory = -1
 
@@ -264,8 +267,16 @@ class Store:
 
     def put(self, group: int, record: Record) -> None:
         """A block was made that no record was."""
-        if self._directory >= 0 and len(record.code) < 1 << 16 and len(record.links) < 256:
-            self._new.append((group, _key(record.offset, record.mode, record.data), record.pack()))
+        if self._directory < 0 or len(record.code) >= 1 << 16 or len(record.links) >= 256:
+            return
+        try:
+            if self._draft is None:
+                self._draft = _Draft(self._directory, f"{self._identity}-{os.urandom(8).hex()}.seg")
+            if self._draft.size < self._limit:
+                self._draft.add(group, _key(record.offset, record.mode, record.data), record.pack())
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+            self.close()
 
     def _load(self) -> None:
         found = []
@@ -279,7 +290,7 @@ class Store:
                 os.unlink(name, dir_fd=self._directory)
                 continue
             both = array("Q")
-            both.frombytes(blob[_SEGMENT.size : _SEGMENT.size + n * _ENTRY.size])
+            both.frombytes(blob[len(blob) - n * _ENTRY.size :])
             self._of.extend(array("H", (len(self._blobs),)) * n)
             self._keys.extend(both[::2])
             self._where.extend(both[1::2])
@@ -296,39 +307,17 @@ class Store:
         whole = len(self._blobs) >= MAX_SEGMENTS
         for number in {self._of[i] for i in self._used}:
             os.utime(self._names[number], dir_fd=self._directory, follow_symlinks=False)
-        if len(self._new) < max(WORTH, len(self) // 20):
+        draft = self._draft
+        if draft is None or len(draft) < max(WORTH, len(self) // 20):
             return
-        new = self._new
         if whole:
             for i in self._used:
                 stored = self.record(i)
-                group = 1 << 23 | self._where[i] >> 40
-                at = stored.data - _HEAD.size
-                new.append((group, self._keys[i], stored.blob[at : stored.end]))
-        new.sort(key=lambda item: item[0])
-        entries = bytearray()
-        at = _SEGMENT.size + len(new) * _ENTRY.size
-        for group, key, data in new:
-            entries += _ENTRY.pack(key, (group & 0xFFFFFF) << 40 | at)
-            at += len(data)
-        if at > self._limit:
-            return
-        crc = zlib.crc32(entries)
-        for _, _, data in new:
-            crc = zlib.crc32(data, crc)
-        head = _SEGMENT.pack(_MAGIC, crc, len(new), at - _SEGMENT.size - len(entries))
-        name = f"{self._identity}-{os.urandom(8).hex()}.seg"
-        scratch = f".{name}"
-        file = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=self._directory)
-        try:
-            with os.fdopen(file, "wb") as output:
-                output.write(head + entries)
-                output.writelines(data for _, _, data in new)
-            os.rename(scratch, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        except OSError:
-            os.unlink(scratch, dir_fd=self._directory)
-            raise
-        self._tidy(set(self._names) if whole else set())
+                data = stored.blob[stored.data - _HEAD.size : stored.end]
+                draft.add(1 << 23 | self._where[i] >> 40, self._keys[i], data)
+        if draft.size < self._limit:
+            draft.finish()
+            self._tidy(set(self._names) if whole else set())
 
     def _tidy(self, replaced: set[str]) -> None:
         """Remove what has been replaced, what other translators made, what was left half done, and what is too much."""
@@ -345,6 +334,53 @@ class Store:
                     os.unlink(name, dir_fd=self._directory)
                 except FileNotFoundError:
                     pass
+
+
+class _Draft:
+    """A segment that is being written. It has its name when it is finished."""
+
+    def __init__(self, directory: int, name: str) -> None:
+        self._directory = directory
+        self._name = name
+        file = os.open(f".{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
+        self._file = os.fdopen(file, "wb", buffering=1 << 16)
+        self._file.write(bytes(_SEGMENT.size))
+        self._finished = False
+        self._crc = 0
+        self._keys = array("Q")
+        self._where = array("Q")
+        self.size = _SEGMENT.size
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, group: int, key: int, data: bytes) -> None:
+        self._file.write(data)
+        self._crc = zlib.crc32(data, self._crc)
+        self._keys.append(key)
+        self._where.append((group & 0xFFFFFF) << 40 | self.size)
+        self.size += len(data)
+
+    def finish(self) -> None:
+        """Records of a group stand together in the table, in the order in which they came."""
+        where = self._where
+        order = sorted(range(len(where)), key=where.__getitem__)
+        table = b"".join(_ENTRY.pack(self._keys[i], where[i]) for i in order)
+        self._file.write(table)
+        head = _SEGMENT.pack(_MAGIC, zlib.crc32(table, self._crc), len(order), self.size - _SEGMENT.size)
+        self._file.seek(0)
+        self._file.write(head)
+        self._file.close()
+        os.rename(f".{self._name}", self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        self._finished = True
+
+    def drop(self) -> None:
+        """Close; what was not finished goes."""
+        if not self._finished:
+            try:
+                self._file.close()
+            finally:
+                os.unlink(f".{self._name}", dir_fd=self._directory)
 
 
 def _open_directory(path: Path) -> int:
