@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from skep.control.client import Client
+from skep.errors import UserError
 from tests.on_terminal import OnTerminal
 from tests.tiny_kernel import COMMANDS, tiny_kernel
 
@@ -86,6 +88,19 @@ def run(engine: str, kernel: Path) -> Iterator[Callable[..., Run]]:
 
 Start = Callable[..., Run]
 
+
+def wait_until_running(name: str) -> None:
+    deadline = time.monotonic() + WAIT
+    while time.monotonic() < deadline:
+        try:
+            with Client(name) as client:
+                if client.request("status")["state"] == "running":
+                    return
+        except UserError:
+            pass  # there is no such VM yet
+        time.sleep(0.05)
+    raise AssertionError(f"{name} does not run")
+
 # How it ends
 
 
@@ -149,7 +164,7 @@ def test_a_standard_descriptor_that_is_closed_is_nobody_elses(
     engine: str, kernel: Path, redirection: str, printed: bytes
 ) -> None:
     """No file of ours takes its number, so that nothing else gets into the guest or out of it."""
-    words = (*SKEP, "run", "--memory", "16M", "--kernel", str(kernel), "--engine", engine)
+    words = (*SKEP, "run", "closed", "--memory", "16M", "--kernel", str(kernel), "--engine", engine)
     process = subprocess.Popen(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", *words],
         stdin=subprocess.PIPE,
@@ -158,8 +173,7 @@ def test_a_standard_descriptor_that_is_closed_is_nobody_elses(
         env=ENVIRONMENT,
     )
     if redirection == "<&-":
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(2)
+        wait_until_running("closed")
         process.send_signal(signal.SIGINT)
     output, errors = process.communicate(b"" if redirection == "<&-" else b"abq", timeout=WAIT)
     assert (process.returncode, output, errors) == (0, printed, b"")
@@ -217,9 +231,8 @@ def test_verbose_says_which_engine_and_why(run: Start, engine: str) -> None:
 
 
 def test_console_none(run: Start) -> None:
-    vm = run("--console", "none")
-    with pytest.raises(subprocess.TimeoutExpired):
-        vm.process.wait(1)
+    vm = run("mute", "--console", "none")
+    wait_until_running("mute")
     vm.process.send_signal(signal.SIGINT)
     assert vm.end() == (0, b"", "")
 

@@ -15,8 +15,10 @@ from skep.config import Settings, Tree, check_settings
 from skep.errors import UserError
 
 if TYPE_CHECKING:
+    from skep.control.controller import Controller
     from skep.control.directory import Claim
     from skep.explain import Explanation
+    from skep.vm import Outcome, Vm
 
 
 def run(tree: Tree, verbose: bool) -> int:
@@ -32,29 +34,17 @@ def run(tree: Tree, verbose: bool) -> int:
     with ExitStack() as last:
         claim = _claim(tree, settings, messages) if settings.control else None
         if claim is not None:
-            last.callback(claim.release)
-            if claim.name != settings.name:
-                tree = tree.thawed()
-                tree["name"] = claim.name
+            last.enter_context(claim)
+            tree = tree.thawed()
+            tree["name"] = claim.name
         vm = Vm(tree, diagnostics=messages.say_once, explained=messages.explain)
-        last.callback(vm.close)  # again, should what follows fail
+        last.callback(vm.close)  # should what follows fail
         controller = Controller(vm)
         if claim is not None:
             from skep.control.server import Server
 
             last.enter_context(Server(controller, claim))  # it answers until the VM is closed
-        with vm:
-            if verbose:
-                messages.say(f"engine {vm.engine.name}: {vm.engine_why}")
-            stdio = vm.plugs.stdio
-            if stdio is not None:
-                from skep.control.monitor import Monitor
-
-                stdio.overlay = Monitor(controller, stdio)
-            with Signals(vm.power_button, vm.stop, stdio.look_at_size if stdio is not None else None):
-                vm.start()
-                outcome = vm.wait()
-    assert outcome is not None, "a wait without a timeout"
+        outcome = _to_its_end(vm, controller, messages, verbose)
     messages.end = "\n"  # the terminal is the user's again
     if outcome.error is not None:
         raise outcome.error
@@ -63,6 +53,22 @@ def run(tree: Tree, verbose: bool) -> int:
     for line in statistics_lines(vm.statistics):
         print(line, file=sys.stderr)
     return outcome.exit_status
+
+
+def _to_its_end(vm: Vm, controller: Controller, messages: Messages, verbose: bool) -> Outcome:
+    with vm:
+        if verbose:
+            messages.say(f"engine {vm.engine.name}: {vm.engine_why}")
+        stdio = vm.plugs.stdio
+        if stdio is not None:
+            from skep.control.monitor import Monitor
+
+            stdio.overlay = Monitor(controller, stdio)
+        with Signals(vm.power_button, vm.stop, stdio.look_at_size if stdio is not None else None):
+            vm.start()
+            outcome = vm.wait()
+    assert outcome is not None, "a wait without a timeout"
+    return outcome
 
 
 def _claim(tree: Tree, settings: Settings, messages: Messages) -> Claim | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{number}" for number in range(8, 16)))
-_CONTROL = ("rip", "rflags", "cr0", "cr2", "cr3", "cr4", "efer")
 _TABLES = ("cs", "ss", "ds", "es", "fs", "gs", "tr", "ldtr", "gdtr", "idtr")
 
 
@@ -52,20 +50,21 @@ def _status(status: dict[str, Any]) -> Iterator[str]:
 
 
 def _registers(result: dict[str, Any]) -> Iterator[str]:
+    """MSRs and vectors are left to those who read JSON."""
+    from skep.explain.report import registers
+
     for processor in result["processors"]:
         yield f"processor {processor['cpu']}: {processor['doing']}"
-        for line in register_lines(processor["registers"]):
+        state = {name: _number(value) for name, value in processor["registers"].items()}
+        for line in registers(state, _TABLES):
             yield f"  {line}"
 
 
-def register_lines(registers: dict[str, Any]) -> Iterator[str]:
-    """Four to a line; MSRs and vectors are left to those who read JSON."""
-    plain = [f"{name}={int(registers[name], 16):016x}" for name in (*_CONTROL, *_GENERAL) if name in registers]
-    for at in range(0, len(plain), 4):
-        yield " ".join(plain[at : at + 4])
-    for name in _TABLES:
-        if name in registers:
-            yield f"{name}: " + " ".join(f"{part}={value[2:]}" for part, value in registers[name].items())
+def _number(value: Any) -> Any:
+    """Of hexadecimal, also inside a segment register; what is none stays as it is."""
+    if isinstance(value, dict):
+        return {name: _number(part) for name, part in value.items()}
+    return int(value, 16) if isinstance(value, str) and value.startswith("0x") else value
 
 
 def _threads(result: dict[str, Any]) -> Iterator[str]:

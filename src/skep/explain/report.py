@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -92,7 +92,7 @@ def _processor(explanation: Explanation, one: Processor) -> Iterator[str]:
         yield f"code: {' | '.join(one.code)}"
     if one.stack:
         yield from _stack(one)
-    yield from registers(one.registers, explanation.cause is Cause.TRIPLE_FAULT)
+    yield from registers(one.registers, _TABLES if explanation.cause is Cause.TRIPLE_FAULT else ())
     told = one.exits[-_EXITS:]
     if told:
         yield "what it last asked for, the last one last:"
@@ -115,15 +115,14 @@ def _stack(one: Processor) -> Iterator[str]:
     yield line
 
 
-def registers(state: Mapping[str, Any], tables: bool) -> Iterator[str]:
-    """Four to a line; ``tables``: the segments and descriptor tables too."""
+def registers(state: Mapping[str, Any], tables: Iterable[str]) -> Iterator[str]:
+    """Four to a line, and ``tables``, segments and descriptor tables, one to a line."""
     plain = [f"{name}={state[name]:016x}" for name in (*_CONTROL, *_GENERAL) if name in state]
     for at in range(0, len(plain), 4):
         yield " ".join(plain[at : at + 4])
-    if tables:
-        for name in _TABLES:
-            if name in state:
-                yield f"{name}: " + " ".join(f"{part}={value:x}" for part, value in state[name].items())
+    for name in tables:
+        if name in state:
+            yield f"{name}: " + " ".join(f"{part}={value:x}" for part, value in state[name].items())
 
 
 def _exit(record: ExitRecord, explanation: Explanation) -> str:
