@@ -330,6 +330,29 @@ def test_pcid(boot: Boot) -> None:
     assert guest.reg("rbx") == guest.cr3 | 1
 
 
+def test_invlpg_between_two_operands_of_a_block(boot: Boot) -> None:
+    """What the operands of a block share ends where the page may become another."""
+    text = """
+        start: mov rdx, ENTRY
+        mov rbx, V
+        mov eax, H | 3
+        mov qword [rbx], 1
+        mov qword [rbx + 8], 2
+        mov [rdx], rax
+        invlpg [rbx]
+        mov qword [rbx + 16], 3
+        mov rcx, [rbx + 24]
+        hlt
+    """
+    guest = make(boot, text.replace("ENTRY", str(0x40000 + 8 * (V >> 12 & 511))))
+    table = guest.map(V, G)
+    guest.map(0x40000, table & ~(PAGE - 1))
+    guest.memory.store_u64(H + 24, 4)
+    at_end(guest)
+    assert [guest.load(G + 8 * i) for i in range(3)] == [1, 2, 0]
+    assert guest.load(H + 16) == 3 and guest.reg("rcx") == 4
+
+
 def test_an_address_space_without_the_page(boot: Boot) -> None:
     """After a CR3 load what the old tables mapped is gone, global pages of the old space being the guest's business."""
     guest = make(boot, f"{READ}\nmov rbx, OTHER\nmov cr3, rbx\nlast: {READ}\nhlt".replace("OTHER", str(0x5F000)))

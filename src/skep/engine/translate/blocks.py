@@ -32,6 +32,7 @@ from skep.engine.translate.narrow_runtime import NARROW_ROUTINES
 from skep.engine.translate.runtime import ROUTINES
 from skep.engine.translate.store import Look, Record, Store, matches
 from skep.engine.translate.stubs import Stubs
+from skep.engine.translate.system_runtime import SYSTEM_ROUTINES
 from skep.engine.translate.world import World
 from skep.memory import GuestMemory
 
@@ -53,8 +54,8 @@ _u64 = struct.Struct("<Q").pack_into
 
 @lru_cache(1)
 def _routines() -> CompiledUnit:
-    """runtime.py and narrow_runtime.py in machine code, the same at any address."""
-    return compile_functions([*ROUTINES, *NARROW_ROUTINES], 0)
+    """runtime.py, narrow_runtime.py and system_runtime.py in machine code, the same at any address."""
+    return compile_functions([*ROUTINES, *NARROW_ROUTINES, *SYSTEM_ROUTINES], 0)
 
 
 class Block:

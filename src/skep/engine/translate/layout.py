@@ -86,7 +86,7 @@ _FIELDS = (
     # host addresses of the stubs that templates reach through GS (stubs.py)
     "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "port_exit", "segment_exit",
     "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs", "rep_cmps", "yield_",
-    "narrow_string", "span",
+    "narrow_string", "span", "load_segment", "cpuid", "rdmsr", "wrmsr",
     "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link", "n_span",  # counters
 )
 
@@ -109,6 +109,8 @@ JC_PAGES = 0x60000  # a byte per hashed page number: the page may have jump-cach
 JC_PAGES_SIZE = 0x4000
 LARGE_PAGES = 0x64000  # a byte per hashed 2 MiB region: some TLB entry may come from a large page there
 LARGE_PAGES_SIZE = 0x1000
+IDENTITY = 0x65000  # CPUID's leaves (identity.py)
+IDENTITY_SIZE = 0x1000
 PAIR_SLOTS = 4096
 HASH_ENTRY = 32  # key, checked entry, plain entry, unused
 HASH_BITS = 18
@@ -120,6 +122,8 @@ SIZE = 0x200000
 
 PDPTE = OFFSETS["pdpte0"]
 DR = OFFSETS["dr0"]
+ES = OFFSETS["es_sel"], OFFSETS["es_base"], OFFSETS["es_limit"], OFFSETS["es_attr"]
+"""What ES holds; the other segments follow in the order of SEGMENTS."""
 BRK, BRK_STI, BRK_STOP = OFFSETS["brk"], OFFSETS["brk"] + 1, OFFSETS["brk"] + 2
 
 EMPTY_JC = 1 << 63 | 1  # the negative of no guest address

@@ -61,6 +61,7 @@ from skep.errors import InternalError
 
 PUSH_FLAGS = (Mnemonic.PUSHF, Mnemonic.PUSHFD, Mnemonic.PUSHFQ)
 POP_FLAGS = (Mnemonic.POPF, Mnemonic.POPFD, Mnemonic.POPFQ)
+DATA_SEGMENTS = (Register.DS, Register.ES, Register.FS, Register.GS)
 RSP, RBP = 4, 5
 """Numbers of guest registers."""
 _INDIRECT64 = (Code.JMP_RM64, Code.CALL_RM64)
@@ -164,6 +165,8 @@ class Lowering(Special):
             form.reach = (GPR[ins.memory_base][0], disp, self.size(ins), written, open_.disp, open_.disp_size)
         if form.step is not None:
             spoils.discard(form.step[0])
+        if m == Mnemonic.INVLPG:
+            spoils.update(range(16))  # any page may be another from here on
         form.spoils = tuple(spoils)
 
     @staticmethod
@@ -266,7 +269,7 @@ class Lowering(Special):
             for i in range(ins.op_count):
                 if ins.op_kind(i) == OpKind.REGISTER and ins.op_register(i) in SYSTEM_REGISTERS:
                     if ins.op_register(i) in SREG_FIELD:
-                        return i == 1
+                        return i == 1 or (self.wide and ins.op_register(i) in DATA_SEGMENTS)
                     if not self.kernel or not self.wide:
                         return False
                     if i == 0:
@@ -292,8 +295,10 @@ class Lowering(Special):
             return self.kernel and m == Mnemonic.POPFQ
         if m in (Mnemonic.STI, Mnemonic.CLI, Mnemonic.SWAPGS, Mnemonic.STAC, Mnemonic.CLAC, Mnemonic.INVLPG):
             return self.kernel and (self.wide or m in (Mnemonic.STI, Mnemonic.CLI))
-        if m == Mnemonic.IRETQ:
+        if m in (Mnemonic.IRETQ, Mnemonic.RDMSR, Mnemonic.WRMSR):
             return self.kernel and self.wide
+        if m == Mnemonic.CPUID:
+            return self.wide
         if m == Mnemonic.SYSCALL:
             return self.wide and self.user and ins.len == 2
         if m == Mnemonic.SYSRETQ:

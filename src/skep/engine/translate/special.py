@@ -40,6 +40,7 @@ from skep.engine.translate.forms import (
 from skep.engine.translate.layout import (
     BRK_STI,
     OFFSETS,
+    SEGMENTS,
     Mode,
 )
 from skep.engine.translate.stubs import field as state
@@ -62,6 +63,7 @@ class Special(Emitter):
             m.RDTSC: self._rdtsc, m.RDTSCP: self._rdtsc, m.IN: self._port, m.OUT: self._port,
             m.RDFSBASE: self._segment_base, m.RDGSBASE: self._segment_base,
             m.WRFSBASE: self._segment_base, m.WRGSBASE: self._segment_base,
+            m.CPUID: self._by_routine, m.RDMSR: self._by_routine, m.WRMSR: self._by_routine,
             m.FNSTENV: self._x87_environment, m.FNSAVE: self._x87_environment,
         }  # fmt: skip
         for k in BIT_TESTS:
@@ -88,6 +90,9 @@ class Special(Emitter):
 
     def _mov_system(self, ins: Instruction) -> None:
         a = self.a
+        if ins.op0_register in SREG_FIELD:
+            self._load_segment(ins)
+            return
         source = ins.op1_register
         if source in SREG_FIELD:
             name = SREG_FIELD[source]
@@ -120,6 +125,24 @@ class Special(Emitter):
         a.mov(R10 if h is None else h, state(name))
         if h is None:
             a.mov(gs(number * 8), R10)
+
+    def _load_segment(self, ins: Instruction) -> None:
+        a = self.a
+        if ins.op1_kind == OpKind.MEMORY:
+            self.address(ins)
+            self.check(2, READ)
+            a.movzx(R10, Mem(R10), 16)
+        else:
+            self.load(R10, GPR[ins.op1_register][0])
+        a.raw(b"\x68")
+        self.holes.append((len(a), HOLE_IP, SEGMENTS.index(SREG_FIELD[ins.op0_register][:2]) << 12))
+        a.raw(bytes(4))
+        a.call(state("load_segment"))
+
+    def _by_routine(self, ins: Instruction) -> None:
+        """CPUID, RDMSR, WRMSR: system_runtime.py."""
+        self.hole_push()
+        self.a.call(state({Mnemonic.CPUID: "cpuid", Mnemonic.RDMSR: "rdmsr", Mnemonic.WRMSR: "wrmsr"}[ins.mnemonic]))
 
     def _lea(self, ins: Instruction) -> None:
         a = self.a

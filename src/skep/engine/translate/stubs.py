@@ -17,6 +17,8 @@ emu_exit               ``jmp``: r10 is the address of an instruction for Python
 iret, syscall, sysret  ``jmp``: r10 is the instruction's address
 cr3_load, invlpg       ``push offset; call``: r10 is the operand
 span                   ``push offset; call``: r10 is the host address of the block's second page
+load_segment           ``push desc; call``: r10 is the selector
+cpuid, rdmsr, wrmsr    ``push offset; call``
 rep_stos, rep_movs, rep_cmps, narrow_string  ``push desc; call``
 yield_                 ``call``: only r11 may change
 =====================  ==========================================================================
@@ -365,18 +367,28 @@ class Stubs:
             a.mov(RDI, R10)
             self._call(a, routine)
             self._finish(a)
-        for name, routine in (("cr3_load", "load_cr3"), ("invlpg", "invalidate"), ("span", "second_page")):
+        for name, routine in (
+            ("cr3_load", "load_cr3"),
+            ("invlpg", "invalidate"),
+            ("span", "second_page"),
+            ("load_segment", "load_segment"),
+            ("cpuid", "identify"),
+            ("rdmsr", "read_msr"),
+            ("wrmsr", "write_msr"),
+        ):
             self._begin(name)
             leave = a.label()
             self._save(a)
             a.mov(RDI, R10)
             a.mov(RSI, Mem(RSP, disp=8), size=32)
-            if routine != "second_page":
+            if routine in ("load_cr3", "invalidate"):
                 a.add(RSI, field("page"))
             self._call(a, routine)
             if routine != "invalidate":
                 a.test(RAX, RAX)
                 a.jcc(Cond.E, leave)
+            if routine == "identify":
+                a.mov(RBX, field("rbx"))
             self._restore(a)
             a.ret(8)
             a.bind(leave)

@@ -18,7 +18,7 @@ from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Rflags, Vector
 from skep.engine.amd64.tsc import tsc_hz
 from skep.engine.contract import Exit, ExitReason
 from skep.engine.exits import Exits
-from skep.engine.translate import breakpoints, delivery, saved, segments
+from skep.engine.translate import breakpoints, delivery, identity, saved, segments
 from skep.engine.translate.access import Unsupported
 from skep.engine.translate.alone import Alone
 from skep.engine.translate.emulate import Emulator
@@ -72,6 +72,7 @@ class TranslateVcpu(Alone):
             if name in OFFSETS:
                 setattr(st, name, address)
         model = cpuid_models.make(shared.cpu_model, tsc_hz(), apic_id=index, cpus=shared.max_vcpus)
+        identity.write(st, model)
         self.exits = Exits()
         self.msrs = ModelSpecific(st, interrupts, model, self.exits)
         self.emulator = Emulator(self, model, self.msrs)

@@ -1,0 +1,148 @@
+"""System instructions of 64-bit code, in the compiled language (runtime.py): CPUID, MSRs, data segments.
+
+Each routine gets an operand and a descriptor - the instruction's offset in its page, above it (bit 12) what the
+instruction names - and gives 1, or 0 with nothing changed: then the instruction is Python's (emulate_system.py), which
+knows the rest of its cases and all of its faults.
+"""
+
+from __future__ import annotations
+
+from skep.engine.amd64.msrs import FS_BASE, GS_BASE, IA32_PRED_CMD, KERNEL_GS_BASE, PRED_CMD_IBPB
+from skep.engine.amd64.registers import Cr4, Xcr0
+from skep.engine.translate.compiler import inline, ld32, ld64, sar, st, st64
+from skep.engine.translate.identity import (
+    EXTENDED_STATE,
+    FEATURES,
+    HAS_SUBLEAVES,
+    ROW,
+    ROW_BITS,
+    ROW_HOW,
+    ROW_REGISTERS,
+    ROWS,
+    TOPOLOGY,
+    WITH_AVX,
+    WITHOUT_AVX,
+)
+from skep.engine.translate.layout import ES, Kind
+from skep.engine.translate.runtime import descriptor_at
+
+M32 = 0xFFFFFFFF
+SELECTOR, BASE, LIMIT, ATTRIBUTES = ES
+OSXSAVE, CPUID_OSXSAVE, AVX = Cr4.OSXSAVE, 1 << 27, Xcr0.AVX
+
+
+@inline
+def python(desc: int) -> int:
+    st.rip = st.page + (desc & 4095)
+    st.kind = Kind.EMULATE
+    return 0
+
+
+def load_segment(selector: int, desc: int) -> int:
+    """MOV to DS, ES, FS or GS: the null selectors, and data segments of the GDT whose accessed bit is set."""
+    me = st.self_ + (desc >> 12) * 8
+    selector = selector & 0xFFFF
+    base = 0
+    limit = 0
+    attributes = 0
+    if selector & ~3:
+        data = descriptor_at(selector)
+        dpl = (data >> 45) & 3
+        if (data >> 40) & 0x99 != 0x91 or dpl < selector & 3 or dpl < st.cpl:
+            return python(desc)
+        base = ((data >> 16) & 0xFFFFFF) | ((data >> 56) << 24)
+        limit = (data & 0xFFFF) | ((data >> 32) & 0xF0000)
+        attributes = (data >> 40) & 0xF0FF
+        if attributes & 0x8000:
+            limit = (limit << 12) | 0xFFF
+    st64(me + SELECTOR, selector)
+    st64(me + BASE, base)
+    st64(me + LIMIT, limit)
+    st64(me + ATTRIBUTES, attributes)
+    return 1
+
+
+def row_of(key: int) -> int:
+    """The row of a leaf (with its subleaf at bit 32) in the table that identity.py has written, or 0."""
+    number = (key * 0x9E3779B97F4A7C15) >> (64 - ROW_BITS)
+    while True:
+        row = st.self_ + ROWS + number * ROW
+        have = ld64(row)
+        if have == key:
+            return row
+        if have + 1 == 0:
+            return 0
+        number = (number + 1) & ((1 << ROW_BITS) - 1)
+
+
+def identify(unused: int, desc: int) -> int:
+    """CPUID (amd64/cpuid.py, Cpuid.read)."""
+    leaf = st.rax & M32
+    subleaf = st.rcx & M32
+    row = row_of(leaf)
+    last = 0
+    if row:
+        last = ld32(row + ROW_REGISTERS + 12)
+        if ld32(row + ROW_HOW) & HAS_SUBLEAVES and subleaf:
+            row = row_of(leaf | (subleaf << 32))
+    a = 0
+    b = 0
+    c = 0
+    d = 0
+    if row:
+        a = ld32(row + ROW_REGISTERS)
+        b = ld32(row + ROW_REGISTERS + 4)
+        c = ld32(row + ROW_REGISTERS + 8)
+        d = ld32(row + ROW_REGISTERS + 12)
+    if leaf == FEATURES and st.cr4 & OSXSAVE:
+        c = c | CPUID_OSXSAVE
+    if leaf == TOPOLOGY:
+        c = c | (subleaf & 0xFF)
+        d = last
+    if leaf == EXTENDED_STATE and subleaf == 0 and row:
+        b = WITHOUT_AVX
+        if st.xcr0 & AVX:
+            b = WITH_AVX
+    st.rax = a
+    st.rbx = b
+    st.rcx = c
+    st.rdx = d
+    return 1
+
+
+def read_msr(unused: int, desc: int) -> int:
+    """RDMSR of the segments' bases."""
+    index = st.rcx & M32
+    if index == FS_BASE:
+        value = st.fs_base
+    elif index == GS_BASE:
+        value = st.gs_base
+    elif index == KERNEL_GS_BASE:
+        value = st.kernel_gs_base
+    else:
+        return python(desc)
+    st.rax = value & M32
+    st.rdx = value >> 32
+    return 1
+
+
+def write_msr(unused: int, desc: int) -> int:
+    """WRMSR of the segments' bases, and of commands to predictors that guest code does not reach."""
+    index = st.rcx & M32
+    value = (st.rax & M32) | (st.rdx << 32)
+    if index == IA32_PRED_CMD and value & ~PRED_CMD_IBPB == 0:
+        return 1
+    if sar(value, 47) + 1 > 1:
+        return python(desc)
+    if index == FS_BASE:
+        st.fs_base = value
+    elif index == GS_BASE:
+        st.gs_base = value
+    elif index == KERNEL_GS_BASE:
+        st.kernel_gs_base = value
+    else:
+        return python(desc)
+    return 1
+
+
+SYSTEM_ROUTINES = [load_segment, row_of, identify, read_msr, write_msr]
