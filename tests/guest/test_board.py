@@ -80,15 +80,19 @@ def test_one_of_255_processors_runs(guest: Guest) -> None:
 
 
 @pytest.mark.slow
-def test_without_acpi_linux_boots_by_the_mp_table(tmp_path: Path) -> None:
-    """The full kernel; the cloud's has no reader for it."""
+@pytest.mark.parametrize("acpi", [True, False])
+def test_wired_interrupts_are_routed(tmp_path: Path, acpi: bool) -> None:
+    """A disk's INTx pin by ACPI's _PRT, and by the MP table, for which only the full kernel has a reader."""
     disk = tmp_path / "disk"
     disk.write_bytes(b"straw".ljust(1 << 20))
-    with Linux(debian.obtain(full=True), disks=[disk], config={"acpi_tables": "false"}) as linux:
+    config = {"acpi_tables": str(acpi).lower()}
+    with Linux(debian.obtain(full=not acpi), words=("quiet", "pci=nomsi"), disks=[disk], config=config) as linux:
         log = linux("dmesg")
-        assert "MPTABLE: OEM ID: SKEP" in log and "ACPI: RSDP" not in log
+        assert ("MPTABLE: OEM ID: SKEP" in log, "ACPI: RSDP" in log) == (not acpi, acpi)
         assert linux("head -c 5 /dev/vda") == "straw"
-        assert re.search(r"^ *4: +[1-9]\d* +IO-APIC +4-edge +ttyS0", linux("cat /proc/interrupts"), re.MULTILINE)
+        interrupts = linux("cat /proc/interrupts")
+        assert re.search(r"^ *18: +[1-9]\d* +IO-APIC +18-fasteoi +virtio0", interrupts, re.MULTILINE)
+        assert re.search(r"^ *4: +[1-9]\d* +IO-APIC +4-edge +ttyS0", interrupts, re.MULTILINE)
         assert complaints(log) == []
 
 
