@@ -8,19 +8,18 @@ its TSC with a timer's interrupt finds them agreeing.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from bisect import insort
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+from skep.alarm import Alarm
 from skep.locks import Lock, Order
 
 Callback = Callable[[], None]
 OffsetListener = Callable[[int], None]
 
-_PR_SET_TIMERSLACK = 29
-_LONGEST_WAIT = 3600.0  # seconds; the wait's own limit is shorter than what a guest may ask for
+_LONGEST_WAIT = 3600  # seconds; a guest may ask for more than the host's timers take
 
 
 class Timer:
@@ -76,17 +75,21 @@ class GuestClock:
         self._serial = 0
         self._frozen_at: int | None = None
         self._listeners: tuple[OffsetListener, ...] = ()
-        self._wake = threading.Event()
-        self._waits_for: int | None = None  # the deadline that the thread sleeps until; None: for an event
+        self._alarm = Alarm()
+        self._set_for: int | None = None  # the deadline that the alarm is set for; None: it is not
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="skep-clock", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """No callback runs when it returns. Not from a callback, and not under the board lock."""
+        if self._closed:
+            return
         self._closed = True
-        self._wake.set()
+        with self._lock:
+            self._alarm.set(0)
         self._thread.join()
+        self._alarm.close()
         self._listeners = ()
 
     def tsc(self) -> int:
@@ -123,7 +126,7 @@ class GuestClock:
                 listener(self.tsc_offset)
             with self._lock:
                 self._frozen_at = None
-        self._wake.set()
+                self._set_alarm()
 
     def add_offset_listener(self, listener: OffsetListener) -> None:
         """``listener(tsc_offset)`` is called while the VM is frozen, whenever the offset changed."""
@@ -145,16 +148,22 @@ class GuestClock:
             if deadline is None:
                 return
             insort(self._queue, (deadline, timer.serial, timer))
-            # The thread is woken only for what it would miss; a deadline moved back finds it waking early, once.
-            late = self._queue[0][2] is timer and (self._waits_for is None or deadline < self._waits_for)
-        if late:
-            self._wake.set()
+            self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        """See to it that the thread wakes for the first timer. One moved back finds it waking early, once."""
+        if not self._queue or self._frozen_at is not None or self._closed:
+            return
+        first = self._queue[0][0]
+        if self._set_for is None or first < self._set_for:
+            self._set_for = first
+            self._alarm.set(min(first - self.tsc(), _LONGEST_WAIT * self.hz) * 1_000_000_000 // self.hz)
 
     def _run(self) -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)  # this thread's: 50 us otherwise
         while not self._closed:
-            self._wake.wait(self._pause())
-            self._wake.clear()
+            self._alarm.wait()
+            with self._lock:
+                self._set_for = None
             while not self._closed:
                 with self._board:
                     due = self._take_due()
@@ -166,15 +175,8 @@ class GuestClock:
                         if self._on_error is None:
                             raise
                         self._on_error(e)
-
-    def _pause(self) -> float | None:
-        """Seconds to the first deadline; None: nothing is armed, or time stands still."""
-        with self._lock:
-            if not self._queue or self._frozen_at is not None:
-                self._waits_for = None
-                return None
-            self._waits_for = self._queue[0][0]
-            return min(max(0.0, (self._waits_for - self.tsc()) / self.hz), _LONGEST_WAIT)
+            with self._lock:
+                self._set_alarm()
 
     def _take_due(self) -> Callback | None:
         """Disarm the first timer if its time has come. Under the board lock: who cancels is not overtaken."""
