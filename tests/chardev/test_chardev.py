@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -290,6 +291,35 @@ def test_ctrl_a_x_works_while_the_guest_reads_nothing() -> None:
         assert terminal.mode() == terminal.before
 
 
+SIZED = """
+import os, signal, threading
+from skep.chardev.loop import Loop
+from skep.chardev.stdio import Stdio
+from skep.contracts.chardev import PlainLine
+class Guest(PlainLine):
+    def room(self): return 0
+    def receive(self, data): pass
+    def resized(self, columns, rows): os.write(1, b"<%dx%d>" % (columns, rows))
+loop, stopped = Loop("loop"), threading.Event()
+stdio = Stdio(loop, stopped.set)
+signal.signal(signal.SIGWINCH, lambda *_: stdio.look_at_size())
+stdio.connect(Guest())
+stopped.wait()
+stdio.close()
+loop.close()
+"""
+
+
+def test_the_port_hears_of_a_terminals_size() -> None:
+    with OnTerminal("-c", SIZED) as terminal:
+        termios.tcsetwinsize(terminal.master, (24, 80))
+        terminal.read_until(b"<80x24>", 60)
+        termios.tcsetwinsize(terminal.master, (50, 132))
+        terminal.read_until(b"<132x50>")
+        terminal.type(b"\x01x")
+        assert terminal.process.wait(10) == 0
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_terminal_is_restored_even_if_we_cannot(end: signal.Signals) -> None:
     with OnTerminal("-c", ON_A_TERMINAL, "16") as terminal:
@@ -336,6 +366,23 @@ def test_console_sends_through_a_small_fifo(loop: Loop) -> None:
     assert fifo.drain(console, 6 + len(text)) == b"early\n" + text.encode()
 
 
+def test_a_port_that_can_wait_loses_nothing_to_a_program(loop: Loop) -> None:
+    class Port(Fifo):
+        again = threading.Event()
+
+        def drained(self) -> None:
+            self.again.set()
+
+    console, port = Console(loop), Port()
+    console.connect(port)
+    while room := console.output_room():
+        console.write(b"x" * room)
+    assert not port.again.wait(0.05)
+    assert console.read() == "x" * LIMIT
+    assert port.again.wait(10) and console.output_room() == LIMIT
+    assert console.status().dropped == 0
+
+
 def test_console_keeps_a_bounded_past(loop: Loop) -> None:
     console = Console(loop)
     for _ in range(40):
@@ -344,3 +391,4 @@ def test_console_keeps_a_bounded_past(loop: Loop) -> None:
     text = console.read()
     assert text.endswith("end")
     assert len(text) <= 1 << 20
+    assert console.status().dropped >= 40 * 65536 + 3 - (1 << 20), "and says how much it forgot"

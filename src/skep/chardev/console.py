@@ -85,6 +85,7 @@ class Console:
 
     def connect(self, receiver: Receiver) -> None:
         self._pump.connect(receiver)
+        self._backlog.drained = lambda: self._loop.call(receiver.drained)  # the program holds a lock while it reads
         self._loop.call(self._pump.run)
 
     def write(self, data: bytes) -> None:
@@ -93,7 +94,7 @@ class Console:
             self._news.set()
 
     def output_room(self) -> int:
-        return KEPT
+        return self._backlog.room()
 
     def room_available(self) -> None:
         if self._pump.waiting:

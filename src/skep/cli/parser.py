@@ -71,7 +71,8 @@ def _add_run(commands: Any) -> None:
         "run",
         allow_abbrev=False,
         help="start a virtual machine in this terminal",
-        description="Start a virtual machine; its first serial port is this terminal. Ctrl-A x stops it.",
+        description="Start a virtual machine; its first serial port is this terminal. Ctrl-A x stops it, Ctrl-A c"
+        " goes to its monitor and back.",
         epilog="Every option writes the configuration tree; -o config.dump=1 shows it. Exit status: 0 powered off or"
         " stopped, 3 triple fault, 2 your mistake, 4 ours.",
     )
