@@ -419,3 +419,46 @@ def test_identity_is_what_tiny_says(boot: Boot) -> None:
     guest = make(boot, "mov rax, [END]\nhlt".replace("END", str(IDENTITY)))
     guest.run()
     assert guest.exception is not None and guest.exception.cr2 == IDENTITY
+
+
+@pytest.mark.parametrize("how", ["cr3", "invlpg", "another page", "read-only"])
+def test_the_stacks_page_changes(boot: Boot, how: str) -> None:
+    """What is known of the page under RSP goes with its translation."""
+    V, G, H = 0x600000, 0x300000, 0x301000
+    change = {
+        "cr3": "mov rax, [rip + new]\nmov [rip + entry], rax\nmov rax, cr3\nmov cr3, rax",
+        "invlpg": "mov rax, [rip + new]\nmov rbx, [rip + where]\nmov [rbx], rax\ninvlpg [rsp]",
+        "another page": "lea rsp, [rsp + 0x1000]",
+        "read-only": "mov rax, [rip + new]\nmov rbx, [rip + where]\nmov [rbx], rax\ninvlpg [rsp]",
+    }[how].replace("mov [rip + entry], rax", "mov rbx, [rip + where]\nmov [rbx], rax")
+    text = f"""
+        start: mov rsp, {V + 0x800}
+        push 1
+        push 2
+        add [rsp + 8], rsp
+        pop rcx
+        {change}
+        push 3
+        mov r8, [rsp]
+        mov dword [rsp + rcx * 8], 9
+        hlt
+        new: dq 0
+        where: dq 0
+    """
+    guest = boot(text, ist={14: 1})
+    entry = guest.map(V, G)
+    guest.map(V + PAGE, H)
+    flags = Pte.P | Pte.A | Pte.D | (0 if how == "read-only" else Pte.RW)
+    guest.memory.store_u64(guest.program["new"], (G if how == "read-only" else H) | flags)
+    guest.memory.store_u64(guest.program["where"], entry)
+    guest.run()
+    if how == "read-only":
+        assert guest.exception is not None
+        assert (guest.exception.vector, guest.exception.error, guest.exception.cr2) == (14, 3, V + 0x7F0)
+        return
+    assert guest.exception is None
+    assert guest.reg("r8") == 3
+    assert guest.load(G + 0x7F8) == 1 + V + 0x7F0
+    assert guest.load(H + 0x7F0) == 3
+    assert guest.load(H + 0x800, 4) == 9
+    assert guest.load(G + 0x7F0) == 2

@@ -119,7 +119,7 @@ class Emission:
         _i32(out, fix_page, -offset)
         entry = len(out)
         extend = out.extend
-        slow: list[tuple[int, int, int, bool]] = []
+        slow: list[tuple[int, int, int, int]] = []
         links: list[tuple[int, int]] = []  # (position of a displacement, key)
         fixed: list[tuple[int, int, int]] = []
         copies: list[tuple[int, int, int]] = []
@@ -215,11 +215,11 @@ class Emission:
                     extend(_LEA[register])
                     extend(disp.to_bytes(4, "little", signed=True))
                     base = len(out)
-                    code, jump = lowering.range_check(write, needs[i])
+                    code, jump = lowering.range_check(write, needs[i], register == 4)
                     extend(code)
                     _i32(out, base + jump - 6, 4096 - length)
                     desc = 1 << 30 | (mode & 3) << 24 | write << 22 | length << 12 | at
-                    slow.append((base + jump, len(out), desc, needs[i]))
+                    slow.append((base + jump, len(out), desc, needs[i] | (register == 4) << 1))
                     extend(_KEEP[slot])
                 elif held != slot:
                     extend(_TAKE[slot])
@@ -253,7 +253,17 @@ class Emission:
         for jump, back, desc, saved in slow:
             here = len(out)
             _i32(out, jump, here - jump - 4)
-            if saved:
+            if saved & 2:
+                size = desc >> 12 & 1023
+                code, jump = lowering.fallback(size, desc >> 22 & 3 != 0)
+                extend(code)
+                if saved & 1:
+                    extend(_RESTORE)
+                extend(b"\xe9")
+                extend((back - len(out) - 4).to_bytes(4, "little", signed=True))
+                _i32(out, here + jump, len(out) - here - jump - 4)
+                here = len(out)
+            if saved & 1:
                 extend(_RESTORE)
                 here += len(_RESTORE)
             extend(_slow_pack(0x68, desc, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))
@@ -407,7 +417,7 @@ class Emission:
         for jump, back, desc, saved in t.checks:
             here = len(out)
             _i32(out, jump, here - jump - 4)
-            if saved:
+            if saved & 1:
                 out.extend(_RESTORE)
                 here += len(_RESTORE)
             out.extend(_SLOW.pack(0x68, desc | offset, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))

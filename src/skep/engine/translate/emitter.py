@@ -33,7 +33,7 @@ from iced_x86 import (
     RegisterExt,
 )
 
-from skep.engine.translate.asm import R9, R10, R11, Assembler, Mem, Reg, gs
+from skep.engine.translate.asm import R9, R10, R11, Assembler, Cond, Mem, Reg, gs
 from skep.engine.translate.forms import (
     BORROWED,
     GPR,
@@ -95,7 +95,8 @@ class Emitter:
         """What tells apart modes that general instructions are lowered differently in."""
         self.info = InstructionInfoFactory()
         self.encoder = Encoder(64)
-        self._checks: dict[tuple[int, bool, bool], tuple[bytes, int]] = {}
+        self._checks: dict[tuple[int, bool, bool, bool], tuple[bytes, int]] = {}
+        self._fallbacks: dict[tuple[int, bool], tuple[bytes, int]] = {}
         self.begin(b"", False, None, NOTHING_OPEN)
 
     def begin(self, data: bytes, live: bool, bounce: dict[int, int] | None, open_: Open) -> None:
@@ -108,7 +109,9 @@ class Emitter:
         self.keeps = False
         self.is_placed = False
         self.count = 0
-        self.checks: list[tuple[int, int, int, bool]] = []
+        self.checks: list[tuple[int, int, int, int]] = []
+        self.on_stack = False
+        """The address in r10 was made from RSP."""
         self.holes: list[tuple[int, int, int]] = []
         self.copies: list[tuple[int, int, int]] = []
 
@@ -171,24 +174,40 @@ class Emitter:
         number = self.count
         self.count += 1
         if self.bounce is not None and number in self.bounce:
+            self.on_stack = False
             a.mov(R10, state("self_"))
             a.lea(R10, Mem(R10, disp=BOUNCE + number * BOUNCE_SIZE + self.bounce[number]))
             return
-        key = (size, bool(access), self.live)
+        if self.bounce is not None:
+            self.on_stack = False
+        key = (size, bool(access), self.live, self.on_stack)
         known = self._checks.get(key)
         if known is None:
             known = self._checks[key] = self._check_code(*key)
         start = len(a)
         a.raw(known[0])
         descriptor = aligned << 29 | number << 26 | self.array << 24 | access << 22 | size << 12
-        self.checks.append((start + known[1], len(a), descriptor, self.live))
+        self.checks.append((start + known[1], len(a), descriptor, self.live | self.on_stack << 1))
+        self.on_stack = False
 
-    def _check_code(self, size: int, write: bool, live: bool) -> tuple[bytes, int]:
-        """The check, and where the displacement of its way out stands."""
+    def _check_code(self, size: int, write: bool, live: bool, on_stack: bool = False) -> tuple[bytes, int]:
+        """The check, and where the displacement of its way out stands. For the stack it compares with the page that was
+        last seen there; the TLB is looked at out of the way (fallback)."""
         a = Assembler()
         base = TLB + self.array * TLB_ARRAY
         if live:
             save_flags(a)
+        if on_stack:
+            a.mov(R11, R10)
+            a.xor(R11, state(f"stack{self.array}_page"))
+            a.cmp(R11, 4096 - size)
+            a.raw(b"\x0f\x87")
+            jump = len(a)
+            a.raw(bytes(4))
+            a.add(R10, state(f"stack{self.array}_delta"))
+            if live:
+                restore_flags(a)
+            return a.code(0), jump
         a.mov(R11, R10, size=32)
         a.shr(R11, 7, size=32)
         a.and_(R11, TLB_MASK, size=32)
@@ -201,6 +220,40 @@ class Emitter:
         if live:
             restore_flags(a)
         return a.code(0), jump
+
+    def fallback(self, size: int, write: bool) -> tuple[bytes, int]:
+        """What the stack's check does when the page is another: the TLB's check, and if that succeeds and the page may
+        be written it is the stack's from now on. Then the operand's host address is in r10. With it, where the
+        displacement of its way out stands; the flags that live are saved, if any."""
+        known = self._fallbacks.get((size, write))
+        if known is not None:
+            return known
+        a = Assembler()
+        base = TLB + self.array * TLB_ARRAY
+        a.mov(state("stack_va"), R10)
+        a.mov(R11, R10, size=32)
+        a.shr(R11, 7, size=32)
+        a.and_(R11, TLB_MASK, size=32)
+        tag, writable = (Mem(R11, disp=base + at, gs=True) for at in (TLB_WRITE if write else TLB_READ, TLB_WRITE))
+        a.xor(R10, tag)
+        a.cmp(R10, 4096 - size)
+        a.raw(b"\x0f\x87")
+        jump = len(a)
+        a.raw(bytes(4))
+        other = a.label()
+        a.mov(R10, tag)
+        a.cmp(R10, writable)
+        a.mov(R11, Mem(R11, disp=base + TLB_HOST, gs=True))
+        a.jcc(Cond.NE, other)
+        a.mov(state(f"stack{self.array}_page"), R10)
+        a.mov(state(f"stack{self.array}_delta"), R11)
+        a.sub(state(f"stack{self.array}_delta"), R10)
+        a.bind(other)
+        a.sub(R11, R10)
+        a.mov(R10, state("stack_va"))
+        a.add(R10, R11)
+        known = self._fallbacks[size, write] = (a.code(0), jump)
+        return known
 
     def load(self, reg: int, number: int) -> None:
         """``reg`` = a guest register."""
@@ -218,6 +271,7 @@ class Emitter:
         base, index = ins.memory_base, ins.memory_index
         disp = ins.memory_displacement
         narrow = not self.wide
+        self.on_stack = base == Register.RSP and self.wide and ins.memory_segment not in (Register.FS, Register.GS)
         if base in (Register.RIP, Register.EIP):
             self.page_plus(R10, HOLE_TARGET)
             narrow = base == Register.EIP
@@ -381,6 +435,7 @@ class Emitter:
         """r10 = the address ``disp`` bytes from the top of the stack."""
         if self.is_placed:
             return
+        self.on_stack = True
         if disp:
             self.a.lea(R10, Mem(R9, disp=disp))
         else:

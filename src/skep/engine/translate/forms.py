@@ -52,8 +52,9 @@ class Ends:
 @dataclass(slots=True)
 class Template:
     code: bytes
-    checks: tuple[tuple[int, int, int, bool], ...] = ()
-    """(offset of the ja's displacement, offset to come back to, descriptor, flags are saved at the ja)"""
+    checks: tuple[tuple[int, int, int, int], ...] = ()
+    """(offset of the ja's displacement, offset to come back to, descriptor, 1: flags are saved at the ja, 2: it is the
+    stack's)"""
     holes: tuple[tuple[int, int, int], ...] = ()
     """(offset, what to put there, what to add to it)"""
     copies: tuple[tuple[int, int, int], ...] = ()

@@ -82,6 +82,9 @@ _FIELDS = (
     "target",  # host address to enter at
     "room",  # elements of a string instruction that can be done together (narrow_runtime.py)
     "spins",  # PAUSE instructions until the host's CPU is offered to others
+    # by TLB array: a page that the stack pointer was last seen to point to, writable, and host less guest address
+    *(f"stack{i}_{n}" for i in range(3) for n in ("page", "delta")),
+    "stack_va",  # a temporary of the check that looks there
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
     "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "port_exit", "segment_exit",
@@ -126,6 +129,8 @@ ES = OFFSETS["es_sel"], OFFSETS["es_base"], OFFSETS["es_limit"], OFFSETS["es_att
 """What ES holds; the other segments follow in the order of SEGMENTS."""
 BRK, BRK_STI, BRK_STOP = OFFSETS["brk"], OFFSETS["brk"] + 1, OFFSETS["brk"] + 2
 
+NO_STACK = 0xD15E_A5ED_0000_0000
+"""In place of a stack's page: no canonical address is there, and what takes it for one faults."""
 EMPTY_JC = 1 << 63 | 1  # the negative of no guest address
 
 

@@ -76,7 +76,7 @@ class Lowering(Special):
     def __init__(self, mode: int) -> None:
         super().__init__(mode)
         self._handlers: dict[int, Callable[[Instruction], None]] = self.special()
-        self._range_checks: dict[tuple[bool, bool], tuple[bytes, int]] = {}
+        self._range_checks: dict[tuple[bool, bool, bool], tuple[bytes, int]] = {}
         self._closed = frozenset(self._handlers) - {Mnemonic.MOV, Mnemonic.LEA}
         """Mnemonics whose constants templates do not leave open."""
         self.emulated = Form(keeps=0, reads=ALL_FLAGS, ends=Ends.YES, emulate=True)
@@ -398,10 +398,10 @@ class Lowering(Special):
         self.holes.append((code.index(place), HOLE_PLACE, 0))
         return self.finish()
 
-    def range_check(self, write: bool, live: bool) -> tuple[bytes, int]:
+    def range_check(self, write: bool, live: bool, on_stack: bool) -> tuple[bytes, int]:
         """The check of a range whose start is in r10, and where the displacement of its way out stands; the length's
         complement to 4096 is an immediate 6 bytes before that."""
-        known = self._range_checks.get((write, live))
+        known = self._range_checks.get((write, live, on_stack))
         if known is None:
-            known = self._range_checks[write, live] = self._check_code(8, write, live)
+            known = self._range_checks[write, live, on_stack] = self._check_code(8, write, live, on_stack)
         return known

@@ -51,6 +51,8 @@ from skep.engine.translate.layout import (
     LARGE_PAGES_SIZE,
     NG_LIST,
     NG_MAX,
+    NO_STACK,
+    OFFSETS,
     PDPTE,
     TLB,
     TLB_ARRAY,
@@ -81,6 +83,7 @@ ALIGNED = 1 << 29  # in a descriptor: the operand's alignment is checked first
 RANGE = 1 << 30  # in a descriptor: of a range that several operands share
 STRING = 1 << 28  # in a descriptor: a REP string instruction's
 SUPERVISOR, USER, SUPERVISOR_AC = 0, 1, 2
+STACK = OFFSETS["stack0_page"]
 ATTR_CODE64 = 0xA09B
 ATTR_UNUSABLE = 0x10000
 FLAT_DATA0 = 0x008F93000000FFFF  # writable data of ring 0, accessed, all 4 GiB
@@ -280,9 +283,19 @@ def is_ram(gpa: int) -> int:
     return 0
 
 
+@inline
+def forget_stacks(block: int) -> int:
+    """The pages of stacks that the state block has are to be looked up again."""
+    st64(block + STACK, NO_STACK)
+    st64(block + STACK + 16, NO_STACK)
+    st64(block + STACK + 32, NO_STACK)
+    return 0
+
+
 def flush_tlb(everything: int) -> int:
     """Drop the TLB entries of non-global pages, or all of them, and the jump-cache sets that rest on them."""
     me = st.self_
+    forget_stacks(me)
     if everything == 0:
         i = 0
         while i < st.ng_count:
@@ -336,6 +349,7 @@ def flush_jumps() -> int:
 def invalidate(va: int) -> int:
     """INVLPG: drop what one page, however large, left in the TLB and in the jump cache."""
     me = st.self_
+    forget_stacks(me)
     page = va & ~4095
     region = 0
     if ld8(me + LARGE_PAGES + ((va >> 21) & (LARGE_PAGES_SIZE - 1))):
@@ -375,6 +389,7 @@ def invalidate(va: int) -> int:
 
 def clear_write_tags(block: int, host: int) -> int:
     """The page at ``host`` becomes code: no entry of the TLB in a state block may let a store through unseen."""
+    forget_stacks(block)
     entry = block + TLB
     end = entry + 3 * TLB_ARRAY
     number = 0
@@ -1262,8 +1277,8 @@ def down_elements(va: int, shift: int, most: int) -> int:
 
 
 ROUTINES = [
-    watched, walk, refused, walk_legacy, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags, enter_page,
-    page_fault, fill, fill_range, to_python,
+    forget_stacks, watched, walk, refused, walk_legacy, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags,
+    enter_page, page_fault, fill, fill_range, to_python,
     fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, second_page, barrier, resume,
     lookup, link, load_cr3, descriptor_at, interrupt_return, system_call, system_return, operand,
     interrupted, rep_store, mask_at_host, rep_move, rep_down,
