@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -49,7 +50,7 @@ _locks: weakref.WeakSet[Lock] = weakref.WeakSet()
 class Lock:
     """A lock that its thread may take again while it holds it. Locks of equal order do not nest."""
 
-    __slots__ = ("__weakref__", "_depth", "_inner", "_owner", "_waiting", "name", "order")
+    __slots__ = ("__weakref__", "_after", "_depth", "_inner", "_owner", "_waiting", "name", "order")
 
     def __init__(self, name: str, order: int) -> None:
         self.name = name
@@ -58,6 +59,7 @@ class Lock:
         self._owner = 0
         self._depth = 0
         self._waiting: set[int] = set()
+        self._after: tuple[Callable[[], None], ...] = ()
         _locks.add(self)
 
     def __enter__(self) -> None:
@@ -87,8 +89,15 @@ class Lock:
             self._depth -= 1
             return
         _held.orders.pop()
+        after, self._after = self._after, ()
         self._owner = 0
         self._inner.release()
+        for job in after:
+            job()
+
+    def after(self, job: Callable[[], None]) -> None:
+        """The calling thread holds this lock, and is to do ``job`` as soon as it holds it no more."""
+        self._after = (*self._after, job)
 
     def held(self) -> bool:
         """The calling thread holds this lock."""

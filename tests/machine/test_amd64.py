@@ -122,7 +122,7 @@ def test_a_device_that_fails_is_one_line_and_the_board_goes_on(made: Made, monke
     assert isinstance(device, VirtioPci)
     worker = device.device.worker
 
-    def turn() -> bool:
+    def turn(visiting: bool) -> bool:
         raise RuntimeError("a mistake of ours")
 
     monkeypatch.setattr(worker, "_turn", turn)

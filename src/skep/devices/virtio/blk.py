@@ -4,8 +4,8 @@ What it promises about writes is 5.2.6.2's: one that completed is stable once a 
 or at once, while the write cache is off, because the driver said so (``writeback``), because it knows of no flush, or
 because the user did (``wce``). What a flush covers had completed before it was taken from its queue.
 
-The worker does by itself what the host can do at once, a read from the page cache before all; whatever may have to wait
-goes to a pool of threads, and requests pass each other there.
+The worker does by itself what the host can do at once, a read from the page cache before all, and that even on the
+thread of the vCPU that asks; whatever may have to wait goes to a pool of threads, and requests pass each other there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from skep.block.backend import BlockBackend
 from skep.block.options import SECTOR, BlockOptions
-from skep.devices.virtio.device import VirtioDevice
+from skep.devices.virtio.device import HAND_OVER, VirtioDevice
 from skep.devices.virtio.flusher import Flusher
 from skep.devices.virtio.pool import Pool
 from skep.devices.virtio.queue import Chain, DriverError
@@ -39,6 +39,8 @@ ID_LENGTH = 20
 MAX_DISCARD, MAX_DISCARD_SEGMENTS = (1 << 31) // SECTOR, 32
 MAX_WRITE_ZEROES, MAX_WRITE_ZEROES_SEGMENTS = (1 << 26) // SECTOR, 1
 """Sectors of a range, and ranges of a request. Zeros may have to be written, and a pause waits for it."""
+_LONG = 1 << 16
+"""Bytes that a visitor should not have to copy."""
 _THREADS = 16
 """Requests that wait for the host at the same time, flushes not counted."""
 
@@ -159,6 +161,8 @@ class VirtioBlk(VirtioDevice):
         offset = sector * SECTOR
         if not self._inside(offset, length):
             return _answer(chain, S_IOERR)
+        if self.visited and length > _LONG:
+            return HAND_OVER
         try:
             if not length or self._backend.read_now(room, offset):
                 return _answer(chain, S_OK, length)
@@ -174,6 +178,8 @@ class VirtioBlk(VirtioDevice):
             return _answer(chain, S_IOERR)
         if not length:
             return _answer(chain, S_OK)
+        if self.visited:  # even into the page cache a write may have to wait
+            return HAND_OVER
         durable = self._durable
         try:
             if self._backend.write_now(payload, offset):
@@ -228,12 +234,12 @@ class VirtioBlk(VirtioDevice):
         try:
             do()
         except Exception as error:
-            self.finish(chain, self._refused(chain, error))
+            self.finish((chain, self._refused(chain, error)))
         else:
             if durable:
                 self._flusher.submit(chain)
             else:
-                self.finish(chain, _answer(chain, S_OK, written))
+                self.finish((chain, _answer(chain, S_OK, written)))
 
     def _clear_all(self, ranges: list[Range], discard: bool) -> None:
         for offset, length, unmap in ranges:
@@ -242,8 +248,11 @@ class VirtioBlk(VirtioDevice):
             else:
                 self._backend.write_zeroes(offset, length, unmap)
 
-    def _flushed(self, chain: Chain, error: Exception | None) -> None:
-        self.finish(chain, _answer(chain, S_OK) if error is None else self._refused(chain, error))
+    def _flushed(self, chains: list[Chain], error: Exception | None) -> None:
+        if error is None:
+            self.finish(*((chain, _answer(chain, S_OK)) for chain in chains))
+        else:
+            self.finish(*((chain, self._refused(chain, error)) for chain in chains))
 
     def _refused(self, chain: Chain, error: Exception) -> int:
         """The guest gets an I/O error, the user a line for each kind of it. Any other exception is our mistake."""

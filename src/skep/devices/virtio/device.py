@@ -32,8 +32,8 @@ _DRIVERS_BITS = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED
 # 6, features that are no particular device's.
 F_INDIRECT_DESC, F_EVENT_IDX, F_VERSION_1, F_RING_RESET = 1 << 28, 1 << 29, 1 << 32, 1 << 40
 
-PUT_BACK = -1
-"""What :meth:`VirtioDevice.serve` gives for a request that it could not finish now."""
+PUT_BACK, HAND_OVER = -1, -2
+"""What :meth:`VirtioDevice.serve` gives for a request that it could not finish now, or not on a visitor's thread."""
 
 _TURN_NS = 100_000
 """How long a worker serves requests before it considers an interrupt: what the first of them waits at most, but for the
@@ -96,6 +96,8 @@ class VirtioDevice(Fields):
         self._config_changed = False
         self._asked = [False] * len(self.queues)
         """Which queues the worker is to look at. It takes a flag back before it looks, and who sets one rings after."""
+        self.visited = False
+        """The turn under way is on the thread of a vCPU, or another that is not to wait or to work for long."""
         self._unfinished = 0
         self._finished: deque[tuple[Chain, int]] = deque()
         # Written in a turn, taken in the report that follows it.
@@ -110,14 +112,15 @@ class VirtioDevice(Fields):
 
     def serve(self, chain: Chain) -> int | None:
         """Do what a request asks; returns how many bytes of its writable part were written, counted from the start; or
-        None, and :meth:`finish` is called later; or PUT_BACK, and it is served again after the next :meth:`ask`.
+        None, and :meth:`finish` is called later; or PUT_BACK, and it is served again after the next :meth:`ask`; or,
+        where ``visited`` is set, HAND_OVER, and the worker's thread serves it.
 
-        On the worker's thread, without locks. Raises DriverError where the request has no place for an answer.
+        In a worker's turn, without locks. Raises DriverError where the request has no place for an answer.
         """
         raise NotImplementedError
 
     def ready(self, queue: Queue) -> bool:
-        """On the worker's thread: a request of this queue could be served now. Where not, they stay in their ring until
+        """In a worker's turn: a request of this queue could be served now. Where not, they stay in their ring until
         :meth:`ask`."""
         return True
 
@@ -126,10 +129,11 @@ class VirtioDevice(Fields):
         self._asked[index] = True
         self.worker.ring()
 
-    def finish(self, chain: Chain, written: int) -> None:
-        """From any thread: a request for which ``serve`` gave None is done."""
-        self._finished.append((chain, written))
-        self.worker.ring()
+    def finish(self, *done: tuple[Chain, int]) -> None:
+        """From any thread, without locks: requests for which ``serve`` gave None are done, each with what ``serve``
+        would have given."""
+        self._finished.extend(done)
+        self.worker.visit()
 
     def config_read(self, offset: int, size: int) -> int:
         """Device-specific configuration (2.5); what lies outside reads as 0."""
@@ -219,7 +223,8 @@ class VirtioDevice(Fields):
     def notify(self, index: int) -> None:
         """Available buffer notification (2.9)."""
         if not self.worker.held and index < len(self.queues):
-            self.ask(index)
+            self._asked[index] = True
+            self.lock.after(self.worker.visit)
 
     def reset_queue(self, index: int) -> None:
         """2.6.1: stop, and return to what it was before it was set up. ``queue_resetting`` until that is done."""
@@ -354,7 +359,8 @@ class VirtioDevice(Fields):
 
     # The data half.
 
-    def _turn(self) -> bool:
+    def _turn(self, visiting: bool) -> bool:
+        self.visited = visiting
         until = time.monotonic_ns() + _TURN_NS
         more = False
         try:
@@ -385,9 +391,9 @@ class VirtioDevice(Fields):
                 written = self.serve(chain)
                 if written is None:
                     self._unfinished += 1
-                elif written == PUT_BACK:
+                elif written < 0:
                     queue.put_back(chain)
-                    break
+                    return written == HAND_OVER
                 else:
                     queue.push(chain, written)
                 if time.monotonic_ns() > until:

@@ -14,11 +14,11 @@ from skep.devices.virtio.queue import Chain
 
 
 class Flusher:
-    """``flush`` makes durable, and raises OSError where the host cannot; ``flushed(request, error)`` is told, on this
-    thread, for every request submitted."""
+    """``flush`` makes durable, and raises OSError where the host cannot; ``flushed(requests, error)`` is told, on
+    this thread, of all that were waiting."""
 
     def __init__(
-        self, name: str, flush: Callable[[], None], flushed: Callable[[Chain, Exception | None], None]
+        self, name: str, flush: Callable[[], None], flushed: Callable[[list[Chain], Exception | None], None]
     ) -> None:
         self._name = name
         self._flush = flush
@@ -55,5 +55,4 @@ class Flusher:
                 self._flush()
             except Exception as e:
                 error = e
-            for request in requests:
-                self._flushed(request, error)
+            self._flushed(requests, error)

@@ -1,13 +1,14 @@
-"""The thread of a device's data half, behind a doorbell.
+"""Who does a device's data half: a thread behind a doorbell, or whoever comes along.
 
-A guest's notification only rings: an eventfd is written and the vCPU goes on. The worker sleeps on that eventfd and
-otherwise shares with the configuration half nothing but guest memory and the few words below, so that it holds no lock
-while it moves data.
+The worker shares with the configuration half nothing but guest memory and the few words below, so that it holds no lock
+while it moves data. It runs in *turns*, one at a time. During a turn it may touch guest memory and its backend, and
+holds no lock; after every turn it *reports*, which is where it takes the board lock to interrupt the guest.
 
-It runs in *turns*. During a turn it may touch guest memory and its backend, and holds no lock; after every turn it
-*reports*, which is where it takes the board lock to interrupt the guest. Whoever wants it to stop *holds* it: no turn
-begins any more, and the one under way is to end soon. Holding does not wait, so a vCPU thread may do it under the board
-lock.
+To wake a thread takes longer than most requests. So a thread that brings work *visits*: it takes a turn by itself, and
+what would keep it waiting, or for long, is left to the worker's own thread, which sleeps on an eventfd until it rings.
+
+Whoever wants the worker to stop *holds* it: no turn begins any more, and the one under way is to end soon. Holding does
+not wait, so a vCPU thread may do it under the board lock.
 
 A turn may leave something *unfinished* that another thread does meanwhile. The worker is idle when no turn is under way
 and nothing is unfinished; also while it is held, turns go on until then, and are to begin nothing new.
@@ -22,25 +23,25 @@ from collections.abc import Callable
 
 from skep.locks import Lock, Order
 
-# As os.eventfd_write, but keeping the interpreter's lock: a vCPU thread rings in the middle of a register access, under
-# the board lock. If it let go of the interpreter there, the worker would run at once, and soon wait for the board lock.
+# As os.eventfd_write, but keeping the interpreter's lock: a vCPU thread may ring under the board lock. If it let go of
+# the interpreter there, the worker would run at once, and soon wait for the board lock.
 _eventfd_write = ctypes.PyDLL(None).eventfd_write
 _eventfd_write.argtypes = (ctypes.c_int, ctypes.c_uint64)
 
 
 class Worker:
-    """``turn`` works for a while and returns whether there is more to do; ``report`` follows each turn, without locks.
-    ``unfinished`` counts what turns have left to other threads; its growing is a turn's doing, and a fall is followed
-    by a ring.
+    """``turn`` works for a while, told whether a visitor does it, and returns whether there is more to do; ``report``
+    follows each turn, without locks. ``unfinished`` counts what turns have left to other threads; its growing is a
+    turn's doing, and a fall is followed by a visit or a ring.
 
-    The thread starts with the first :meth:`release`. An exception in it is ours: it goes to ``failed``, and the report
-    that follows is to stop what goes wrong.
+    The thread starts with the first :meth:`release`. An exception in a turn is ours: it goes to ``failed``, and the
+    report that follows is to stop what goes wrong.
     """
 
     def __init__(
         self,
         name: str,
-        turn: Callable[[], bool],
+        turn: Callable[[bool], bool],
         report: Callable[[], None],
         unfinished: Callable[[], int],
         failed: Callable[[BaseException], None],
@@ -55,6 +56,9 @@ class Worker:
         self._lock = Lock(f"{name} worker", Order.BLOCK)
         self._idle = threading.Event()
         self._idle.set()
+        self._turning = False
+        self._missed = False
+        """Somebody came during a turn, with work that the turn may not have seen."""
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -67,6 +71,12 @@ class Worker:
         """From any thread, and never lost."""
         _eventfd_write(self._bell, 1)
 
+    def visit(self) -> None:
+        """From any thread, without locks: take a turn here and now. Where one is under way, what has come is seen to
+        after it."""
+        if self._begin():
+            self._do(visiting=True)
+
     def hold(self) -> bool:
         """Begin nothing new. True where it is idle; otherwise it soon will be, and a report follows."""
         with self._lock:
@@ -75,6 +85,8 @@ class Worker:
 
     def release(self) -> None:
         """Let turns begin, and begin one."""
+        if self._closing:
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
             self._thread.start()
@@ -104,24 +116,31 @@ class Worker:
     def _run(self) -> None:
         while not self._closing:
             os.eventfd_read(self._bell)
-            more = True
-            while more and self._begin():
-                try:
-                    more = self._turn()
-                except Exception as error:
-                    more = False
-                    self._failed(error)
-                self._end()
-                self._report()
+            if self._begin():
+                self._do(visiting=False)
 
     def _begin(self) -> bool:
         with self._lock:
+            if self._turning:
+                self._missed = True
+                return False
             if self.held and self._idle.is_set():
                 return False
+            self._turning = True
             self._idle.clear()
             return True
 
-    def _end(self) -> None:
+    def _do(self, *, visiting: bool) -> None:
+        more = False
+        try:
+            more = self._turn(visiting)
+        except Exception as error:
+            self._failed(error)
         with self._lock:
+            self._turning = False
+            if more or self._missed:
+                self._missed = False
+                self.ring()  # before it is idle: whoever closes it waits for that
             if not self._unfinished():
                 self._idle.set()
+        self._report()
