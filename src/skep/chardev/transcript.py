@@ -44,7 +44,7 @@ class _Tap:
 
     def __init__(self, transcript: Transcript, backend: CharBackend) -> None:
         self._news = transcript.news
-        self._write = backend.write
+        self._backend = backend
         self.connect = backend.connect
         self.output_room = backend.output_room
         self.room_available = backend.room_available
@@ -62,4 +62,4 @@ class _Tap:
         if self.quiet:
             self.quiet = False
             self._news.set()
-        self._write(data)
+        self._backend.write(data)
