@@ -564,9 +564,9 @@ def test_2_1_2_a_driver_that_scribbles_while_the_device_reads(tmp_path: Path) ->
     function = VirtioPci(blk)
     board.add(function)
     rng = random.Random(1)
-    end = time.monotonic() + 0.5
+    end = time.monotonic() + 20
     resets = served = 0
-    while time.monotonic() < end:
+    while resets < 6 and time.monotonic() < end:
         driver = Driver(board, ALL)
         queue = driver.start(size=16)
         header, data, status = driver.allocate(16), driver.allocate(512), driver.allocate(1)
