@@ -86,6 +86,40 @@ def test_adopted_code_is_what_translation_makes(tmp_path: Path) -> None:
             assert emitted.marks == block.marks
 
 
+def test_where_adopted_code_faults(tmp_path: Path) -> None:
+    """The position map is as good as a translation's: #DE has the address of the division."""
+    text = """
+        start: lea rbx, [rip + data]
+        mov r12d, 3
+        again: mov eax, r12d
+        call even
+        dec r12d
+        jns again
+        hlt
+        even: test al, 1
+        jne odd
+        ret
+        odd: call divided
+        ret
+        divided: xor edx, edx
+        mov ecx, {value}
+        at: div dword [rbx]
+        ret
+        align 16
+        data: dd 1
+    """
+    for divisor in (1, 0, 0):
+        with Tiny(TranslateEngine(tmp_path / "code"), text.format(value=7)) as guest:
+            guest.memory.write(guest.program["data"], bytes((divisor, 0, 0, 0)))
+            guest.run()
+            frame = guest.exception
+            fault = None if frame is None else (frame.vector, frame.rip)
+            assert fault == (None if divisor else (0, guest.program["at"]))
+            cache: Cache = guest.vcpu.cache  # type: ignore[attr-defined]
+            for block in cache.blocks.values():
+                assert cache.locate(cache.buffer.rx + block.entry) == block.pa & 4095
+
+
 def test_other_constants(tmp_path: Path) -> None:
     """As in a kernel that was loaded at another address."""
     there = tmp_path / "code"

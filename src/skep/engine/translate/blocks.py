@@ -179,8 +179,8 @@ class Cache:
                 adopted = []
                 block = self._make(pa, mode, next_page)
         if adopted:
-            for block in reversed(adopted):
-                self._register(block)
+            for one in adopted:
+                self._register(one)
         else:
             self._register(block)
             self._keep(block)
