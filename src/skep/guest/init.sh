@@ -43,8 +43,13 @@ for device in $(cat /sys/bus/pci/devices/*/device 2> /dev/null); do
     esac
 done
 
-# With a virtio console alone there was none when we were started.
-[ -e /proc/self/fd/1 ] || exec < /dev/console > /dev/console 2>&1
+# With a virtio console alone there was none when we were started. Its port takes a moment to appear.
+if ! [ -e /proc/self/fd/1 ]; then
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        (: > /dev/console) 2> /dev/null && exec < /dev/console > /dev/console 2>&1 && break
+        sleep 0.2
+    done
+fi
 
 # Mounts the real root on /mnt. Its device may take a moment to appear.
 mount_root() {
