@@ -471,3 +471,39 @@ def test_2_7_4_what_a_guest_says_arrives_whole_however_it_is_cut(
     assert host.got == whole
     queue.wait(len(queue.chains))
     made.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(garbage=st.lists(st.binary(min_size=64, max_size=512), min_size=3, max_size=3), kicks=st.integers(1, 3))
+def test_2_1_2_garbage_in_any_queue_ends_in_a_reset_at_most(hostile: Made, garbage: list[bytes], kicks: int) -> None:
+    hostile.driver = Driver(hostile.board, ALL)
+    hostile.queues = hostile.driver.start_all(8, size=16)
+    memory = hostile.board.memory
+    for queue in hostile.queues:
+        memory.write(queue.desc, garbage[0][:256])
+        memory.write(queue.avail, garbage[1][:38])
+        memory.write(queue.used, garbage[2][:134])
+    for port in hostile.device.ports.values():
+        port.open(True)
+    for _ in range(kicks):
+        for index in range(8):
+            hostile.driver.notify(index)
+        for host in hostile.hosts.values():
+            host.say(b"x" * 100)
+            host.receiver.attached(not hostile.device.ports[0].present)
+    hostile.function.pause()
+    hostile.function.resume()
+    assert all("the driver broke the rules" in complaint for complaint in hostile.device.complaints)
+    for host in hostile.hosts.values():
+        host.got, host.waiting, host.takes = b"", b"", 1 << 20
+        host.receiver.attached(True)
+    hostile.introduce()
+    hostile.send(7, b"sane")
+    hostile.hosts[2].wait_for(b"sane")
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Iterator[Made]:
+    one = Made()
+    yield one
+    one.close()
