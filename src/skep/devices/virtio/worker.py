@@ -63,12 +63,8 @@ class Worker:
         self._closing = False
         self._thread: threading.Thread | None = None
 
-    def fileno(self) -> int:
-        """The eventfd: whoever writes it, or :meth:`ring`, makes the worker look."""
-        return self._bell
-
     def ring(self) -> None:
-        """From any thread, and never lost."""
+        """From any thread, and never lost: a turn on the worker's own thread."""
         _eventfd_write(self._bell, 1)
 
     def visit(self) -> None:
