@@ -58,6 +58,8 @@ class End(enum.Enum):
     """On request."""
     REBOOTED = "rebooted"
     """And ``no_reboot`` says not to start again."""
+    LEFT = "left by the test device"
+    """With the exit status that the guest gave."""
     TRIPLE_FAULT = "triple fault"
     FAILED = "failed"
     """Ours."""
@@ -72,10 +74,12 @@ class Outcome:
     registers: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None
     explanation: Explanation | None = None
+    status: int = 0
+    """The exit status that the guest gave, where it did."""
 
     @property
     def exit_status(self) -> int:
-        return {End.TRIPLE_FAULT: 3, End.FAILED: 4}.get(self.end, 0)
+        return {End.LEFT: self.status, End.TRIPLE_FAULT: 3, End.FAILED: 4}.get(self.end, 0)
 
     def __str__(self) -> str:
         return self.end.value if self.error is None else f"{self.end.value}: {self.error}"
@@ -521,6 +525,7 @@ class Vm:
     def _events(self) -> Events:
         return Events(
             power_off=lambda: self._guest_ends(Outcome(End.POWERED_OFF)),
+            leave=lambda status: self._guest_ends(Outcome(End.LEFT, status=status)),
             reset=self._guest_resets,
             start_cpu=self._start_cpu,
             stop_cpu=self._stop_cpu,

@@ -39,6 +39,7 @@ class Told:
     def all(self) -> Events:
         return Events(
             power_off=lambda: self.events.append("power off"),
+            leave=lambda status: self.events.append(f"leave {status}"),
             reset=lambda: self.events.append("reset"),
             start_cpu=lambda index, state: self.events.append(f"start {index}"),
             stop_cpu=lambda index: self.events.append(f"stop {index}"),

@@ -10,6 +10,7 @@ from skep.boot import elf
 from skep.boot.e820 import E820
 from skep.boot.files import BootFiles
 from skep.boot.linux import LinuxImage
+from skep.boot.multiboot import MultibootImage
 from skep.boot.pvh import PvhImage
 from skep.engine.amd64.registers import CpuState
 from skep.memory import GuestMemory
@@ -25,6 +26,16 @@ class BootImage(Protocol):
         """
 
     def close(self) -> None: ...
+
+
+def open_multiboot(kernel: str | Path, module: str | Path | None = None, cmdline: str = "") -> BootImage:
+    """A kernel by the Multiboot Specification. Raises UserError."""
+    files = BootFiles(kernel, module, cmdline)
+    try:
+        return MultibootImage(files)
+    except BaseException:
+        files.close()
+        raise
 
 
 def open_image(kernel: str | Path, initrd: str | Path | None = None, cmdline: str = "") -> BootImage:

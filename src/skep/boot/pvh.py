@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from skep.boot.e820 import E820
 from skep.boot.elf import PT_LOAD, ElfFile
 from skep.boot.files import BootFiles
-from skep.engine.amd64.registers import Attr, CpuState, Cr0, Rflags, Segment, SystemType
+from skep.boot.protected import flat_segments
+from skep.engine.amd64.registers import Attr, CpuState, Cr0, Rflags, SystemType
 from skep.errors import UserError
 from skep.memory import GuestMemory
 
@@ -101,14 +102,7 @@ def _gdt() -> bytes:
 
 
 def _entry_state(entry: int) -> CpuState:
-    flat = Attr.P | Attr.S | Attr.G | Attr.D | Attr.ACCESSED
-    data: Segment = {"selector": BOOT_DS, "base": 0, "limit": 0xFFFFFFFF, "attributes": flat | Attr.WRITABLE}
-    code: Segment = {
-        "selector": BOOT_CS,
-        "base": 0,
-        "limit": 0xFFFFFFFF,
-        "attributes": flat | Attr.CODE | Attr.READABLE,
-    }
+    code, data = flat_segments(BOOT_CS, BOOT_DS)
     return {
         "rip": entry,
         "rbx": START_INFO,

@@ -82,7 +82,8 @@ def _add_run(commands: Any) -> None:
 
     add("name", nargs="?", metavar="NAME", write=_leaf("name"), help="what to call it")
     add("--kernel", metavar="FILE", write=_file("boot.kernel"), help="the kernel: a Linux bzImage, or a vmlinux (PVH)")
-    add("--initrd", metavar="FILE", write=_file("boot.initrd"), help="the initramfs that goes with it")
+    add("--multiboot", metavar="FILE", write=_file("boot.multiboot"), help="instead: a Multiboot kernel")
+    add("--initrd", metavar="FILE", write=_file("boot.initrd"), help="the initramfs, or the Multiboot module")
     add("--cmdline", metavar="TEXT", write=_leaf("boot.cmdline"), help=f"its command line ({DEFAULT_CMDLINE})")
     add(
         "-c",

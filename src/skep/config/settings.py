@@ -51,7 +51,12 @@ class Settings:
     boot_kernel: str | None = option(
         values.text, None, key="boot.kernel", doc="the kernel to boot: a Linux bzImage, or an ELF vmlinux (PVH)"
     )
-    boot_initrd: str | None = option(values.text, None, key="boot.initrd", doc="the initramfs that goes with it")
+    boot_multiboot: str | None = option(
+        values.text, None, key="boot.multiboot", doc="instead of a kernel: one by the Multiboot Specification"
+    )
+    boot_initrd: str | None = option(
+        values.text, None, key="boot.initrd", doc="the initramfs that goes with it, or the Multiboot module"
+    )
     boot_cmdline: str = option(values.any_text, "", key="boot.cmdline", doc="the kernel's command line")
     boot_system_map: str | None = option(
         values.text, None, key="boot.system_map", doc="the kernel's System.map, to name functions when a boot failed"

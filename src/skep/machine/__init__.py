@@ -23,6 +23,8 @@ class Events(NamedTuple):
 
     power_off: Callable[[], None]
     """The guest switched the machine off."""
+    leave: Callable[[int], None]
+    """The guest ended the VM with an exit status of its own."""
     reset: Callable[[], None]
     """The guest asked for a reset."""
     start_cpu: Callable[[int, Any], None]

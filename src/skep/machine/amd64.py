@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from skep.boot.image import open_image
+from skep.boot.image import BootImage, open_image, open_multiboot
 from skep.bus import Bus
 from skep.bus.pci import FUNCTIONS, SLOTS, HostBridge, PciBus
 from skep.clock import GuestClock
@@ -21,6 +21,7 @@ from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.devices import pm
 from skep.devices.i8042 import I8042
+from skep.devices.pctestdev import PcTestDev
 from skep.devices.ps2keyboard import Ps2Keyboard
 from skep.devices.rtc import Rtc
 from skep.devices.uart import Uart
@@ -68,6 +69,9 @@ class LpcOptions:
     com2: str | None = option(values.text, None, key="com2.path", doc="the second, likewise")
     com3: str | None = option(values.text, None, key="com3.path", doc="the third")
     com4: str | None = option(values.text, None, key="com4.path", doc="the fourth")
+    pc_testdev: bool = option(
+        values.boolean, False, key="pc-testdev", doc="the test device of KVM-unit-tests, whose port 0xf4 ends the VM"
+    )
 
 
 class Amd64Board:
@@ -77,9 +81,7 @@ class Amd64Board:
         self, tree: Tree, settings: Settings, memory: GuestMemory, events: Events, plug: PlugSerial
     ) -> None:
         options = view(tree.node("lpc"), LpcOptions)
-        if settings.boot_kernel is None:
-            raise UserError("there is nothing to boot", "boot.kernel", "name a Linux kernel, with --kernel")
-        self._image = open_image(settings.boot_kernel, settings.boot_initrd, settings.boot_cmdline)
+        self._image = _open_image(settings)
         self.cpus = settings.cpus
         self.memory = memory
         self.lock = Lock("board", Order.BOARD)
@@ -94,6 +96,8 @@ class Amd64Board:
             self._interrupt_controllers(events)
             self._legacy_devices(settings, events)
             self._pci(tree, events, plug)
+            if options.pc_testdev:
+                self._test_device(events)
             self._serial = self._serial_ports((options.com1, options.com2, options.com3, options.com4), plug)
             self._tables = make_tables(tree, settings, memory, self._serial)
             undo.pop_all()
@@ -137,6 +141,11 @@ class Amd64Board:
         self.pm.attach(self.bus)
         self.generation = VmGenId(self.memory, VMGENID_BASE, lambda: self.pm.raise_event(VMGENID_GPE))
         self.devices += [pit, rtc, timer, controller, self.pm, self.generation]
+
+    def _test_device(self, events: Events) -> None:
+        device = PcTestDev([self.lines.source(gsi) for gsi in range(ioapic.PINS)], events.leave)
+        device.attach(self.bus)
+        self.devices.append(device)
 
     def _serial_ports(self, paths: Iterable[str | None], plug: PlugSerial) -> tuple[acpi.Serial, ...]:
         """Those that the tree connects to something; the others are not there."""
@@ -268,6 +277,16 @@ class _Seats:
 
     def mmio_write(self, gpa: int, size: int, value: int) -> None:
         self._of_thread[threading.get_ident()].mmio_write(gpa, size, value)
+
+
+def _open_image(settings: Settings) -> BootImage:
+    if settings.boot_multiboot is not None:
+        if settings.boot_kernel is not None:
+            raise UserError("there are two kernels", "boot.multiboot", "leave out boot.kernel, or this one")
+        return open_multiboot(settings.boot_multiboot, settings.boot_initrd, settings.boot_cmdline)
+    if settings.boot_kernel is None:
+        raise UserError("there is nothing to boot", "boot.kernel", "name a Linux kernel, with --kernel")
+    return open_image(settings.boot_kernel, settings.boot_initrd, settings.boot_cmdline)
 
 
 def _places(tree: Tree) -> list[tuple[int, int, Node]]:
