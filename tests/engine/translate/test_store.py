@@ -226,6 +226,23 @@ def test_two_at_once(tmp_path: Path) -> None:
     assert run(there)[1] > 0
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_another_one_removes_everything_meanwhile(tmp_path: Path, known: bool) -> None:
+    """As it does when all of it together is too much: the segments that we use, and the one that we write."""
+    there = tmp_path / "code"
+    if known:
+        run(there)
+    with Tiny(TranslateEngine(there), TEXT.replace("again:", "nop\nagain:").format(value=1)) as guest:
+        guest.run()
+        cache: Cache = guest.vcpu.cache  # type: ignore[attr-defined]
+        assert len(list(there.iterdir())) == 1 + known
+        for path in there.iterdir():
+            path.unlink()
+    assert not list(there.iterdir()) and cache.store.problem
+    run(there)
+    assert len(list(there.iterdir())) == 1
+
+
 def test_many_segments_become_one(tmp_path: Path) -> None:
     there = tmp_path / "code"
     for i in range(store.MAX_SEGMENTS + 1):

@@ -282,9 +282,12 @@ class Store:
         found = []
         for name in os.listdir(self._directory):
             if name.startswith(self._identity) and name.endswith(".seg"):
-                found.append((os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_mtime_ns, name))
+                found.append((_modified(self._directory, name), name))
         for _, name in sorted(found):
-            blob = _read(self._directory, name)
+            try:
+                blob = _read(self._directory, name)
+            except FileNotFoundError:  # another VM has just replaced it
+                continue
             n = _check(blob)
             if n < 0:
                 os.unlink(name, dir_fd=self._directory)
@@ -306,7 +309,10 @@ class Store:
     def _keep(self) -> None:
         whole = len(self._blobs) >= MAX_SEGMENTS
         for number in {self._of[i] for i in self._used}:
-            os.utime(self._names[number], dir_fd=self._directory, follow_symlinks=False)
+            try:
+                os.utime(self._names[number], dir_fd=self._directory, follow_symlinks=False)
+            except FileNotFoundError:  # replaced meanwhile
+                pass
         draft = self._draft
         if draft is None or len(draft) < max(WORTH, len(self) // 20):
             return
@@ -323,7 +329,10 @@ class Store:
         """Remove what has been replaced, what other translators made, what was left half done, and what is too much."""
         found = []
         for name in os.listdir(self._directory):
-            status = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
+            try:
+                status = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
             found.append((status.st_mtime_ns, status.st_size, name))
         total = 0
         for when, size, name in sorted(found, reverse=True):
@@ -379,8 +388,9 @@ class _Draft:
         if not self._finished:
             try:
                 self._file.close()
-            finally:
                 os.unlink(f".{self._name}", dir_fd=self._directory)
+            except OSError:
+                pass  # another VM found it too much, and removed it; or the disk is full, and one removes it later
 
 
 def _open_directory(path: Path) -> int:
@@ -396,6 +406,14 @@ def _open_directory(path: Path) -> int:
         os.close(directory)
         raise PermissionError(errno.EPERM, "others may enter the directory of translated code")
     return directory
+
+
+def _modified(directory: int, name: str) -> int:
+    """When a segment was used last, in ns; 0 where another VM has just removed it."""
+    try:
+        return os.stat(name, dir_fd=directory, follow_symlinks=False).st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _read(directory: int, name: str) -> bytes:
