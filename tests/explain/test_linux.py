@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -27,23 +29,24 @@ def run(*options: str, until: str | None = None) -> tuple[int, list[str], str]:
     standard error after which the VM is stopped, as it will not end by itself."""
     command = [sys.executable, "-m", "skep.cli", "run", "--memory", "256M", "--engine", "translate", *options]
     environment = {**os.environ, "PYTHONPATH": "src"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment) as process:
+    with (
+        tempfile.TemporaryFile("w+") as console,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.PIPE, env=environment, text=True
+        ) as process,
+    ):
+        late = threading.Timer(BOOT, process.kill)
+        late.start()
         told = []
-        try:
-            if until is not None:
-                assert process.stderr is not None
-                for line in process.stderr:
-                    told.append(line.decode())
-                    if until in told[-1]:
-                        time.sleep(1)
-                        process.send_signal(signal.SIGINT)
-                        break
-            output, errors = process.communicate(timeout=BOOT)
-        except BaseException:
-            process.kill()
-            raise
-    return process.returncode, [line.rstrip("\n") for line in [*told, *errors.decode().splitlines()]], output.decode()
+        assert process.stderr is not None
+        for line in process.stderr:
+            told.append(line.rstrip("\n"))
+            if until is not None and until in line:
+                threading.Timer(2, process.send_signal, (signal.SIGINT,)).start()
+        status = process.wait()
+        late.cancel()
+        console.seek(0)
+        return status, told, console.read()
 
 
 def initrd(tmp_path: Path, guest: Guest, init: str) -> Path:
@@ -164,7 +167,7 @@ def test_a_root_device_that_is_waited_for(guest: Guest) -> None:
 def test_an_initramfs_that_waits_for_a_device(guest: Guest, tmp_path: Path) -> None:
     wait = "echo waiting for /dev/vdb\nwhile [ ! -b /dev/vdb ]; do sleep 1; done\n"
     image = initrd(tmp_path, guest, f"#!/bin/sh\nmount -t devtmpfs dev /dev\n{wait}")
-    options = ["--kernel", str(guest.kernel), "--initrd", str(image), "--cmdline", "console=ttyS0 quiet"]
+    options = ["--kernel", str(guest.kernel), "--initrd", str(image), "--cmdline", "console=ttyS0"]
     _, report, _ = run(*options, "--silence", "15", until="said nothing")
     assert report[0] == "skep: the guest has said nothing for 15 s"
     assert report[1] == "  probably: the guest waited for /dev/vdb: the machine has no disk; add --disk IMAGE"
