@@ -2,6 +2,7 @@
 # make run-root    the same with systemd, on the disk debian.img, which is made if it is not there
 # make test   the linters and the quick tests;  make test-all  the slow ones too
 # make bench  beside QEMU and natively (BENCH_OPTIONS='--rows alu,crc --rounds 2 --boots 0');  make lint  the linters alone
+# make docs   this documentation, in docs/_build/html
 #
 # Debian packages are installed where we are root, and named where we are not.
 
@@ -21,7 +22,7 @@ BIN := .venv/bin
 RUN_STAMP := .venv/run.stamp
 DEV_STAMP := .venv/dev.stamp
 
-.PHONY: run run-root test test-all bench lint clean
+.PHONY: run run-root test test-all bench lint docs clean
 .DELETE_ON_ERROR:
 
 run: $(RUN_STAMP)
@@ -49,6 +50,10 @@ lint: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(DEV_STAMP)
+	$(BIN)/sphinx-build -W --keep-going --quiet --builder html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 bench: $(DEV_STAMP)
 	@tools/need $(BENCH_PACKAGES)
 	$(BIN)/python -m benchmarks $(BENCH_OPTIONS)
@@ -62,8 +67,8 @@ $(RUN_STAMP): pyproject.toml
 
 $(DEV_STAMP): pyproject.toml $(RUN_STAMP)
 	tools/need $(TEST_PACKAGES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	touch $@
 
 clean:
-	rm -rf .venv dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv dist docs/_build .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

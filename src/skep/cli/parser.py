@@ -237,8 +237,8 @@ def _list(arguments: argparse.Namespace) -> int:
     return list_vms(arguments.json)
 
 
-def run_command(arguments: Sequence[str]) -> int:
-    """Parse and do. Raises UserError for what is wrong with the words."""
+def make_parser() -> Parser:
+    """Every command and its options."""
     parser = Parser(prog="skep", description="A hypervisor in Python.")
     parser.add_argument("--version", action="version", version=f"skep {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
@@ -246,6 +246,12 @@ def run_command(arguments: Sequence[str]) -> int:
     _add_guest(commands)
     _add_ctl(commands)
     _add_list(commands)
+    return parser
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Parse and do. Raises UserError for what is wrong with the words."""
+    parser = make_parser()
     parsed = parser.parse_args(arguments)
     if not hasattr(parsed, "command"):
         parser.error("a command is missing")

@@ -10,6 +10,7 @@ from skep.bus import Bus
 from skep.clock import GuestClock
 from skep.config import Settings, Tree
 from skep.contracts.chardev import CharBackend
+from skep.contracts.device import Device
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.contract import Engine
@@ -44,6 +45,9 @@ class Board(Protocol):
     memory: GuestMemory
     clock: GuestClock
     bus: Bus
+    devices: list[Device]
+    """Everything with a life, in the order in which it pauses; closed the other way round. Before the VM starts, a
+    program may add to it."""
     cpus: int
     io: IoSpace
     """For the engine. It knows the processor that calls by its thread."""

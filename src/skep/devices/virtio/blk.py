@@ -84,8 +84,9 @@ class VirtioBlk(VirtioDevice):
         features |= F_MQ if queues > 1 else 0
         features |= F_RO if backend.read_only else F_WRITE_ZEROES | (0 if options.no_delete else F_DISCARD)
         super().__init__(name, memory, lock, features, [QUEUE_SIZE] * queues, say)
-        self._backend = backend
-        self._flusher = Flusher(f"{name} flush", backend.flush, self._flushed)
+        self.backend = backend
+        """What holds the data. Before the VM starts, a program may put a layer of its own in front of it."""
+        self._flusher = Flusher(f"{name} flush", self._flush, self._flushed)
         self._pool = Pool(f"{name} i/o", _THREADS)
         self._options = options
         self._id = (options.serial or default_serial(options.path)).encode("ascii").ljust(ID_LENGTH, b"\0")
@@ -93,13 +94,13 @@ class VirtioBlk(VirtioDevice):
         self.power_on()
 
     def power_on(self) -> None:
-        self.writeback = self._options.write_cache and self._backend.write_cache
+        self.writeback = self._options.write_cache and self.backend.write_cache
 
     def close(self) -> None:
         super().close()
         self._pool.close()
         self._flusher.close()
-        self._backend.close()
+        self.backend.close()
 
     # Configuration space.
 
@@ -109,7 +110,7 @@ class VirtioBlk(VirtioDevice):
         discard = (MAX_DISCARD, MAX_DISCARD_SEGMENTS, physical // SECTOR) if self.features & F_DISCARD else (0, 0, 0)
         zeroes = (MAX_WRITE_ZEROES, MAX_WRITE_ZEROES_SEGMENTS) if self.features & F_WRITE_ZEROES else (0, 0)
         config = _CONFIG.pack(
-            *(self._backend.size // SECTOR, 0, QUEUE_SIZE - 2, 0, 0, 0, logical),
+            *(self.backend.size // SECTOR, 0, QUEUE_SIZE - 2, 0, 0, 0, logical),
             *(ratio.bit_length() - 1, 0, min(ratio, 0xFFFF), 0, self.writeback, 0, len(self.queues)),
             *(*discard, *zeroes, bool(self.features & F_DISCARD)),
         )
@@ -164,17 +165,17 @@ class VirtioBlk(VirtioDevice):
         if self.visited and length > _LONG:
             return HAND_OVER
         try:
-            if not length or self._backend.read_now(room, offset):
+            if not length or self.backend.read_now(room, offset):
                 return _answer(chain, S_OK, length)
         except OSError as error:
             return self._refused(chain, error)
-        self._pool.submit(partial(self._work, chain, length, False, partial(self._backend.preadv, room, offset)))
+        self._pool.submit(partial(self._work, chain, length, False, partial(self.backend.preadv, room, offset)))
         return None
 
     def _write(self, chain: Chain, sector: int, payload: list[memoryview]) -> int | None:
         length = sum(map(len, payload))
         offset = sector * SECTOR
-        if self._backend.read_only or not self._inside(offset, length):
+        if self.backend.read_only or not self._inside(offset, length):
             return _answer(chain, S_IOERR)
         if not length:
             return _answer(chain, S_OK)
@@ -182,14 +183,14 @@ class VirtioBlk(VirtioDevice):
             return HAND_OVER
         durable = self._durable
         try:
-            if self._backend.write_now(payload, offset):
+            if self.backend.write_now(payload, offset):
                 if not durable:
                     return _answer(chain, S_OK)
                 self._flusher.submit(chain)
                 return None
         except OSError as error:
             return self._refused(chain, error)
-        self._pool.submit(partial(self._work, chain, 0, durable, partial(self._backend.pwritev, payload, offset)))
+        self._pool.submit(partial(self._work, chain, 0, durable, partial(self.backend.pwritev, payload, offset)))
         return None
 
     def _clear(
@@ -205,7 +206,7 @@ class VirtioBlk(VirtioDevice):
         """The ranges of a request (5.2.6), of so many sectors each and so many of them; or the status that it gets
         instead."""
         length = sum(map(len, payload))
-        if self._backend.read_only or length % _RANGE.size or not 0 < length <= segments * _RANGE.size:
+        if self.backend.read_only or length % _RANGE.size or not 0 < length <= segments * _RANGE.size:
             return S_IOERR
         ranges = []
         for sector, count, flags in _RANGE.iter_unpack(b"".join(payload)):
@@ -221,11 +222,11 @@ class VirtioBlk(VirtioDevice):
     def _durable(self) -> bool:
         """A write that begins now is to be flushed before it completes: it is to be durable if the cache was off all
         the time (5.2.6.2), so one looks before the write."""
-        return self.write_through and self._backend.write_cache
+        return self.write_through and self.backend.write_cache
 
     def _inside(self, offset: int, length: int) -> bool:
         unit = self._options.block.logical
-        return not (offset % unit or length % unit) and offset + length <= self._backend.size
+        return not (offset % unit or length % unit) and offset + length <= self.backend.size
 
     # Requests, on other threads.
 
@@ -244,9 +245,12 @@ class VirtioBlk(VirtioDevice):
     def _clear_all(self, ranges: list[Range], discard: bool) -> None:
         for offset, length, unmap in ranges:
             if discard:
-                self._backend.discard(offset, length)
+                self.backend.discard(offset, length)
             else:
-                self._backend.write_zeroes(offset, length, unmap)
+                self.backend.write_zeroes(offset, length, unmap)
+
+    def _flush(self) -> None:
+        self.backend.flush()
 
     def _flushed(self, chains: list[Chain], error: Exception | None) -> None:
         if error is None:
