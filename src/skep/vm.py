@@ -767,7 +767,7 @@ class _Processor:
             except Exception as error:  # theirs who asked, not the guest's
                 answer.put(error)
 
-        if self._thread is None:
+        if self._thread is None or self._ending:
             return {}
         self._errands.append(take)
         self._interrupt()

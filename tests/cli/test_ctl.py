@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.control.directory import Claim
 from tests.cli.test_run import Run
 from tests.on_terminal import OnTerminal
 from tests.tiny_kernel import tiny_kernel
@@ -180,6 +181,12 @@ def test_one_that_does_not_answer_is_listed_all_the_same(run: Start) -> None:
     finally:
         vm.process.send_signal(signal.SIGCONT)
     assert state() == "running"
+
+
+def test_one_that_is_just_starting(directory: Path) -> None:
+    with Claim("web"):
+        assert skep("list").splitlines()[1] == "web   does not answer: it is just starting, or ending"
+        assert skep("ctl", "web", "status", status=2) == "web: does not answer: it is just starting, or ending"
 
 
 def test_without_a_control_socket(run: Start, directory: Path) -> None:

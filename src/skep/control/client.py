@@ -77,6 +77,8 @@ class Client:
 
 def _no_such(name: str) -> UserError:
     known = directory.names()
+    if name in known:
+        return UserError("does not answer: it is just starting, or ending", name)
     near = nearest(name, known)
     hint = f"the nearest is {near}" if near else "`skep list` shows those that are"
     return UserError("no VM of that name is running", name, hint)
