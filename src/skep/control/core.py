@@ -23,6 +23,7 @@ _NOTE = struct.Struct("<III")
 _ET_CORE, _EM_X86_64 = 4, 62
 _PT_LOAD, _PT_NOTE = 1, 4
 _RWX = 7
+_UNALIGNED = 0  # where p_align is anything else, crash takes the file for one of netdump's
 _NT_PRSTATUS = 1
 _PRSTATUS = 336
 _PRSTATUS_PID, _PRSTATUS_REGISTERS = 32, 112
@@ -50,7 +51,9 @@ def write_core(path: Path, memory: GuestMemory, processors: Sequence[dict[str, A
     that the guest never touched are holes. Raises UserError for what the file system refuses.
     """
     at = sum(region.size for region in memory.regions)
-    notes = b"".join(_notes(number, state) for number, state in enumerate(processors))
+    # All of one kind, then all of the other: crash counts on it.
+    notes = b"".join(_note(b"CORE\0", _NT_PRSTATUS, _prstatus(*one)) for one in enumerate(processors))
+    notes += b"".join(_note(b"QEMU\0", 0, _qemu(state)) for state in processors)
     loads = runs(memory, processors[0], _MOST_RUNS) if processors else []
     loads += [Run(region.gpa, region.gpa, region.size) for region in memory.regions]
     count = 1 + len(loads)
@@ -64,7 +67,7 @@ def write_core(path: Path, memory: GuestMemory, processors: Sequence[dict[str, A
     for va, gpa, size in loads:
         # In the file, as in its memfd, high RAM follows low RAM at once.
         place = data_at + (gpa if gpa < memory.high_base else gpa - memory.high_base + memory.low_size)
-        header += _PROGRAM.pack(_PT_LOAD, _RWX, place, va, gpa, size, size, PAGE)
+        header += _PROGRAM.pack(_PT_LOAD, _RWX, place, va, gpa, size, size, _UNALIGNED)
     try:
         if path.exists() and not path.is_file():
             raise UserError("exists, and is no file", path)
@@ -110,12 +113,12 @@ def _copy_data(source: int, sink: int, at: int, size: int) -> None:
         os.close(own)
 
 
-def _notes(number: int, state: dict[str, Any]) -> bytes:
+def _prstatus(number: int, state: dict[str, Any]) -> bytes:
     status = bytearray(_PRSTATUS)
     struct.pack_into("<I", status, _PRSTATUS_PID, number + 1)
     values = [_user_register(state, name) for name in _USER_REGISTERS]
     struct.pack_into(f"<{len(values)}Q", status, _PRSTATUS_REGISTERS, *values)
-    return _note(b"CORE\0", _NT_PRSTATUS, bytes(status)) + _note(b"QEMU\0", 0, _qemu(state))
+    return bytes(status)
 
 
 def _note(name: bytes, kind: int, data: bytes) -> bytes:
