@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from skep.config import Tree
-from skep.explain.findings import Machine, find, panic
+from skep.explain.findings import Machine, find, panic, panicked_cpu
 
 NO_ROOT = """\
 [    3.040781] /dev/root: Can't open blockdev
@@ -14,7 +14,7 @@ NO_ROOT = """\
 [    3.045173] Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)
 """
 NO_ROOT_NAMED = NO_ROOT.replace('"vda1"', '"(null)"')
-WITH_A_DISK = NO_ROOT.replace("partitions:", "partitions:\n[    3.04] fe00    1048576 vda \n driver: virtio_blk")
+WITH_A_DISK = NO_ROOT.replace("partitions:", "partitions:\n[    3.04] fe00    1048576 vda \n  driver: virtio_blk")
 INIT = "[    2.1] Run /init as init process\n"
 
 
@@ -107,6 +107,12 @@ def test_a_machine_without_any_console() -> None:
     assert str(next(find(lone, "", ""))).startswith("no console of the machine leads anywhere")
 
 
+def test_a_disk_that_only_the_command_line_names_was_not_found() -> None:
+    log = "[    0.0] Command line: console=ttyS0 root=/dev/vda\n" + NO_ROOT.replace("vda1", "vda")
+    found = [str(finding) for finding in find(machine("console=ttyS0 root=/dev/vda", disks=1), "BOOT", log)]
+    assert len(found) == 1 and "this kernel has no driver for virtio disks built in" in found[0]
+
+
 def test_a_healthy_boot_means_nothing() -> None:
     text = "Linux version 6.1\nRun /init as init process\nBOOT\nskep# \nreboot: Power down\n"
     assert list(find(machine(), text, text)) == []
@@ -116,3 +122,9 @@ def test_a_healthy_boot_means_nothing() -> None:
 def test_a_panics_reason() -> None:
     text = "Kernel panic - not syncing: no tea\r\nstuff\r\n---[ end Kernel panic - not syncing: no tea ]---\r\n"
     assert panic(text) == "no tea"
+
+
+def test_the_processor_that_panicked() -> None:
+    text = "CPU: 3 PID: 9 Comm: a\nKernel panic - not syncing: no tea\nCPU: 1 PID: 1 Comm: init\nCPU: 2 PID: 3\n"
+    assert panicked_cpu(text) == 1
+    assert panicked_cpu("CPU: 3 PID: 9 Comm: a") is panicked_cpu("Kernel panic - not syncing: no tea") is None

@@ -272,6 +272,7 @@ def test_a_halt_for_good(make: Make) -> None:
 
 def test_a_tight_loop_spins(make: Make, program: Program) -> None:
     vm = make("t")
+    vm.explain()  # it may still have been on its way there
     processor = vm.explain().processors[0]
     assert processor.activity is Activity.SPINNING
     assert program["tight"] <= processor.at.address <= program["tight"] + 2
@@ -279,12 +280,16 @@ def test_a_tight_loop_spins(make: Make, program: Program) -> None:
 
 
 def test_a_guest_that_waits_is_idle(make: Make) -> None:
-    processor = make("i").explain().processors[0]
+    vm = make("i")
+    vm.explain()
+    processor = vm.explain().processors[0]
     assert processor.activity is Activity.IDLE and processor.interrupts_on
 
 
 def test_frame_pointers_are_followed(make: Make, program: Program) -> None:
-    processor = make("n").explain().processors[0]
+    vm = make("n")
+    vm.explain()
+    processor = vm.explain().processors[0]
     assert processor.stack_is_sure
     after = {name: program[name] for name in ("outer", "middle", "inner", "spin")}
     stack = [frame.address for frame in processor.stack]

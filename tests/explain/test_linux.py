@@ -176,11 +176,17 @@ def test_an_initramfs_that_waits_for_a_device(guest: Guest, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_panic_that_stays(guest: Guest) -> None:
-    """Without panic= the kernel spins for good: it is told while it does, and once."""
-    options = ["--kernel", str(guest.kernel), "--cmdline", "console=ttyS0 root=/dev/vda1"]
-    _, report, _ = run(*options, until="the guest's kernel panicked")
+    """Without panic= the kernel spins for good, and has halted the other processors: that is told once, and who
+    panicked comes first."""
+    options = ["--kernel", str(guest.kernel), "-c", "2", "--cmdline", "console=ttyS0 root=/dev/vda1"]
+    _, report, said = run(*options, until="the guest's kernel panicked")
     assert sum("panicked" in line for line in report) == 1
-    assert any("cpu0 " in line and "interrupts on" in line for line in report)
+    who = re.search(r"not syncing.*?CPU: (\d) PID", said, re.DOTALL)
+    assert who is not None
+    processors = [line for line in report if re.match(r"  cpu\d ", line)]
+    assert len(processors) == 2
+    assert processors[0].startswith(f"  cpu{who[1]} ") and "interrupts on" in processors[0]
+    assert "halted with interrupts off at stop_this_cpu" in processors[1]
 
 
 def test_a_kernel_of_nothing(tmp_path: Path) -> None:

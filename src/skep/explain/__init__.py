@@ -9,6 +9,7 @@ A guest's memory may hold anything: whatever is read there is bounded, and what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from skep.explain import amd64, findings, linux
@@ -38,6 +39,7 @@ def explain(subject: Subject) -> Explanation:
         summary=_summary(subject, cause, why),
         findings=tuple(findings.find(machine, subject.said, log)),
         processors=processors,
+        culprit=_culprit(cause, subject.processors, findings.panicked_cpu(f"{subject.said}\n{log}")),
         unanswered=dict(subject.unanswered),
         owners=dict(subject.owners),
         functions={rip: name for rip in rips if (name := kernel.symbols.name(rip)) is not None},
@@ -111,6 +113,14 @@ def _processor(subject: Subject, seen: Seen, symbols: Symbols) -> Processor:
         exits=seen.exits,
         refused=dict(seen.refused or {}),
     )
+
+
+def _culprit(cause: Cause, seen: Sequence[Seen], panicked: int | None) -> int:
+    """Who panicked stops the others, which halt; otherwise whoever still does something."""
+    if cause is Cause.PANIC and panicked is not None:
+        return panicked
+    order = (Activity.FAULTED, Activity.SPINNING, Activity.RUNNING, Activity.HALTED, Activity.IDLE)
+    return next((one.index for activity in order for one in seen if one.activity is activity), 0)
 
 
 def _summary(subject: Subject, cause: Cause, why: str | None) -> str:

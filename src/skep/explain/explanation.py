@@ -122,6 +122,8 @@ class Explanation:
     findings: tuple[Finding, ...]
     """What is probably wrong and what to do, the most telling first."""
     processors: tuple[Processor, ...]
+    culprit: int
+    """The index of the processor to look at first."""
     unanswered: Mapping[tuple[str, int], int]
     """("port" or "mmio", address) that no device answered -> times."""
     owners: Mapping[tuple[str, int], str]

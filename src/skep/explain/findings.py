@@ -17,6 +17,8 @@ from typing import NamedTuple
 from skep.config import Tree
 
 PANIC = "Kernel panic - not syncing"
+_A_DISK = re.compile(r"^(?:\[.*\] )?[0-9a-f]{4} +\d+ vd[a-z]|\[vd[a-z]\] \d+ .*blocks|\bvd[a-z]: vd[a-z]", re.MULTILINE)
+"""The kernel's words for a virtio disk that it has found."""
 
 
 class Finding(NamedTuple):
@@ -85,6 +87,12 @@ def panic(text: str) -> str | None:
     return found[-1].removesuffix("]---").strip() if found else None
 
 
+def panicked_cpu(text: str) -> int | None:
+    """Which processor said so."""
+    found = re.search(rf"{PANIC}: .*?CPU: (\d{{1,4}}) PID: ", text, re.DOTALL)
+    return int(found[1]) if found else None
+
+
 def _consoles(machine: Machine) -> Iterator[Finding]:
     """The kernel said nothing: where was it to say it?"""
     named = list(dict.fromkeys(value.split(",")[0] for value in machine.parameters("console")))
@@ -114,7 +122,7 @@ def _root(name: str, machine: Machine, text: str) -> Finding:
         )
     if not machine.disks:
         return Finding(f"the root device {wanted} was not found: the machine has no disk", "add --disk IMAGE")
-    if re.search(r"\bvd[a-z]\b", text.replace(wanted, "").replace(name, "")):
+    if _A_DISK.search(text):
         return Finding(f"the root device {wanted} was not found, though the kernel found a disk", "see what it holds")
     if not machine.initrd:
         return Finding(

@@ -9,7 +9,7 @@ from typing import Any
 from skep.engine.amd64 import msrs
 from skep.engine.exits import ExitRecord
 from skep.explain.amd64 import EXCEPTIONS
-from skep.explain.explanation import Activity, Cause, Explanation, Processor
+from skep.explain.explanation import Cause, Explanation, Processor
 
 MOST = 40
 _WIDTH = 160
@@ -48,7 +48,7 @@ def lines(explanation: Explanation) -> list[str]:
 def _body(explanation: Explanation) -> Iterator[str]:
     for finding in explanation.findings[:_FINDINGS]:
         yield f"probably: {finding}"
-    shown = _most_telling(explanation)
+    shown = next((one for one in explanation.processors if one.index == explanation.culprit and one.registers), None)
     if shown is not None:
         yield from _processor(explanation, shown)
     others = [one for one in explanation.processors if one is not shown]
@@ -64,15 +64,6 @@ def _body(explanation: Explanation) -> Iterator[str]:
     if explanation.log and not explanation.said:
         yield "the kernel's log ends:"
         yield from (f"  {line}" for line in explanation.log[-_SAID:])
-
-
-def _most_telling(explanation: Explanation) -> Processor | None:
-    order = (Activity.FAULTED, Activity.HALTED, Activity.SPINNING, Activity.RUNNING, Activity.IDLE)
-    for activity in order:
-        for one in explanation.processors:
-            if one.activity is activity and one.registers:
-                return one
-    return None
 
 
 def _doing(one: Processor) -> str:
@@ -145,7 +136,7 @@ def _exit(record: ExitRecord, explanation: Explanation) -> str:
 
 
 def _msr(index: int) -> str:
-    name = _MSRS.get(index)
+    name = "x2APIC" if msrs.X2APIC_FIRST <= index <= msrs.X2APIC_LAST else _MSRS.get(index)
     return f"{index:#x}" if name is None else f"{name} ({index:#x})"
 
 
