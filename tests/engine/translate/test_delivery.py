@@ -332,7 +332,7 @@ def test_real_mode(cpu: PlainCpu) -> None:
     delivery.deliver_interrupt(cpu, 0x20)
     assert (st.cs_sel, st.cs_base, st.rip, st.rsp) == (0x8000, 0x80000, 0x1234, 0xFA)
     assert bytes(cpu.memory[0x300FA:0x30100]) == bytes.fromhex("5500 0010 0302")
-    delivery.iret(cpu, 2)
+    delivery.iret(cpu, 2, 0)
     assert (st.cs_sel, st.cs_base, st.rip, st.rsp) == (0x1000, 0x10000, 0x55, 0x100)
     assert st.rflags == 2 | Rflags.IF | Rflags.CF
 
@@ -348,7 +348,7 @@ def frame64(cpu: PlainCpu, rip: int, cs: int, flags: int, rsp: int, ss: int) -> 
 def iret_raises(cpu: PlainCpu, vector: int, error: int, size: int = 8) -> None:
     before = snapshot(cpu)
     with pytest.raises(GuestFault) as caught:
-        delivery.iret(cpu, size)
+        delivery.iret(cpu, size, 0)
     assert (caught.value.vector, caught.value.error) == (vector, error)
     assert snapshot(cpu) == before
 
@@ -358,7 +358,7 @@ def test_iret_to_user(cpu: PlainCpu) -> None:
     st = cpu.st
     flags = Rflags.IF | Rflags.IOPL | Rflags.AC | Rflags.RF | Rflags.ID | Rflags.OF
     frame64(cpu, 0x40_0000, USER64, flags, 0x7FFF_F000, USER_DATA)
-    delivery.iret(cpu, 8)
+    delivery.iret(cpu, 8, 0)
     assert (st.rip, st.cs_sel, st.rsp, st.ss_sel, st.cpl) == (0x40_0000, USER64, 0x7FFF_F000, USER_DATA, 3)
     assert st.rflags == flags | 2
     assert (st.ds_sel, st.es_sel) == (0, 0)  # DPL 0 data is the kernel's
@@ -367,14 +367,14 @@ def test_iret_to_user(cpu: PlainCpu) -> None:
 def test_iret_same_level_takes_the_stack_too(cpu: PlainCpu) -> None:
     cpu.set_up()
     frame64(cpu, CODE + 8, CODE64, 0, STACK - 0x101, 0)
-    delivery.iret(cpu, 8)
+    delivery.iret(cpu, 8, 0)
     assert (cpu.st.rip, cpu.st.rsp, cpu.st.ss_sel, cpu.st.ds_sel) == (CODE + 8, STACK - 0x101, 0, DATA0)
 
 
 def test_iret_to_compatibility_mode(cpu: PlainCpu) -> None:
     cpu.set_up()
     frame64(cpu, 0x8000, USER32, 0, 0xFFFF_FFF0, USER_DATA)
-    delivery.iret(cpu, 8)
+    delivery.iret(cpu, 8, 0)
     assert (cpu.st.rip, cpu.st.rsp, cpu.st.cpl) == (0x8000, 0xFFFF_FFF0, 3)
     assert not cpu.st.cs_attr & Attr.L
 
@@ -383,7 +383,7 @@ def test_iret_from_user_cannot_raise_privileged_flags(cpu: PlainCpu) -> None:
     cpu.set_up(cpl=3)
     cpu.st.rflags = Rflags.IF
     frame64(cpu, CODE, USER64, Rflags.IOPL | Rflags.CF | Rflags.VIP, STACK, USER_DATA)
-    delivery.iret(cpu, 8)
+    delivery.iret(cpu, 8, 0)
     assert cpu.st.rflags == 2 | Rflags.IF | Rflags.CF
 
 
@@ -392,7 +392,7 @@ def test_iretd_in_64_bit_mode_pops_words_of_four_bytes(cpu: PlainCpu) -> None:
     cpu.st.rsp = STACK - 20
     for n, word in enumerate((CODE, USER64, 2, 0x9000, USER_DATA)):
         cpu.memory[STACK - 20 + 4 * n : STACK - 16 + 4 * n] = word.to_bytes(4, "little")
-    delivery.iret(cpu, 4)
+    delivery.iret(cpu, 4, 0)
     assert (cpu.st.rip, cpu.st.rsp, cpu.st.ss_sel) == (CODE, 0x9000, USER_DATA)
 
 
@@ -448,7 +448,7 @@ def test_iret_protected_mode_there_and_back(cpu: PlainCpu) -> None:
     st.rflags = Rflags.IF | Rflags.SF
     before = [getattr(st, name) for name in ("cs_sel", "ss_sel", "rsp", "rflags", "cpl", "ds_sel")]
     delivery.software_interrupt(cpu, 0x80, CODE + 2)
-    delivery.iret(cpu, 4)
+    delivery.iret(cpu, 4, 0)
     assert [getattr(st, name) for name in ("cs_sel", "ss_sel", "rsp", "rflags", "cpl", "ds_sel")] == before
     assert st.rip == CODE + 2
 
@@ -464,5 +464,5 @@ def test_every_exception_and_iret_round_trip_in_long_mode(cpu: PlainCpu) -> None
         assert st.efer & Efer.LMA and st.cpl == 0
         if error is not None:
             st.rsp += 8
-        delivery.iret(cpu, 8)
+        delivery.iret(cpu, 8, 0)
         assert (st.rip, st.rsp, st.cpl, st.rflags & ~Rflags.RF) == (CODE, STACK, 3, 2 | Rflags.IF | Rflags.DF)

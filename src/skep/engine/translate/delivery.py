@@ -1,11 +1,11 @@
 """Exceptions and interrupts into the guest, and IRET out of them (Intel SDM 3, chapter 6; SDM 2, INT n and IRET).
 
 Machine code does the common cases by itself; here are all of them: IA-32e mode (64-bit gates, IST, from 64-bit and
-compatibility mode), 32-bit protected mode (16- and 32-bit gates, inner stacks), real mode. Nothing is committed before
+compatibility mode), 32-bit protected mode (16- and 32-bit gates, inner stacks, task gates, from and to virtual-8086
+mode), real mode. Nothing is committed before
 every check has passed and every word is pushed, so a fault in delivery leaves the state of the first event.
 
-Task gates and virtual-8086 mode are not supported: the one raises #GP as a gate of a wrong type does, the other cannot
-be entered. What blocks NMIs until IRET is the caller's business.
+What blocks NMIs until IRET is the caller's business.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 
 from skep.engine.amd64.registers import Attr, Cr0, Rflags, SystemType, Vector, canonical
-from skep.engine.translate import segments
+from skep.engine.translate import segments, tasks
 from skep.engine.translate.layout import StateBlock
 from skep.engine.translate.port import CpuPort, GuestFault, TripleFault
 from skep.engine.translate.segments import Loaded
@@ -130,7 +130,7 @@ def _gate_target(cpu: CpuPort, selector: int, ext: int) -> tuple[Loaded, int]:
     return code, st.cpl if code.conforming else code.dpl
 
 
-def _push_all(cpu: CpuPort, address: int, words: list[int], size: int, cpl: int) -> None:
+def push_all(cpu: CpuPort, address: int, words: list[int], size: int, cpl: int) -> None:
     """Store ``words``, the first pushed first, so that they end below ``address``, at the new privilege."""
     data = b"".join(struct.pack(PACK[size], word & ((1 << 8 * size) - 1)) for word in reversed(words))
     cpu.write(address, data, cpl < 3)
@@ -152,7 +152,7 @@ def _deliver_long(cpu: CpuPort, event: Event) -> None:
     code, cpl = _gate_target(cpu, low >> 16 & 0xFFFF, ext)
     offset = (low & 0xFFFF) | (low >> 32 & 0xFFFF_0000) | (high & M32) << 32
     if ist or cpl != st.cpl:
-        rsp = _task_stack_long(cpu, 36 + 8 * (ist - 1) if ist else 4 + 8 * cpl, ext)
+        rsp = task_stack_long(cpu, 36 + 8 * (ist - 1) if ist else 4 + 8 * cpl, ext)
     else:
         rsp = st.rsp
         if not canonical(rsp):
@@ -164,7 +164,7 @@ def _deliver_long(cpu: CpuPort, event: Event) -> None:
         words.append(event.error)
     rsp = ((rsp & ~0xF) - 8 * len(words)) & M64
     segments.mark_accessed(cpu, code)
-    _push_all(cpu, rsp, words, 8, cpl)
+    push_all(cpu, rsp, words, 8, cpl)
     if cpl != st.cpl:
         segments.put(st, "ss", segments.null(cpl, cpl))
     segments.put(st, "cs", code.with_rpl(cpl))
@@ -172,7 +172,7 @@ def _deliver_long(cpu: CpuPort, event: Event) -> None:
     _enter_flags(st, kind == SystemType.INTERRUPT_GATE)
 
 
-def _task_stack_long(cpu: CpuPort, at: int, ext: int) -> int:
+def task_stack_long(cpu: CpuPort, at: int, ext: int) -> int:
     """RSP0-2 or IST1-7 from the 64-bit TSS."""
     st = cpu.st
     if at + 7 > st.tr_limit:
@@ -190,23 +190,31 @@ def _deliver_protected(cpu: CpuPort, event: Event) -> None:
         raise GuestFault(Vector.GP, idt_error)
     gate = int.from_bytes(cpu.read(st.idt_base + 8 * vector & M32, 8, True), "little")
     kind = gate >> 40 & 0x1F
-    if kind & ~8 not in (SystemType.INTERRUPT_GATE16, SystemType.TRAP_GATE16):  # a task gate too: see above
+    if kind & ~8 not in (SystemType.INTERRUPT_GATE16, SystemType.TRAP_GATE16) and kind != SystemType.TASK_GATE:
         raise GuestFault(Vector.GP, idt_error)
     if event.software and gate >> 45 & 3 < st.cpl:
         raise GuestFault(Vector.GP, idt_error)
     if not gate >> 47 & 1:
         raise GuestFault(Vector.NP, idt_error)
+    if kind == SystemType.TASK_GATE:
+        _switch_task(cpu, gate >> 16 & 0xFFFF, event)
+        return
     size = 4 if kind & 8 else 2
     code, cpl = _gate_target(cpu, gate >> 16 & 0xFFFF, ext)
     offset = gate & 0xFFFF
     if size == 4:
         offset |= gate >> 32 & 0xFFFF_0000
+    virtual = bool(st.sysfl & Rflags.VM)
+    if virtual and cpl:  # the handler has to be the supervisor's
+        raise GuestFault(Vector.GP, code.selector & 0xFFFC | ext)
     words = [_saved_flags(st, event), st.cs_sel, _return_rip(st, event)]
     if event.error is not None:
         words.append(event.error)
     if cpl != st.cpl:
-        stack, esp = _task_stack_protected(cpu, cpl, ext)
+        stack, esp = task_stack_protected(cpu, cpl, ext)
         words = [st.ss_sel, st.rsp, *words]
+        if virtual:
+            words = [st.gs_sel, st.fs_sel, st.ds_sel, st.es_sel, *words]
     else:
         stack, esp = segments.held(st, "ss"), st.rsp
     mask = M32 if stack.attributes & Attr.D else 0xFFFF
@@ -216,15 +224,34 @@ def _deliver_protected(cpu: CpuPort, event: Event) -> None:
     if cpl != st.cpl:
         segments.mark_accessed(cpu, stack)
     segments.mark_accessed(cpu, code)
-    _push_all(cpu, (stack.base + below) & M32, words, size, cpl)
+    push_all(cpu, (stack.base + below) & M32, words, size, cpl)
     if cpl != st.cpl:
         segments.put(st, "ss", stack)
+    if virtual:
+        for name in ("ds", "es", "fs", "gs"):
+            segments.put(st, name, segments.null(0))
     segments.put(st, "cs", code.with_rpl(cpl))
     st.rsp, st.rip, st.cpl = (esp & ~mask & M32) | below, offset, cpl
     _enter_flags(st, not kind & 1)
 
 
-def _task_stack_protected(cpu: CpuPort, cpl: int, ext: int) -> tuple[Loaded, int]:
+def _switch_task(cpu: CpuPort, selector: int, event: Event) -> None:
+    """Through a task gate: the handler is a task, which finds the error code on its stack."""
+    st = cpu.st
+    tasks.switch(
+        cpu, selector, tasks.By.CALL, _return_rip(st, event), flags=_saved_flags(st, event), ext=event.ext
+    )
+    if event.error is not None:
+        size = 4 if st.tr_attr & 8 else 2
+        stack = segments.held(st, "ss")
+        mask = M32 if stack.attributes & Attr.D else 0xFFFF
+        below = st.rsp - size & mask
+        in_limit(stack, below, size, event.ext)
+        push_all(cpu, stack.base + below & M32, [event.error], size, st.cpl)
+        st.rsp = st.rsp & ~mask & M32 | below
+
+
+def task_stack_protected(cpu: CpuPort, cpl: int, ext: int) -> tuple[Loaded, int]:
     """SS0-2 and ESP0-2 (SP0-2) from the TSS."""
     st = cpu.st
     wide = st.tr_attr & 8
@@ -256,23 +283,29 @@ def _deliver_real(cpu: CpuPort, event: Event) -> None:
     ip, cs = struct.unpack("<HH", cpu.read(st.idt_base + 4 * event.vector & M32, 4, True))
     below = (st.rsp - 6) & 0xFFFF
     words = [st.rflags, st.cs_sel, _return_rip(st, event)]
-    _push_all(cpu, (st.ss_base + below) & M32, words, 2, 0)
+    push_all(cpu, (st.ss_base + below) & M32, words, 2, 0)
     st.rsp = (st.rsp & ~0xFFFF & M64) | below
     st.cs_sel, st.cs_base, st.rip = cs, cs << 4, ip
     st.rflags = st.rflags & ~(Rflags.IF | Rflags.TF | Rflags.AC | Rflags.RF)
 
 
-def iret(cpu: CpuPort, size: int) -> None:
-    """IRET, IRETD, IRETQ: ``size`` is 2, 4 or 8. Faults leave everything as it was."""
+def iret(cpu: CpuPort, size: int, next_rip: int) -> None:
+    """IRET, IRETD, IRETQ: ``size`` is 2, 4 or 8. Faults leave everything as it was, up to a switch of tasks."""
     st = cpu.st
-    if not st.cr0 & Cr0.PE:
+    if segments.paragraphs(st):
         _iret_real(cpu, size)
         return
     wide = segments.code_bits(st) == 64
-    if st.rflags & Rflags.NT:  # in IA-32e mode by the manual; elsewhere a return to a task, which is not supported
-        raise GuestFault(Vector.GP, 0)
+    if st.sysfl & Rflags.NT:
+        if segments.long_mode(st):
+            raise GuestFault(Vector.GP, 0)
+        tasks.return_from(cpu, next_rip)
+        return
     stack = Stack(cpu)
     rip, cs, flags = stack.pop(size), stack.pop(size) & 0xFFFF, stack.pop(size)
+    if flags & Rflags.VM and size == 4 and not st.cpl and not segments.long_mode(st):
+        _iret_to_virtual(cpu, stack, rip, cs, flags)
+        return
     code = check_return_code(cpu, cs)
     cpl = cs & 3
     outer = cpl > st.cpl
@@ -298,13 +331,32 @@ def iret(cpu: CpuPort, size: int) -> None:
     cpu.state_changed()
 
 
-def _iret_real(cpu: CpuPort, size: int) -> None:
+def _iret_to_virtual(cpu: CpuPort, stack: Stack, eip: int, cs: int, flags: int) -> None:
+    """Into virtual-8086 mode."""
     st = cpu.st
+    esp, *selectors = (stack.pop(4) for _ in range(6))
+    if eip > 0xFFFF:
+        raise GuestFault(Vector.GP, 0)
+    for name, selector in zip(("cs", "ss", "es", "ds", "fs", "gs"), (cs, *selectors), strict=True):
+        segments.put(st, name, segments.paragraph(selector & 0xFFFF))
+    st.rip, st.rsp, st.cpl = eip, esp, 3
+    st.rflags = flags & 0x3F_7FD5 | 2
+    cpu.state_changed()
+
+
+def _iret_real(cpu: CpuPort, size: int) -> None:
+    """In real mode, and in virtual-8086 mode with IOPL 3, where IOPL, VM and what the host sees of IF stay."""
+    st = cpu.st
+    virtual = bool(st.sysfl & Rflags.VM)
+    if virtual and st.sysfl >> Rflags.IOPL_SHIFT & 3 < 3:
+        raise GuestFault(Vector.GP, 0)
     stack = Stack(cpu)
     rip, cs, flags = stack.pop(size), stack.pop(size) & 0xFFFF, stack.pop(size)
     if rip > st.cs_limit:
         raise GuestFault(Vector.GP, 0)
     kept = (Rflags.VM | Rflags.VIF | Rflags.VIP) if size > 2 else ~0xFFFF
+    if virtual:
+        kept |= Rflags.IOPL
     st.rip, st.cs_sel, st.cs_base, st.rsp = rip, cs, cs << 4, stack.rsp
     st.rflags = st.rflags & kept | flags & ~kept
     cpu.state_changed()

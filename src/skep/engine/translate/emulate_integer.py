@@ -41,7 +41,14 @@ def subtract_flags(left: int, right: int, size: int) -> int:
 # RFLAGS
 
 
+def require_virtual_iopl(e: Context) -> None:
+    """PUSHF, POPF, INT n and IRET look at IOPL in virtual-8086 mode only (SDM 3, 21.2.7)."""
+    if e.st.sysfl & Rflags.VM and e.iopl < 3:
+        raise GuestFault(Vector.GP, 0)
+
+
 def pushf(e: Context, i: Instruction) -> None:
+    require_virtual_iopl(e)
     size = -i.stack_pointer_increment
     flags = e.st.rflags & ~(Rflags.VM | Rflags.RF)
     e.push((flags & MASK[size]).to_bytes(size, "little"))
@@ -49,6 +56,7 @@ def pushf(e: Context, i: Instruction) -> None:
 
 def popf(e: Context, i: Instruction) -> None:
     """At privilege 0 all but VM, VIF and VIP; IOPL only there; IF where CPL <= IOPL. Others stay without a fault."""
+    require_virtual_iopl(e)
     st, size = e.st, i.stack_pointer_increment
     stack = e.stack()
     value = stack.pop(size)

@@ -7,19 +7,18 @@ instructions have no handler and raise #UD.
 from __future__ import annotations
 
 import os
-import struct
 
 from iced_x86 import Code, Instruction, Mnemonic, Register, Register_, RegisterExt
 
 from skep.engine.amd64.cpuid import Feature
 from skep.engine.amd64.msrs import EFER
-from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Pte, Rflags, SystemType, Vector, Xcr0, canonical
+from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Rflags, SystemType, Vector, Xcr0, canonical
 from skep.engine.translate import breakpoints, segments
 from skep.engine.translate.context import M32, M64, RAX, RBX, RCX, RDX, SEGMENT_NAME, Context, Handler, operand_segment
+from skep.engine.translate.paging import load_cr3, load_pdptes
 from skep.engine.translate.port import GuestFault
 
 CR3_NO_FLUSH = 1 << 63
-PDPTE_RESERVED = 0x1E6
 DR6_FIXED = 0xFFFF_0FF0
 DR6_WRITABLE = 0xE00F
 DR6_BD = 1 << 13
@@ -55,9 +54,9 @@ def wrmsr(e: Context, i: Instruction) -> None:
 
 
 def check_port(e: Context, port: int, size: int) -> None:
-    """CPL above IOPL: the TSS's bitmap decides (SDM 1, 19.5.2)."""
+    """CPL above IOPL, and virtual-8086 mode: the TSS's bitmap decides (SDM 1, 19.5.2)."""
     st = e.st
-    if not st.cr0 & Cr0.PE or st.cpl <= e.iopl:
+    if not st.cr0 & Cr0.PE or (st.cpl <= e.iopl and not st.sysfl & Rflags.VM):
         return
     if st.tr_attr & Attr.TYPE not in (SystemType.TSS, SystemType.TSS_BUSY) or st.tr_limit < 103:
         raise GuestFault(Vector.GP, 0)
@@ -111,22 +110,6 @@ def write_cr(e: Context, i: Instruction) -> None:
     _WRITE_CR[i.op0_register](e, e.get(i.op1_register))
 
 
-def _pdptes(e: Context, cr3: int) -> tuple[int, ...]:
-    """The four page-directory-pointer-table entries that PAE paging keeps (SDM 3, 4.4.1)."""
-    entries = struct.unpack("<4Q", e.cpu.read_physical(cr3 & 0xFFFF_FFE0, 32))
-    for entry in entries:
-        if entry & Pte.P and (entry & PDPTE_RESERVED or entry >> e.cpuid.physical_bits):
-            raise GuestFault(Vector.GP, 0)
-    return entries
-
-
-def _load_pdptes(e: Context, cr0: int, cr3: int, cr4: int) -> None:
-    """Where these registers mean PAE paging outside long mode. Raises #GP before it commits anything."""
-    st = e.st
-    if cr0 & Cr0.PG and cr4 & Cr4.PAE and not st.efer & Efer.LME:
-        st.pdpte0, st.pdpte1, st.pdpte2, st.pdpte3 = _pdptes(e, cr3)
-
-
 def write_cr0(e: Context, value: int) -> None:
     st = e.st
     old = st.cr0
@@ -142,7 +125,7 @@ def write_cr0(e: Context, value: int) -> None:
     if wrong:
         raise GuestFault(Vector.GP, 0)
     if (old ^ new) & (Cr0.PG | Cr0.CD | Cr0.NW):
-        _load_pdptes(e, new, st.cr3, st.cr4)
+        load_pdptes(e.cpu, new, st.cr3, st.cr4)
     st.cr0 = new
     if paging and st.efer & Efer.LME:
         st.efer |= Efer.LMA
@@ -165,9 +148,7 @@ def write_cr3(e: Context, value: int) -> None:
             value &= ~CR3_NO_FLUSH
         if value >> e.cpuid.physical_bits:
             raise GuestFault(Vector.GP, 0)
-    _load_pdptes(e, st.cr0, value, st.cr4)
-    st.cr3 = value
-    e.cpu.flush_tlb(False)
+    load_cr3(e.cpu, value)
 
 
 def write_cr4(e: Context, value: int) -> None:
@@ -181,7 +162,7 @@ def write_cr4(e: Context, value: int) -> None:
     if wrong:
         raise GuestFault(Vector.GP, 0)
     if (old ^ value) & (Cr4.PSE | Cr4.PAE | Cr4.PGE | Cr4.SMEP):
-        _load_pdptes(e, st.cr0, st.cr3, value)
+        load_pdptes(e.cpu, st.cr0, st.cr3, value)
     st.cr4 = value
     if (old ^ value) & (Cr4.PSE | Cr4.PAE | Cr4.PGE | Cr4.PCIDE | Cr4.SMEP | Cr4.SMAP):
         e.cpu.flush_tlb(True)
@@ -297,7 +278,7 @@ def sidt(e: Context, i: Instruction) -> None:
 
 
 def require_protected(e: Context) -> None:
-    if not e.st.cr0 & Cr0.PE:
+    if segments.paragraphs(e.st):
         raise GuestFault(Vector.UD)
 
 

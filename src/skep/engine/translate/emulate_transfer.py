@@ -1,16 +1,14 @@
 """Control transfers through segments and gates: far JMP, CALL, RET; INT n, IRET; SYSCALL, SYSENTER and their returns.
-
-Call gates and task gates raise #GP (selector): Linux and the BSDs have none in 64-bit mode, and tasks are not
-supported.
 """
 
 from __future__ import annotations
 
 from iced_x86 import Code, Instruction, Mnemonic, OpKind
 
-from skep.engine.amd64.registers import Attr, Cr0, Efer, Rflags, Vector, canonical
-from skep.engine.translate import delivery, segments
+from skep.engine.amd64.registers import Attr, Cr0, Efer, Rflags, SystemType, Vector, canonical
+from skep.engine.translate import delivery, segments, tasks
 from skep.engine.translate.context import M32, M64, MASK, RCX, RDX, RSP, Context, Handler
+from skep.engine.translate.emulate_integer import require_virtual_iopl
 from skep.engine.translate.port import GuestFault
 from skep.engine.translate.segments import FLAT, Loaded
 
@@ -43,17 +41,10 @@ def _far_pointer(e: Context, i: Instruction, size: int) -> tuple[int, int]:
     return int.from_bytes(raw[size:], "little"), int.from_bytes(raw[:size], "little")
 
 
-def _check_far(e: Context, selector: int, offset: int) -> Loaded:
+def _check_far(e: Context, code: Loaded, offset: int) -> Loaded:
     """The code segment of a far JMP or CALL, at the current privilege."""
     st = e.st
-    if not st.cr0 & Cr0.PE:
-        if offset > st.cs_limit:
-            raise GuestFault(Vector.GP, 0)
-        return Loaded(selector, selector << 4, st.cs_limit, st.cs_attr)
-    if segments.is_null(selector):
-        raise GuestFault(Vector.GP, 0)
-    code = segments.fetch(e.cpu, selector)
-    error = selector & 0xFFFC
+    selector, error = code.selector, code.selector & 0xFFFC
     if not code.is_code or not segments.valid_code_size(st, code):
         raise GuestFault(Vector.GP, error)
     if code.dpl > st.cpl if code.conforming else selector & 3 > st.cpl or code.dpl != st.cpl:
@@ -70,28 +61,122 @@ def _go_far(e: Context, code: Loaded, offset: int) -> None:
     e.cpu.state_changed()
 
 
+def _far(e: Context, i: Instruction, size: int, *, call: bool) -> None:
+    """A far JMP or CALL with an offset of ``size`` bytes: to code, through a call gate, to another task."""
+    st = e.st
+    selector, offset = _far_pointer(e, i, size)
+    if segments.paragraphs(st):
+        if offset > st.cs_limit:
+            raise GuestFault(Vector.GP, 0)
+        code = Loaded(selector, selector << 4, st.cs_limit, st.cs_attr)
+    elif segments.is_null(selector):
+        raise GuestFault(Vector.GP, 0)
+    else:
+        target = segments.fetch(e.cpu, selector)
+        if not target.attributes & Attr.S:
+            _through_system_descriptor(e, target, call=call)
+            return
+        code = _check_far(e, target, offset)
+        segments.mark_accessed(e.cpu, code)
+    if call:
+        mask = (1 << 8 * size) - 1
+        e.push((e.next_rip & mask | st.cs_sel << 8 * size).to_bytes(2 * size, "little"))
+    _go_far(e, code, offset)
+
+
+def _through_system_descriptor(e: Context, target: Loaded, *, call: bool) -> None:
+    kind, selector, long = target.attributes & Attr.TYPE, target.selector, segments.long_mode(e.st)
+    gate = kind == SystemType.CALL_GATE or (kind in (SystemType.CALL_GATE16, SystemType.TASK_GATE) and not long)
+    task = kind in (SystemType.TSS, SystemType.TSS16) and not long
+    if not (gate or task) or target.dpl < max(e.st.cpl, selector & 3):
+        raise GuestFault(Vector.GP, selector & 0xFFFC)
+    if not target.present:
+        raise GuestFault(Vector.NP, selector & 0xFFFC)
+    if kind in (SystemType.CALL_GATE, SystemType.CALL_GATE16):
+        _call_gate(e, selector, call=call)
+        return
+    if gate:
+        selector = _descriptor(e, selector, 8) >> 16 & 0xFFFF
+    tasks.switch(e.cpu, selector, tasks.By.CALL if call else tasks.By.JMP, e.next_rip)
+    e.next_rip = e.st.rip
+
+
+def _descriptor(e: Context, selector: int, size: int) -> int:
+    address = segments.in_table(e.cpu, selector, size)
+    if address is None:
+        raise GuestFault(Vector.GP, selector & 0xFFFC)
+    return int.from_bytes(e.cpu.read(address, size, True), "little")
+
+
+def _call_gate(e: Context, selector: int, *, call: bool) -> None:
+    """SDM 3, 5.8.3 to 5.8.5. The gate's own rights have been checked."""
+    st, long = e.st, segments.long_mode(e.st)
+    gate = _descriptor(e, selector, 16 if long else 8)
+    if long and gate >> 104 & 0x1F:
+        raise GuestFault(Vector.GP, selector & 0xFFFC)
+    slot = 8 if long else 4 if gate >> 43 & 1 else 2
+    offset = gate & 0xFFFF | (gate >> 32 & 0xFFFF_0000 if slot > 2 else 0) | (gate >> 64 & M32) << 32
+    code_selector = gate >> 16 & 0xFFFF
+    if segments.is_null(code_selector):
+        raise GuestFault(Vector.GP, 0)
+    code = segments.fetch(e.cpu, code_selector)
+    error = code_selector & 0xFFFC
+    wrong_size = long and code.attributes & (Attr.L | Attr.D) != Attr.L
+    outer_only = not call and not code.conforming and code.dpl != st.cpl
+    if not code.is_code or code.dpl > st.cpl or wrong_size or outer_only:
+        raise GuestFault(Vector.GP, error)
+    if not code.present:
+        raise GuestFault(Vector.NP, error)
+    cpl = st.cpl if code.conforming else code.dpl
+    segments.check_code_target(e.cpu, code, offset)
+    segments.mark_accessed(e.cpu, code)
+    if call and cpl < st.cpl:
+        _call_inwards(e, cpl, slot, gate >> 32 & 0x1F)
+    elif call:
+        mask = (1 << 8 * slot) - 1
+        e.push((e.next_rip & mask | st.cs_sel << 8 * slot).to_bytes(2 * slot, "little"))
+    st.cpl = cpl
+    _go_far(e, code.with_rpl(cpl), offset)
+
+
+def _call_inwards(e: Context, cpl: int, slot: int, parameters: int) -> None:
+    """Go to the stack of an inner level, with the old one's address, its top words and the way back on it."""
+    st = e.st
+    if slot == 8:
+        rsp = delivery.task_stack_long(e.cpu, 4 + 8 * cpl, 0)
+        words = [st.ss_sel, st.rsp, st.cs_sel, e.next_rip]
+        rsp = rsp - 8 * len(words) & M64
+        delivery.push_all(e.cpu, rsp, words, 8, cpl)
+        segments.put(st, "ss", segments.null(cpl, cpl))
+        st.rsp = rsp
+        return
+    stack, esp = delivery.task_stack_protected(e.cpu, cpl, 0)
+    old = e.stack()
+    copied = [old.pop(slot) for _ in range(parameters)]
+    words = [st.ss_sel, st.rsp, *reversed(copied), st.cs_sel, e.next_rip]
+    mask = M32 if stack.attributes & Attr.D else 0xFFFF
+    below = esp - slot * len(words) & mask
+    delivery.in_limit(stack, below, slot * len(words), stack.selector & 0xFFFC)
+    segments.mark_accessed(e.cpu, stack)
+    delivery.push_all(e.cpu, stack.base + below & M32, words, slot, cpl)
+    segments.put(st, "ss", stack)
+    st.rsp = esp & ~mask & M32 | below
+
+
 def jmp(e: Context, i: Instruction) -> None:
     size = _FAR_SIZE.get(i.code)
     if size is None:
         _jmp_near(e, i)
-        return
-    selector, offset = _far_pointer(e, i, size)
-    code = _check_far(e, selector, offset)
-    segments.mark_accessed(e.cpu, code)
-    _go_far(e, code, offset)
+    else:
+        _far(e, i, size, call=False)
 
 
 def call(e: Context, i: Instruction) -> None:
     size = _FAR_SIZE.get(i.code)
     if size is None:
         _call_near(e, i)
-        return
-    selector, offset = _far_pointer(e, i, size)
-    code = _check_far(e, selector, offset)
-    segments.mark_accessed(e.cpu, code)
-    mask = (1 << 8 * size) - 1
-    e.push((e.next_rip & mask | e.st.cs_sel << 8 * size).to_bytes(2 * size, "little"))
-    _go_far(e, code, offset)
+    else:
+        _far(e, i, size, call=True)
 
 
 def _near_target(e: Context, i: Instruction) -> tuple[int, int]:
@@ -153,7 +238,7 @@ def retf(e: Context, i: Instruction) -> None:
     released = i.immediate16 if i.op_count else 0
     stack = e.stack()
     offset, selector = stack.pop(size), stack.pop(size) & 0xFFFF
-    if not st.cr0 & Cr0.PE:
+    if segments.paragraphs(st):
         if offset > st.cs_limit:
             raise GuestFault(Vector.GP, 0)
         stack.skip(released)
@@ -179,6 +264,7 @@ def retf(e: Context, i: Instruction) -> None:
 
 
 def int_n(e: Context, i: Instruction) -> None:
+    require_virtual_iopl(e)
     _interrupt(e, i.immediate8)
 
 
@@ -202,7 +288,7 @@ def _interrupt(e: Context, vector: int) -> None:
 
 
 def iret(e: Context, i: Instruction) -> None:
-    delivery.iret(e.cpu, {Mnemonic.IRET: 2, Mnemonic.IRETD: 4, Mnemonic.IRETQ: 8}[i.mnemonic])
+    delivery.iret(e.cpu, {Mnemonic.IRET: 2, Mnemonic.IRETD: 4, Mnemonic.IRETQ: 8}[i.mnemonic], e.next_rip)
     e.next_rip = e.st.rip
 
 

@@ -63,6 +63,11 @@ def null(selector: int, dpl: int = 0) -> Loaded:
     return Loaded(selector, 0, 0, dpl << Attr.DPL_SHIFT)
 
 
+def paragraph(selector: int) -> Loaded:
+    """What virtual-8086 mode makes of a selector (SDM 3, 21.2.1)."""
+    return Loaded(selector, selector << 4, 0xFFFF, 0xF3)
+
+
 def is_null(selector: int) -> bool:
     return selector & 0xFFFC == 0
 

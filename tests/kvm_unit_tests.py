@@ -1,0 +1,161 @@
+"""Runs KVM-unit-tests, built elsewhere, under Skep's translator and under QEMU's TCG, side by side.
+
+    python3 -m tests.kvm_unit_tests --x86-64 DIR --i386 DIR [--only PATTERN] [--peer qemu-system-x86_64] [--save FILE]
+
+DIR is a source tree of theirs after ``./configure --arch=x86_64 && make`` (or ``--arch=i386``). What is run, with how
+many processors and with which words, is what their ``x86/unittests.cfg`` says; a processor that QEMU's TCG cannot have
+(``-cpu host``) becomes its ``max``. A test ends by the test device's exit port: 0 passed, 77 skipped, else failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ARCHITECTURES = ("x86_64", "i386")
+PASSED, SKIPPED, FAILED, SILENT, BROKEN = "passed", "skipped", "failed", "timed out", "broke off"
+_STATUS = {0 << 1 | 1: PASSED, (77 << 1 | 1) & 0xFF: SKIPPED, 1 << 1 | 1: FAILED}
+MEMORY = 256
+PATIENCE = 3.0
+"""Their time limits are for KVM, on a machine of one's own: so many times more is waited."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A section of unittests.cfg, for one architecture."""
+
+    name: str
+    arch: str
+    kernel: Path
+    cpus: int
+    words: str
+    qemu: str
+    """Its parameters for QEMU."""
+    timeout: float
+    needs: str
+    """What only KVM could give it, or nothing."""
+
+
+@dataclass(frozen=True)
+class Result:
+    case: str
+    arch: str
+    who: str
+    verdict: str
+    seconds: float
+    counts: str
+    output: str
+
+
+def cases(tree: Path, arch: str) -> Iterator[Case]:
+    text = (tree / "x86" / "unittests.cfg").read_text()
+    for section in re.split(r"^\[", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE)[1:]:
+        name, _, body = section.partition("]")
+        keys = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", body, re.MULTILINE))
+        if keys.get("arch", arch) != arch:
+            continue
+        words = keys.get("test_args", "").strip("'\"").replace("`date +%s`", str(int(time.time())))
+        yield Case(
+            name=name,
+            arch=arch,
+            kernel=tree / "x86" / keys["file"],
+            cpus=int(keys.get("smp", "1")),
+            words=words,
+            qemu=keys.get("qemu_params", ""),
+            timeout=float(keys.get("timeout", "90")),
+            needs="KVM" if keys.get("accel") == "kvm" or "check" in keys else "",
+        )
+
+
+def _memory(case: Case) -> int:
+    """In MiB."""
+    found = re.search(r"-m (\d+)(g?)", case.qemu)
+    return MEMORY if found is None else int(found[1]) << (10 if found[2] else 0)
+
+
+def skep(case: Case, scratch: Path, model: str) -> list[str]:
+    """What a loader has to tell, the number of processors above all, stands in the environment: the module."""
+    environment = scratch / "environment"
+    environment.write_text(f"NR_CPUS={case.cpus}\nMEMLIMIT={_memory(case)}\nTEST_DEVICE=1\nBOOTLOADER=0\n")
+    return [
+        sys.executable, "-m", "skep.cli", "run", "--multiboot", str(case.kernel), "--initrd", str(environment),
+        "--cmdline", case.words, "--cpus", str(case.cpus), "--memory", f"{_memory(case)}M", "--no-reboot",
+        "--engine", "translate", "-o", "lpc.pc-testdev=on", "-o", "control=off", "-o", f"cpu.model={model}",
+    ]  # fmt: skip
+
+
+def qemu(case: Case, program: str) -> list[str]:
+    words = shlex.split(re.sub(r"-enable-kvm|,kernel-irqchip=split", "", case.qemu))
+    for i, word in enumerate(words):
+        if words[i - 1] == "-cpu" and word.startswith("host"):
+            words[i] = "max"
+    if "-cpu" not in words:
+        words += ["-cpu", "max"]
+    if "-m" not in words:
+        words += ["-m", str(MEMORY)]
+    return [
+        program, "--no-reboot", "-nodefaults", "-device", "pc-testdev", "-device",
+        "isa-debug-exit,iobase=0xf4,iosize=0x4", "-display", "none", "-serial", "stdio", "-device", "pci-testdev",
+        "-accel", "tcg,thread=multi", "-kernel", str(case.kernel), "-smp", str(case.cpus), *words,
+        *(["-append", case.words] if case.words else []),
+    ]  # fmt: skip
+
+
+def run(case: Case, who: str, command: list[str]) -> Result:
+    began = time.monotonic()
+    limit = case.timeout * PATIENCE
+    try:
+        done = subprocess.run(
+            command, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=limit,
+        )  # fmt: skip
+        output, verdict = done.stdout, _STATUS.get(done.returncode, BROKEN)
+    except subprocess.TimeoutExpired as expired:
+        output, verdict = expired.stdout or b"", SILENT
+    text = output.decode(errors="replace")
+    summary = re.findall(r"^SUMMARY: (.*?)\s*$", text, re.MULTILINE)
+    return Result(
+        case.name, case.arch, who, verdict, time.monotonic() - began, summary[-1] if summary else "", text[-4000:]
+    )
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m tests.kvm_unit_tests", description=__doc__)
+    for arch in ARCHITECTURES:
+        parser.add_argument(f"--{arch.replace('_', '-')}", type=Path, metavar="DIR", help="a built tree")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="tests whose name matches")
+    parser.add_argument("--peer", default="qemu-system-x86_64", help="its QEMU; empty for none")
+    parser.add_argument("--model", default="host", help="Skep's cpu.model")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write all results, with their output, as JSON")
+    options = parser.parse_args(arguments)
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for arch in ARCHITECTURES:
+            tree = getattr(options, arch)
+            for case in cases(tree, arch) if tree else ():
+                if not fnmatch.fnmatch(case.name, options.only):
+                    continue
+                row = [run(case, "skep", skep(case, Path(scratch), options.model))]
+                if options.peer and shutil.which(options.peer):
+                    row.append(run(case, "qemu", qemu(case, options.peer)))
+                results += row
+                words = "  ".join(f"{one.who} {one.verdict} ({one.counts or 'no summary'})" for one in row)
+                print(f"{case.arch} {case.name}: {words}", flush=True)
+    if options.save:
+        options.save.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
