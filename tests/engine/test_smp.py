@@ -178,6 +178,47 @@ def test_code_changed_by_another(data_too: bool) -> None:
         assert guest.load(0x182000) == 0
 
 
+def test_a_breakpoint_that_comes_and_goes() -> None:
+    """As Linux patches code that others run: INT3 in an instruction's place, then the instruction again."""
+    text = """
+        start: test edi, edi
+        jne runner
+        mov ecx, 400
+        writer: mov byte [rip + patch], 0xcc
+        mov edx, 50
+        wait1: pause
+        dec edx
+        jne wait1
+        mov byte [rip + patch], 0x66
+        mov edx, 50
+        wait2: pause
+        dec edx
+        jne wait2
+        dec ecx
+        jne writer
+        mov dword [0x181000], 1
+        hlt
+        runner: inc r14
+        patch: xchg ax, ax
+        cmp dword [0x181000], 0
+        je runner
+        hlt
+        hit: inc r15
+        mov qword [rsp], offset patch + 2
+        iretq
+    """.replace("offset patch + 2", "{after}")
+    after = Tiny(TranslateEngine(), text.replace("{after}", "0")).program["patch"] + 2
+    with Tiny(TranslateEngine(), text.replace("{after}", str(after)), cpus=CPUS, handlers={3: "hit"}) as guest:
+        guest.run_together(60)
+        assert guest.exception is None
+        hits = 0
+        for vcpu in guest.others:
+            state = vcpu.get_state()
+            assert 0x100000 < state["rip"] < 0x200000, hex(state["rip"])
+            hits += state["r15"]
+        assert hits > 0
+
+
 def test_pages_that_are_code_and_data_by_turns() -> None:
     """One vCPU writes routines into fresh pages, the others call them at once."""
     text = """

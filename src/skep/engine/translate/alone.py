@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from iced_x86 import Decoder, FlowControl, Mnemonic, OpKind, Register
+from iced_x86 import Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register
 
 from skep.contracts.interrupts import LocalInterrupts
 from skep.engine.amd64.registers import Cr0, Cr4, Rflags, Vector
@@ -77,8 +77,8 @@ class Alone(Access, ABC):
         with self.cache.world.lock:
             pass
 
-    def _emulate(self) -> bool:
-        """The instruction at rip is Python's. True: it was HLT."""
+    def _emulate(self, translated: bool = False) -> bool:
+        """The instruction at rip is Python's, or (``translated``) was when its block was made. True: it was HLT."""
         st = self.st
         if st.nmi_blocked and self.instruction().mnemonic in _IRETS:
             st.nmi_blocked = 0
@@ -86,12 +86,20 @@ class Alone(Access, ABC):
         try:
             halted = self.emulator.step()
         except GuestFault as fault:
-            if fault.vector == Vector.UD and self._device_not_available():
-                raise GuestFault(Vector.NM) from None
+            if fault.vector == Vector.UD:
+                unknown = self.emulator.unknown
+                if translated and unknown is not None and not self._is_python(unknown):
+                    return False  # another vCPU has changed it since: a breakpoint of the guest's that is no more
+                if self._device_not_available():
+                    raise GuestFault(Vector.NM) from None
             raise
         if self.emulator.shadow and not halted:
             return self._alone()
         return halted
+
+    def _is_python(self, ins: Instruction) -> bool:
+        lowering, _ = self.cache.catalog.mode(self.st.mode)
+        return lowering.form(ins, ins.is_ip_rel_memory_operand).emulate
 
     def _device_not_available(self) -> bool:
         """Whether the instruction at rip, not lowered in this mode, raises #NM rather than #UD (SDM 3, table 2-2)."""
@@ -182,7 +190,7 @@ class Alone(Access, ABC):
             elif kind == Kind.PAIR:
                 self.pairs.map(st.info, self.cache.world)
             elif kind == Kind.EMULATE:
-                return self._emulate()
+                return self._emulate(True)
             elif kind == Kind.EXCEPTION:
                 raise GuestFault(Vector.PF, st.w_error, st.va)
             elif kind == Kind.SEGMENT:

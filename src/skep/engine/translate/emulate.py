@@ -53,6 +53,8 @@ class Emulator(Context):
         super().__init__(cpu, cpuid, msrs)
         self.refused: deque[str] = deque(maxlen=16)
         """The last instructions that raised #UD because nobody here knows them, for diagnosis."""
+        self.unknown: Instruction | None = None
+        """The one that the last step did not know."""
 
     def step(self) -> bool:
         """Execute one instruction (of a REP string instruction a bounded part, with rip unmoved if more is to do).
@@ -62,10 +64,12 @@ class Emulator(Context):
         st = self.st
         self.bits = segments.code_bits(st)
         self.halted = self.shadow = False
+        self.unknown = None
         i = self._fetch()
         self.next_rip = i.next_ip & M64 if self.bits == 64 else i.next_ip & M32
         handler = HANDLERS.get(i.mnemonic)
         if handler is None:
+            self.unknown = i
             if i.mnemonic not in MEANT_AS_UNDEFINED:
                 self.refused.append(f"{st.rip:#x}: {i}")
             raise GuestFault(Vector.UD)

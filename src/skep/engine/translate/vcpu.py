@@ -160,7 +160,7 @@ class TranslateVcpu(Alone):
                 elif kind == Kind.EMULATE:
                     if self.watch is not None:
                         self.watch.rare[self.instruction().mnemonic] += 1
-                    if self._emulate():
+                    if self._emulate(True):
                         return self._halted()
                 elif kind == Kind.PORT:
                     self._port()
