@@ -246,3 +246,13 @@ def test_a_page_that_is_mapped_twice_is_watched_by_its_linear_address(boot: Boot
     guest = make(boot, "mov [V], al\none: mov [W], al".replace("W", str(0x40000000)), dr0=V, control=dr7((WRITE, 1)))
     guest.map(0x40000000, V, Pte.RW)
     assert run(guest) == [(guest.program["one"], 1)]
+
+
+def test_a_step_that_faults(boot: Boot) -> None:
+    """The instruction runs alone; the host's own fault is the guest's, at that instruction, and there is no step."""
+    guest = make(boot, f"{STEPS}one: nop\ntwo: div ecx", rcx=0)
+    guest.run()
+    frame = guest.exception
+    assert frame is not None and (frame.vector, frame.rip) == (0, guest.program["two"])
+    steps = [guest.load(at) for at in range(LOG, guest.reg("r15"), 16)]
+    assert steps == [guest.program["two"]]  # of the NOP: TF counts from the instruction behind POPFQ on

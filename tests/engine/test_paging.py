@@ -119,7 +119,16 @@ def test_smep(boot: Boot) -> None:
     "text", [READ, WRITE, "push qword [V]", "add [V], rax", "mov rsi, V\nlodsq", "movups xmm0, [V]"]
 )
 @pytest.mark.parametrize(
-    "allow", ["", "stac\n", "stac\nclac\n", "push 0x40002\npopfq\n", "push 0x40002\npopfq\nclac\n"]
+    "allow",
+    [
+        "",
+        "stac\n",
+        "clac\nstac\n",
+        "stac\nstac\n",
+        "stac\nclac\n",
+        "push 0x40002\npopfq\n",
+        "push 0x40002\npopfq\nclac\n",
+    ],
 )
 def test_smap(boot: Boot, text: str, allow: str) -> None:
     """User pages are the supervisor's only while RFLAGS.AC is set."""

@@ -196,7 +196,7 @@ class Alone(Access, ABC):
             elif kind == Kind.SEGMENT:
                 raise GuestFault(st.info, 0)
             elif kind == Kind.FAULT:
-                raise self._host_fault()
+                raise self._host_fault(st.rip - st.page)
             elif kind == Kind.BREAK:
                 return False
             elif kind == Kind.STOPPED:
@@ -266,11 +266,13 @@ class Alone(Access, ABC):
             self.exits.note("in", port, size, value, q[_RIP])
             q[_RAX] = value if size == 4 else q[_RAX] & ~mask | value
 
-    def _host_fault(self) -> GuestFault:
-        """The host CPU faulted in translated code: which exception of the guest's that is."""
+    def _host_fault(self, offset: int | None = None) -> GuestFault:
+        """The host CPU faulted in translated code: which exception of the guest's that is. ``offset``: of the
+        instruction from ``st.page``, where it ran alone."""
         st = self.st
         fault = HostFault(st.info)
-        offset = self.cache.locate(st.va) if not st.single else st.rip - st.page
+        if offset is None:
+            offset = self.cache.locate(st.va)
         self._leave()
         if offset is None or fault.vector is None:
             at = st.va - self.cache.buffer.rx

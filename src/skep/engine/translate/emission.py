@@ -244,7 +244,7 @@ class Emission:
                 if e == _CALL:
                     leave(extra, extra <= at or shadow, mode, at, form.narrow)
                 elif e == _MODE:
-                    leave(at + n, False, mode ^ Mode.AC)
+                    leave(at + n, False, mode & ~Mode.AC | form.cond)
                 elif e == _LOOK:
                     leave(at + n, True, mode)
         if draft.ends == _NO or draft.ends == _JCC:

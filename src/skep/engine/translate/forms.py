@@ -45,7 +45,7 @@ class Ends:
     CALL = 4  # the template pushes the return address; the block goes on at the target
     LOOP = 5  # LOOP, LOOPcc, JCXZ: short forms only, that touch no flag
     SHADOW = 6  # STI: one more instruction, then look for interrupts
-    MODE = 7  # STAC, CLAC: goes on in another mode
+    MODE = 7  # STAC, CLAC: goes on in the mode with AC, which `cond` is, or without
     LOOK = 8  # POPF: goes on behind itself after looking for interrupts
 
 

@@ -55,6 +55,7 @@ from skep.engine.translate.forms import (
     sign_extend,
     waits,
 )
+from skep.engine.translate.layout import Mode
 from skep.engine.translate.special import Special
 from skep.engine.translate.stubs import field as state
 from skep.errors import InternalError
@@ -130,6 +131,7 @@ class Lowering(Special):
             form.keeps = ALL_FLAGS
         elif m in (Mnemonic.STAC, Mnemonic.CLAC):
             form.ends = Ends.MODE
+            form.cond = Mode.AC if m == Mnemonic.STAC else 0
             form.keeps, form.reads = ALL_FLAGS, 0
         elif m == Mnemonic.MOV and ins.op0_kind == OpKind.REGISTER and ins.op0_register == Register.CR3:
             form.ends = Ends.YES
