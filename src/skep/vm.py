@@ -32,12 +32,13 @@ from skep.config.sugar import add_device, add_disk
 from skep.engine.contract import Engine, EngineVm, Exit, ExitReason, Vcpu
 from skep.errors import EngineLimit, InternalError, SkepError, UserError
 from skep.explain.explainer import Explainer
-from skep.explain.explanation import Activity, Cause, Explanation, Seen
+from skep.explain.subject import Activity, Cause, Seen
 from skep.machine import Board, Events, build, choose_engine
 from skep.memory import GuestMemory
 
 if TYPE_CHECKING:
     from skep.chardev.console import Console
+    from skep.explain.explanation import Explanation
     from skep.explain.watch import Watch
 
 PROGRAM = "program"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -59,10 +60,11 @@ def fill(memory: GuestMemory, seed: int) -> None:
 
 
 @pytest.fixture(scope="module", params=range(3))
-def memory(request: pytest.FixtureRequest) -> GuestMemory:
+def memory(request: pytest.FixtureRequest) -> Iterator[GuestMemory]:
     memory = GuestMemory(SIZE)
     fill(memory, request.param)
-    return memory
+    yield memory
+    memory.close()
 
 
 def subject(memory: GuestMemory, state: dict[str, Any], said: str) -> Subject:

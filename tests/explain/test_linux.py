@@ -69,6 +69,8 @@ def silent(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Expl
         while not (log := (explanation := vm.explain()).log) or "---[ end Kernel panic" not in log[-1]:
             assert time.monotonic() < deadline, str(explanation)
             time.sleep(1)
+        time.sleep(1)  # it has said its last word, and comes to rest
+        explanation = vm.explain()
         space = AddressSpace(vm.board.memory, dict(explanation.processors[0].registers))
         image = find_image(space)
         assert image is not None

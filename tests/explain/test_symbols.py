@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,8 +102,10 @@ class Kernel:
 
 
 @pytest.fixture
-def kernel() -> Kernel:
-    return Kernel()
+def kernel() -> Iterator[Kernel]:
+    kernel = Kernel()
+    yield kernel
+    kernel.memory.close()
 
 
 def test_the_kernels_image_is_found_by_its_page_tables(kernel: Kernel) -> None:

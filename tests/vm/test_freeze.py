@@ -102,8 +102,8 @@ def test_twice_is_once(linux: Linux) -> None:
 )
 def test_a_transfer_under_way_ends_before_the_freeze(linux: Linux, command: str, says: str) -> None:
     vm, disk = linux.vm, the_disk(linux.vm)
-    behind = disk._backend
-    gate = disk._backend = Gate(behind)
+    behind = disk.backend
+    gate = disk.backend = Gate(behind)
     try:
         linux.begin(command)
         assert gate.entered.wait(BOOT)
@@ -121,7 +121,7 @@ def test_a_transfer_under_way_ends_before_the_freeze(linux: Linux, command: str,
         assert linux.end() == says
     finally:
         gate.opened.set()
-        disk._backend = behind
+        disk.backend = behind
 
 
 def test_nobody_reads_the_console(linux: Linux) -> None:

@@ -6,13 +6,15 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 from skep.control import actions
 from skep.control.actions import Action, Done, Result
 from skep.errors import SkepError, UserError
-from skep.explain.explanation import Explanation
 from skep.vm import TRANSITIONS, State, Step, Vm
+
+if TYPE_CHECKING:
+    from skep.explain.explanation import Explanation
 
 Reply = dict[str, Any]
 """As it goes over the socket: {"result": ...} or {"error": {"message": ...}}."""

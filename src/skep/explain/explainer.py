@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from skep.chardev.transcript import Transcript
 from skep.config import Settings, Tree
-from skep.explain.explanation import Cause, Explanation, Seen, Subject
-from skep.explain.symbols import SystemMap
+from skep.explain.subject import PANIC, Cause, Seen, Subject
 from skep.machine import Board
+
+if TYPE_CHECKING:
+    from skep.explain.explanation import Explanation
+    from skep.explain.symbols import SystemMap
 
 _STOPPED_ON_PURPOSE = ("reboot: System halted", "reboot: Power down")
 
@@ -22,7 +26,7 @@ class Explainer:
     def __init__(self, tree: Tree, settings: Settings, transcript: Transcript) -> None:
         self.transcript = transcript
         self._tree = tree
-        self._system_map = SystemMap(settings.boot_system_map) if settings.boot_system_map else None
+        self._system_map = _system_map(settings.boot_system_map)
         self.done = False
         """This life's failure was explained."""
 
@@ -33,9 +37,7 @@ class Explainer:
 
     def panicked(self) -> bool:
         """The guest's kernel said so, and nobody has explained it yet."""
-        from skep.explain.findings import panic
-
-        return not self.done and panic(self.transcript.text()) is not None
+        return not self.done and PANIC in self.transcript.text()
 
     def halted_on_purpose(self) -> bool:
         text = self.transcript.text()
@@ -43,7 +45,7 @@ class Explainer:
 
     def explain(self, cause: Cause, board: Board, processors: Sequence[Seen], silent_for: float) -> Explanation:
         """No processor runs meanwhile, and no device changes anything."""
-        from skep.explain import explain
+        from skep.explain.looking import explain
 
         touched = {
             ("port" if record.what in ("in", "out") else "mmio", record.where)
@@ -65,3 +67,11 @@ class Explainer:
                 system_map=self._system_map,
             )
         )
+
+
+def _system_map(path: str | None) -> SystemMap | None:
+    if path is None:
+        return None
+    from skep.explain.symbols import SystemMap
+
+    return SystemMap(path)

@@ -1,80 +1,17 @@
-"""The shape of an explanation, and of what it is made from."""
+"""The shape of an explanation."""
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from skep.config import Tree
 from skep.engine.exits import ExitRecord
 from skep.explain.findings import Finding
-from skep.explain.symbols import SystemMap
-from skep.memory import GuestMemory
+from skep.explain.subject import Activity, Cause
 
 
-class Cause(enum.Enum):
-    """What a guest is explained for; the value begins a sentence."""
-
-    TRIPLE_FAULT = "the guest had a triple fault"
-    PANIC = "the guest's kernel panicked"
-    HALTED = "the guest halted with interrupts off; nothing but a reset will wake it"
-    SILENT = "the guest says nothing"
-    MUTE = "the guest has not said anything yet"
-    """Which may be quite right: it is a failure if there are findings."""
-    ASKED = "the guest, as it is now"
-
-
-class Activity(enum.Enum):
-    """What a processor was doing; the value is said of it."""
-
-    NOT_STARTED = "was not started"
-    HALTED = "halted with interrupts off"
-    IDLE = "sleeps until an interrupt comes"
-    SPINNING = "spins"
-    RUNNING = "runs"
-    FAULTED = "faulted"
-    DEAF = "does not stop"
-    """For us to look at; ours to explain."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One processor as it was found."""
-
-    index: int
-    activity: Activity
-    registers: Mapping[str, Any]
-    """As :meth:`skep.engine.contract.Vcpu.get_state` gives them; empty where there are none."""
-    places: tuple[int, ...] = ()
-    """rip at several moments, the last one now."""
-    exits: tuple[ExitRecord, ...] = ()
-    refused: Mapping[tuple[str, int], int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A VM that stands still, and what is known of it from outside."""
-
-    cause: Cause
-    tree: Tree
-    """Frozen."""
-    memory: GuestMemory
-    processors: Sequence[Seen]
-    unanswered: Mapping[tuple[str, int], int]
-    """:attr:`skep.bus.Bus.unknown`."""
-    owners: Mapping[tuple[str, int], str]
-    """("port" or "mmio", address) -> the device there."""
-    said: str
-    """The end of the consoles' output."""
-    silent_for: float = 0.0
-    """Seconds since the guest last said anything."""
-    system_map: SystemMap | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """An address in the code, and its name."""
 
     address: int

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from skep.config import Tree
+from skep.explain.subject import PANIC
 
-PANIC = "Kernel panic - not syncing"
 _A_DISK = re.compile(r"^(?:\[.*\] )?[0-9a-f]{4} +\d+ vd[a-z]|\[vd[a-z]\] \d+ .*blocks|\bvd[a-z]: vd[a-z]", re.MULTILINE)
 """The kernel's words for a virtio disk that it has found."""
 
@@ -83,13 +83,13 @@ def find(machine: Machine, said: str, log: str) -> Iterator[Finding]:
 
 def panic(text: str) -> str | None:
     """What the kernel panicked of, the last time; None where it did not."""
-    found = re.findall(rf"{PANIC}: ([^\r\n]*)", text)
+    found = re.findall(rf"{PANIC}([^\r\n]*)", text)
     return found[-1].removesuffix("]---").strip() if found else None
 
 
 def panicked_cpu(text: str) -> int | None:
     """Which processor said so."""
-    found = re.search(rf"{PANIC}: .*?CPU: (\d{{1,4}}) PID: ", text, re.DOTALL)
+    found = re.search(rf"{PANIC}.*?CPU: (\d{{1,4}}) PID: ", text, re.DOTALL)
     return int(found[1]) if found else None
 
 

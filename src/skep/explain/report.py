@@ -9,7 +9,8 @@ from typing import Any
 from skep.engine.amd64 import msrs
 from skep.engine.exits import ExitRecord
 from skep.explain.amd64 import EXCEPTIONS
-from skep.explain.explanation import Cause, Explanation, Processor
+from skep.explain.explanation import Explanation, Processor
+from skep.explain.subject import Cause
 
 MOST = 40
 _WIDTH = 160

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Callable
 
 from skep.chardev.transcript import Transcript
-from skep.explain.explanation import Cause
-from skep.explain.findings import panic
+from skep.explain.subject import PANIC, Cause
 
 FIRST_WORD = 60.0
 """Seconds after which a guest that never said anything is looked at, and spoken of if it is clear what is wrong."""
@@ -46,7 +45,7 @@ class Watch:
                 patience = None
                 continue
             patience = self._silence or None
-            if not self._ended.wait(_GATHER) and panic(self._transcript.text()) is not None:
+            if not self._ended.wait(_GATHER) and PANIC in self._transcript.text():
                 self._wait_until_quiet()
                 self._report(Cause.PANIC, 0.0)
 

@@ -110,8 +110,8 @@ class Started:
 
 def wait_always(made: Disk) -> None:
     """As if the host had nothing in its memory."""
-    made.blk._backend._nowait = False  # type: ignore[attr-defined]
-    made.blk._backend._slow_until = 1 << 63  # type: ignore[attr-defined]
+    made.blk.backend._nowait = False  # type: ignore[attr-defined]
+    made.blk.backend._slow_until = 1 << 63  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module", params=["at once", "in the pool", "write-through", "nocache", "recorded"])

@@ -20,7 +20,7 @@ def fill(made: Disk) -> tuple[list[int], list[int]]:
     """Write the whole disk, 4096 bytes at a time: the blocks that took it, and those that did not."""
     made.start()
     taken, refused = [], []
-    for block in range(made.blk._backend.size // 4096):
+    for block in range(made.blk.backend.size // 4096):
         status, _, _ = made.request(T_OUT, 8 * block, out=[block.to_bytes(4, "little") * 1024])
         assert status in (OK, IOERR)
         (refused if status else taken).append(block)
