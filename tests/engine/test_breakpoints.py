@@ -256,3 +256,21 @@ def test_a_step_that_faults(boot: Boot) -> None:
     assert frame is not None and (frame.vector, frame.rip) == (0, guest.program["two"])
     steps = [guest.load(at) for at in range(LOG, guest.reg("r15"), 16)]
     assert steps == [guest.program["two"]]  # of the NOP: TF counts from the instruction behind POPFQ on
+
+
+def test_dr6_forgets_other_breakpoints_and_nothing_else(boot: Boot) -> None:
+    guest = make(boot, "mov [V], al\nnext: nop", dr0=V, control=dr7((WRITE, 1)), dr6=0xFFFF0FF0 | BS | 0xE)
+    assert run(guest) == [(guest.program["next"], BS | 1)]
+
+
+def test_sti_holds_off_no_step(boot: Boot) -> None:
+    """In ring 3, where STI is not translated."""
+    guest = make(boot, "push 0x3102\npopfq\nsti\none: nop\ntwo: nop", user=True, rflags=0x3002)
+    assert [rip for rip, _ in run(guest)][:2] == [guest.program["one"], guest.program["two"]]
+
+
+def test_int1_behind_mov_ss_is_one_exception(boot: Boot) -> None:
+    """What MOV SS hit waits for the next instruction, which is itself #DB."""
+    guest = make(boot, "mov eax, ss\nmov [V], ax\nmov ss, [V]\ndb 0xf1\nnext: nop", dr0=V, control=dr7((ACCESS, 2)))
+    hits = run(guest)
+    assert hits[-1] == (guest.program["next"], 1) and len(hits) == 2

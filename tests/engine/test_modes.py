@@ -290,3 +290,16 @@ def test_sysenter_from_32_bit_user_code(boot: Boot, back: str) -> None:
     assert (state["rbx"], state["r15"], state["r14"]) == (5, 5, STACK)
     assert not state["r13"] & 0x200  # SYSENTER clears IF
     assert frame.cs & 3 == 3 and frame.cs & ~3 == 0x20 and frame.ss & ~3 == 0x28
+
+
+def test_a_segment_that_a_return_takes_away_keeps_its_base(boot: Boot) -> None:
+    """GS with a selector of ring 0: null in ring 3, and the kernel still finds its data when it comes back."""
+    go = f"push 0x2b\npush USER_STACK\npush 0x202\npush 0x33\npush {CODE_AT}\niretq\n"
+    guest = boot(go + "back: mov eax, gs\nmov rbx, gs:[0]\nhlt", handlers={0x80: "back"})
+    for page in (CODE_AT, USER_STACK - 4096):
+        guest.map(page, page, Pte.US | Pte.RW)
+    guest.memory.write(CODE_AT, b"\xcd\x80")
+    guest.memory.store_u64(0x180000, 0x1122334455667788)
+    guest.set(gs={**SEGMENTS[DATA0], "base": 0x180000})
+    at_end(guest)
+    assert (guest.reg("rax"), guest.reg("rbx")) == (0, 0x1122334455667788)

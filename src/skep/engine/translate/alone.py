@@ -13,6 +13,7 @@ from skep.engine.amd64.registers import Cr0, Cr4, Rflags, Vector
 from skep.engine.translate import allowed, breakpoints, delivery
 from skep.engine.translate.access import WRITE, Access, Unsupported
 from skep.engine.translate.blocks import Cache
+from skep.engine.translate.breakpoints import DR6_HITS
 from skep.engine.translate.context import operand_segment
 from skep.engine.translate.emulate import Emulator
 from skep.engine.translate.faults import HostFault
@@ -42,8 +43,6 @@ _MASKED_BY_XCR0 = set(_STATE) - set(_FX)
 _LEAVING = (Mnemonic.IRETQ, Mnemonic.SYSCALL, Mnemonic.SYSRETQ)
 """In translated code these go on in the guest."""
 _COMPARES = tuple(getattr(Mnemonic, op + size) for op in ("CMPS", "SCAS") for size in "BWDQ")
-_ENTERS = (Mnemonic.INT, Mnemonic.INT1, Mnemonic.INT3, Mnemonic.INTO, Mnemonic.SYSCALL, Mnemonic.SYSENTER)
-"""What clears TF on the way to a handler is not stepped over."""
 _IRETS = (Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
 
 
@@ -119,6 +118,7 @@ class Alone(Access, ABC):
         if not st.sysfl & Rflags.TF:
             return self._alone()
         self.stop_at_breakpoint()
+        self.emulator.entered = False
         ins = self.instruction()
         start, count = st.rip, st.rcx
         one = bool(ins.is_string_instruction and (ins.has_rep_prefix or ins.has_repne_prefix) and count > 1)
@@ -131,7 +131,7 @@ class Alone(Access, ABC):
                 st.rcx = count - 1 + st.rcx
         if one and not (ins.mnemonic in _COMPARES and bool(st.flags & 0x40) == ins.has_repne_prefix):
             st.rip = start
-        if st.sysfl & Rflags.TF or ins.mnemonic not in _ENTERS:
+        if st.sysfl & Rflags.TF or not self.emulator.entered:
             self.hits |= _DR6_BS
         return halted
 
@@ -141,12 +141,12 @@ class Alone(Access, ABC):
         if st.watch_code and not st.sysfl & Rflags.RF:
             hits = breakpoints.code_hits(st, self.linear_rip)
             if hits:
-                st.dr6 |= hits
+                st.dr6 = st.dr6 & ~DR6_HITS | hits
                 raise GuestFault(Vector.DB)
 
     def report_hits(self) -> None:
         """#DB for the breakpoints that the last instruction has hit, and for its single step."""
-        self.st.dr6 |= self.hits
+        self.st.dr6 = self.st.dr6 & ~DR6_HITS | self.hits
         self.hits = 0
         delivery.trap(self, Vector.DB, self.st.rip)
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from skep.engine.amd64.registers import Cr4
 from skep.engine.translate.layout import StateBlock
 
+DR6_HITS = 0xF
+"""Bits that a #DB sets or clears; the others of DR6 it only sets."""
 INSTRUCTION, WRITE, PORT, ACCESS = range(4)
 _LENGTHS = (1, 2, 8, 4)
 

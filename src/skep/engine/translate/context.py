@@ -81,6 +81,8 @@ class Context:
         self.next_rip = 0
         """Where the guest goes on; an instruction that jumps sets it."""
         self.halted = False
+        self.entered = False
+        """An instruction went to a handler or to the kernel: it ends a single step only if TF is still set there."""
         self.shadow = False
         """The instruction holds off interrupts until after the next one (STI, MOV SS, POP SS)."""
 

@@ -350,7 +350,7 @@ def cli(e: Context, i: Instruction) -> None:
 
 def sti(e: Context, i: Instruction) -> None:
     require_iopl(e)
-    e.shadow = not e.st.iflag
+    e.shadow = not e.st.iflag and not e.st.sysfl & Rflags.TF  # it holds off interrupts, no steps
     e.st.iflag = Rflags.IF
 
 

@@ -7,6 +7,7 @@ from iced_x86 import Code, Instruction, Mnemonic, OpKind
 
 from skep.engine.amd64.registers import Attr, Cr0, Efer, Rflags, SystemType, Vector, canonical
 from skep.engine.translate import delivery, segments, tasks
+from skep.engine.translate.breakpoints import DR6_HITS
 from skep.engine.translate.context import M32, M64, MASK, RCX, RDX, RSP, Context, Handler
 from skep.engine.translate.emulate_integer import require_virtual_iopl
 from skep.engine.translate.port import GuestFault
@@ -278,13 +279,17 @@ def into(e: Context, i: Instruction) -> None:
 
 
 def int1(e: Context, i: Instruction) -> None:
+    e.st.dr6 = e.st.dr6 & ~DR6_HITS | e.cpu.hits  # one #DB, also for what an instruction before held back
+    e.cpu.hits = 0
     delivery.trap(e.cpu, Vector.DB, e.next_rip)
     e.next_rip = e.st.rip
+    e.entered = True
 
 
 def _interrupt(e: Context, vector: int) -> None:
     delivery.software_interrupt(e.cpu, vector, e.next_rip)
     e.next_rip = e.st.rip
+    e.entered = True
 
 
 def iret(e: Context, i: Instruction) -> None:
@@ -311,6 +316,7 @@ def _switch(e: Context, code: Loaded, stack: Loaded, cpl: int, rip: int) -> None
     segments.put(e.st, "ss", stack)
     e.st.cpl = cpl
     e.next_rip = rip
+    e.entered = not cpl
     e.cpu.state_changed()
 
 

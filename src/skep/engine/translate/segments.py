@@ -268,11 +268,12 @@ def load_task(cpu: CpuPort, selector: int) -> None:
 
 
 def drop_inaccessible(st: StateBlock) -> None:
-    """After a return to an outer level: data segments that it may not use become null (SDM 2, RET)."""
+    """After a return to an outer level: data segments that it may not use become null (SDM 2, RET). Their bases stay,
+    which 64-bit code knows of FS and GS."""
     for name in ("es", "ds", "fs", "gs"):
         segment = held(st, name)
         if segment.present and not segment.conforming and segment.dpl < st.cpl:
-            put(st, name, null(0))
+            put(st, name, Loaded(0, segment.base, 0, 0))
 
 
 def check_code_target(cpu: CpuPort, segment: Loaded, offset: int, ext: int = 0) -> None:
