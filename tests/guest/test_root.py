@@ -72,6 +72,18 @@ def test_the_same_work_on_a_cpu_like_the_hosts(root: Root, disk: Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_with_two_processors(root: Root, disk: Path, tmp_path: Path) -> None:
+    """Two at work at once, on the same files' pages and each on its own."""
+    with Debian(root, disk, disks=(script_disk(tmp_path),), cpus=2) as debian:
+        assert debian("nproc") == "2\n"
+        work = "WORK=/tmp/work$i PYTHON=/usr/bin/python3 sh /dev/vdb > /tmp/$i"
+        assert debian(f"for i in 1 2; do ({work}) & done; wait; cat /tmp/1") == natively(tmp_path)
+        assert debian("cmp /tmp/1 /tmp/2; systemctl --failed --no-legend") == ""
+        debian.power_off()
+    check_file_system(disk)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["512M", "5G"])
 def test_five_boots_of_five(root: Root, disk: Path, memory: str) -> None:
     """From one disk: the first boot gives it an identity, the others find what the one before left."""
