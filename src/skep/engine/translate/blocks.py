@@ -171,7 +171,7 @@ class Cache:
         if len(self.world.blocks) > 1:
             self._fence()
         pa2 = block.pa2
-        if map_.wmapped[pa >> 12] or (pa2 is not None and map_.wmapped[pa2 >> 12]) or changes != map_.changes:
+        if map_.wmapped[pa >> 12] or (pa2 is not None and map_.wmapped[pa2 >> 12]) or changes is not map_.changes:
             with self.world.stopped():
                 for frame in (pa >> 12,) if pa2 is None else (pa >> 12, pa2 >> 12):
                     self._protect(frame)

@@ -25,8 +25,8 @@ class CodeMap:
         self.mask = memoryview(self._tables[0]).cast("B").cast("Q")
         self.wmapped = memoryview(self._tables[1])
         self._bytes = memoryview(self._tables[2]).cast("B").cast("Q")
-        self.changes = 0
-        """How often somebody who is no vCPU has stored to memory."""
+        self.changes: object = None
+        """Another object each time somebody who is no vCPU has stored; a count could lose one of two at once."""
 
     def close(self) -> None:
         self.mask.release()

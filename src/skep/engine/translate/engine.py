@@ -71,7 +71,7 @@ class TranslateVm:
     def _written(self, gpa: int, n: int) -> None:
         """Somebody who is no vCPU has changed memory: its translations go before anybody can know of the change."""
         map_ = self.cache.map
-        map_.changes += 1
+        map_.changes = object()
         mask = map_.mask
         for frame in range(gpa >> 12, (gpa + n - 1 >> 12) + 1):
             if mask[frame]:
