@@ -596,3 +596,23 @@ def test_two_vms_take_turns_on_one_thread(boot: Boot) -> None:
         for guest, step in ((one, 1), (two, 100)):
             at_end(guest)
             assert guest.load("out") == turn * step == guest.reg("rax")
+
+
+def test_avx_needs_neither_osfxsr_nor_em_clear(boot: Boot) -> None:
+    """VEX instructions look at CR4.OSXSAVE, XCR0 and CR0.TS only (SDM 2, 2.4)."""
+    guest = boot("vpxor ymm1, ymm1, ymm1\nvmovd ecx, xmm1\nhlt")
+    state = guest.state
+    guest.set(cr4=state["cr4"] & ~Cr4.OSFXSR, cr0=state["cr0"] | Cr0.EM, rcx=5)
+    guest.run()
+    assert guest.exception is None and guest.reg("rcx") == 0
+
+
+@pytest.mark.parametrize("text", ["lldt ax", "ltr ax"])
+def test_system_segments_with_a_base_that_is_not_canonical(boot: Boot, text: str) -> None:
+    guest = boot(f"mov eax, 0x30\nlast: {text}\nhlt")
+    kind = 0x82 if text == "lldt ax" else 0x89
+    guest.memory.store_u64(GDT + 0x30, kind << 40 | 0x67)
+    guest.memory.store_u64(GDT + 0x38, 0x00AAAAAA)
+    guest.run()
+    frame = guest.exception
+    assert frame is not None and (frame.vector, frame.error, frame.rip) == (13, 0x30, guest.program["last"])

@@ -39,11 +39,18 @@ BAD = [(index, 1 << 47) for index in ADDRESSES] + [
     (msrs.IA32_ARCH_CAPABILITIES, 0),
     (msrs.IA32_SPEC_CTRL, 2),
     (msrs.IA32_PRED_CMD, 2),
-    (msrs.IA32_MISC_ENABLE, 1 << 22),
-    (msrs.IA32_MISC_ENABLE, 1 << 34),
+    (msrs.IA32_MISC_ENABLE, 1 << 40),
+    (msrs.IA32_MCG_CAP, 0),
     (0x1234, 0),
     (msrs.AMD_HWCR, 0),
 ]
+
+
+def test_misc_enable_keeps_its_read_only_bits(cpu: PlainCpu) -> None:
+    before = cpu.msrs.read(msrs.IA32_MISC_ENABLE)
+    assert before is not None
+    assert cpu.msrs.write(msrs.IA32_MISC_ENABLE, 1 << 34 | 1 << 22 | 1 << 7)
+    assert cpu.msrs.read(msrs.IA32_MISC_ENABLE) == 1 << 34 | 1 << 22 | before & msrs.MISC_ENABLE_READ_ONLY
 
 
 @pytest.mark.parametrize(("index", "value"), BAD)

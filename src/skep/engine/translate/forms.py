@@ -111,7 +111,7 @@ class Legality:
 
     X87 = 1  # CR0.EM and CR0.TS clear
     SSE = 2  # and CR4.OSFXSR set
-    AVX = 4  # and CR4.OSXSAVE set with SSE and AVX in XCR0
+    AVX = 4  # CR0.TS clear, CR4.OSXSAVE set with SSE and AVX in XCR0
     TSC = 8  # CR4.TSD clear: RDTSC is the user's too
     OSXSAVE = 16
     INNER = 32  # CPL 1 or 2: the supervisor's pages, but not its instructions

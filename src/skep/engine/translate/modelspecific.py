@@ -77,6 +77,7 @@ class ModelSpecific:
             msrs.IA32_FEATURE_CONTROL: 1,  # locked, nothing enabled
             msrs.IA32_BIOS_SIGN_ID: 1 << 32,
             msrs.IA32_MTRRCAP: msrs.MTRRCAP_VALUE,
+            msrs.IA32_MCG_CAP: 0,  # no banks: there is no machine check
             msrs.IA32_ARCH_CAPABILITIES: msrs.ARCH_CAPABILITIES_VALUE,
         }
         if self._cpuid.is_amd:
@@ -193,8 +194,9 @@ class ModelSpecific:
             valid = msrs.valid_mtrr_def_type(value)
         elif index == msrs.IA32_SPEC_CTRL:
             valid = not value & ~(msrs.SPEC_CTRL_IBRS | msrs.SPEC_CTRL_BHI_DIS_S)
-        elif index == msrs.IA32_MISC_ENABLE:  # what would hide CPUID leaves or NX does not go in
-            valid = not value & (msrs.MISC_ENABLE_LIMIT_CPUID | msrs.MISC_ENABLE_XD_DISABLE)
+        elif index == msrs.IA32_MISC_ENABLE:  # as in KVM, what would hide CPUID leaves or NX is kept and hides none
+            read_only = msrs.MISC_ENABLE_READ_ONLY
+            valid, value = not value & msrs.MISC_ENABLE_RESERVED, value & ~read_only | self._kept[index] & read_only
         else:
             valid = True
         if valid:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skep.engine.amd64.registers import Attr, Cr0, Efer, Rflags, SystemType, Vector
+from skep.engine.amd64.registers import Attr, Cr0, Efer, Rflags, SystemType, Vector, canonical
 from skep.engine.translate.layout import SEGMENTS, Mode, StateBlock
 from skep.engine.translate.port import CpuPort, GuestFault
 
@@ -244,6 +244,8 @@ def check_system(cpu: CpuPort, selector: int, types: tuple[int, ...], ext: int =
     if not segment.present:
         raise GuestFault(Vector.NP, selector & 0xFFFC | ext)
     base = segment.base | int.from_bytes(raw[8:12], "little") << 32
+    if wide and not canonical(base):
+        raise GuestFault(Vector.GP, selector & 0xFFFC | ext)
     return Loaded(selector, base, segment.limit, segment.attributes), address
 
 

@@ -332,8 +332,8 @@ class TranslateVcpu(Alone):
             legality = Legality.X87
             if cr4 & Cr4.OSFXSR:
                 legality |= Legality.SSE
-                if cr4 & Cr4.OSXSAVE and st.xcr0 & 6 == 6:
-                    legality |= Legality.AVX
+        if not cr0 & Cr0.TS and cr4 & Cr4.OSXSAVE and st.xcr0 & 6 == 6:  # neither EM nor OSFXSR counts (SDM 2, 2.4)
+            legality |= Legality.AVX
         if not cr4 & Cr4.TSD:
             legality |= Legality.TSC
         if cr4 & Cr4.OSXSAVE:
