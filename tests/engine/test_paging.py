@@ -471,3 +471,19 @@ def test_the_stacks_page_changes(boot: Boot, how: str) -> None:
     assert guest.load(H + 0x7F0) == 3
     assert guest.load(H + 0x800, 4) == 9
     assert guest.load(G + 0x7F0) == 2
+
+
+@pytest.mark.parametrize("level", [2, 3, 4])
+def test_reserved_bits_of_a_directory_are_seen_before_what_it_leads_to(boot: Boot, level: int) -> None:
+    """The page below is not present, and still the fault is for the reserved bit."""
+    va = V + (1 << 39)
+    for bit, nxe in ((1 << 45, True), (Pte.NX, False), (Pte.PS if level == 4 else 1 << 51, True)):
+        guest = make(boot, f"mov rbx, {va}\nmov rax, [rbx]\nhlt")
+        guest.map(va, G, Pte.RW)
+        guest.memory.store_u64(guest.entry(va), 0)
+        where = guest.entry(va, level)
+        guest.memory.store_u64(where, guest.memory.load_u64(where) | bit)
+        guest.set(efer=guest.state["efer"] & ~(0 if nxe else 1 << 11))
+        guest.run()
+        frame = guest.exception
+        assert frame is not None and (frame.vector, frame.error, frame.cr2) == (14, 9, va), (level, hex(bit))

@@ -72,6 +72,7 @@ SCE, LMA, NXE = Efer.SCE, Efer.LMA, Efer.NXE
 TF, IF, NT, RF, VM, AC = Rflags.TF, Rflags.IF, Rflags.NT, Rflags.RF, Rflags.VM, Rflags.AC
 P, RW, US, ACCESSED, DIRTY, PS, GLOBAL = Pte.P, Pte.RW, Pte.US, Pte.A, Pte.D, Pte.PS, Pte.G
 FRAME = Pte.ADDRESS
+NX = Pte.NX
 RESERVED = 0x000FFF0000000000  # MAXPHYADDR is 40 (engine/amd64/cpuid.py)
 UPPER = 0xFFFFFFFFFFFFFFFF
 
@@ -113,13 +114,15 @@ def walk(va: int, access: int, array: int) -> int:
     if (access & FETCH) != 0 and (st.efer & NXE or st.cr4 & SMEP):
         error = error | PF_I
     st.w_error = error
+    reserved = RESERVED
+    if st.efer & NXE == 0:
+        reserved = RESERVED | NX
     while True:
         table = st.cr3 & FRAME
         shift = 39
         rights = RW | US
         nx = 0
         flags = 0
-        bad = 0
         while True:
             gpa = table + ((va >> shift) & 511) * 8
             if gpa >= st.low_end and gpa - st.high_base >= st.high_size:
@@ -128,17 +131,16 @@ def walk(va: int, access: int, array: int) -> int:
             entry = ld64(slot)
             if entry & P == 0:
                 return 14
-            if entry & RESERVED:
-                bad = 1
+            if entry & reserved or (entry & PS and shift == 39):  # whatever the entries below it are
+                st.w_error = error | PF_P | PF_RSVD
+                return 14
             rights = rights & entry
             nx = nx | entry
             if shift == 12:
                 break
-            if entry & PS and shift != 39:
-                break
             if entry & PS:
-                bad = 1
-            if entry & ACCESSED == 0 and bad == 0:
+                break
+            if entry & ACCESSED == 0:
                 cas64(slot, entry, entry | ACCESSED)
             table = entry & FRAME
             shift = shift - 9
@@ -146,14 +148,10 @@ def walk(va: int, access: int, array: int) -> int:
         if shift != 12:
             flags = 2
             if entry & FRAME & (size - 1) & 0xFFFFFFFFFFFFE000:
-                bad = 1
+                st.w_error = error | PF_P | PF_RSVD
+                return 14
             if shift == 30:
                 flags = 6
-        if nx >> 63 and st.efer & NXE == 0:
-            bad = 1
-        if bad:
-            st.w_error = error | PF_P | PF_RSVD
-            return 14
         st.w_error = error | PF_P
         if refused(rights, access, array) or (access & FETCH and nx >> 63):
             return 14
@@ -201,6 +199,11 @@ def walk_legacy(va: int, access: int, array: int) -> int:
     if access & FETCH and (st.cr4 & SMEP or (st.efer & NXE and st.cr4 & PAE)):
         error = error | PF_I
     st.w_error = error
+    reserved = 0
+    if st.cr4 & PAE:
+        reserved = RESERVED | 0x7FF0000000000000
+        if st.efer & NXE == 0:
+            reserved = reserved | NX
     while True:
         rights = RW | US
         nx = 0
@@ -229,16 +232,17 @@ def walk_legacy(va: int, access: int, array: int) -> int:
                 entry = (whole >> part) & 0xFFFFFFFF
             if entry & P == 0:
                 return 14
+            if entry & reserved:  # whatever the entry below it is
+                st.w_error = error | PF_P | PF_RSVD
+                return 14
             rights = rights & entry
             if st.cr4 & PAE:
                 nx = nx | entry
-                if entry & (RESERVED | 0x7FF0000000000000):
-                    bad = 1
             if shift == 12:
                 break
             if entry & PS and st.cr4 & (PAE | PSE):
                 break
-            if entry & ACCESSED == 0 and bad == 0:
+            if entry & ACCESSED == 0:
                 cas64(slot, whole, whole | (ACCESSED << part))
             table = entry & FRAME
             shift = 12
@@ -254,8 +258,6 @@ def walk_legacy(va: int, access: int, array: int) -> int:
                 if entry & 0x200000:
                     bad = 1
                 frame = frame | (((entry >> 13) & 0xFF) << 32)
-        if nx >> 63 and st.efer & NXE == 0:
-            bad = 1
         if bad:
             st.w_error = error | PF_P | PF_RSVD
             return 14
