@@ -21,6 +21,7 @@ from skep.explain.linux import Physical, find_image, find_symbols
 from skep.guest.cpio import Archive
 from skep.guest.debian import Guest
 from tests.boot.bzimage import bzimage
+from tests.boot.elf import vmlinux
 from tests.linux import BOOT
 
 
@@ -191,11 +192,15 @@ def test_a_panic_that_stays(guest: Guest) -> None:
     assert "halted with interrupts off at stop_this_cpu" in processors[1]
 
 
-def test_a_kernel_of_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "mode"), [(bzimage(), "64-bit kernel code"), (vmlinux(code=b"\x0f\x0b"), "32-bit kernel code")]
+)
+def test_a_kernel_of_nothing(tmp_path: Path, kernel: bytes, mode: str) -> None:
     """A file with a kernel's header and bytes behind it that soon are no instructions."""
     path = tmp_path / "vmlinuz"
-    path.write_bytes(bzimage())
+    path.write_bytes(kernel)
     status, report, _ = run("--kernel", str(path))
     assert status == 3
     assert report[0] == "skep: the guest had a triple fault"
-    assert any("cannot deliver exceptions" in line for line in report)
+    assert f"({mode}, interrupts off)" in report[1]
+    assert any("cannot deliver exceptions: the IDT" in line for line in report)
