@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from benchmarks.console import Boot, boot
@@ -19,11 +20,13 @@ def run(payload: Payload, count: int, timeout: float, qemu: bool, say: Callable[
     """
     with tempfile.TemporaryDirectory(prefix="skep-bench-") as shared:
 
+        code = str(Path(shared, "bytecode"))
+
         def cold(watch: bool = False) -> Boot:
             with tempfile.TemporaryDirectory(prefix="skep-bench-") as cache:
-                return _skep(payload, timeout, cache, watch)
+                return _skep(payload, timeout, cache, code, watch)
 
-        ways: dict[str, Callable[[], Boot]] = {"cold": cold, "warm": lambda: _skep(payload, timeout, shared)}
+        ways: dict[str, Callable[[], Boot]] = {"cold": cold, "warm": lambda: _skep(payload, timeout, shared, code)}
         if qemu:
             ways["qemu"] = lambda: boot(qemu_command(payload), timeout)
         boots: dict[str, list[Boot]] = {name: [] for name in ways}
@@ -40,6 +43,7 @@ def run(payload: Payload, count: int, timeout: float, qemu: bool, say: Callable[
     return {"boots": {name: [asdict(b) for b in done] for name, done in boots.items()}, "resident": resident}
 
 
-def _skep(payload: Payload, timeout: float, cache: str, watch: bool = False) -> Boot:
-    environment = {**os.environ, "XDG_CACHE_HOME": cache}
+def _skep(payload: Payload, timeout: float, cache: str, code: str, watch: bool = False) -> Boot:
+    """``code``: where Python's bytecode is, which an installed Skep has, whatever this environment forbids."""
+    environment = {**os.environ, "XDG_CACHE_HOME": cache, "PYTHONPYCACHEPREFIX": code, "PYTHONDONTWRITEBYTECODE": ""}
     return boot(skep_command(payload), 2 * timeout if watch else timeout, environment, watch)
