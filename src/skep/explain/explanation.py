@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from skep.engine.exits import ExitRecord
 from skep.explain.findings import Finding
+from skep.explain.report import lines
 from skep.explain.subject import Activity, Cause
 
 
@@ -75,6 +76,4 @@ class Explanation:
     """Where the names of functions come from, or why there are none."""
 
     def __str__(self) -> str:
-        from skep.explain.report import lines
-
         return "\n".join(lines(self))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skep.engine.amd64 import msrs
 from skep.engine.exits import ExitRecord
 from skep.explain.amd64 import EXCEPTIONS
-from skep.explain.explanation import Explanation, Processor
 from skep.explain.subject import Cause
+
+if TYPE_CHECKING:
+    from skep.explain.explanation import Explanation, Processor
 
 MOST = 40
 _WIDTH = 160

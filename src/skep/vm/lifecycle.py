@@ -1,27 +1,14 @@
-"""The VM: created, started, frozen, thawed, reset, stopped.
-
-    with skep.Vm(kernel="vmlinuz", initrd="initrd.img", cmdline="console=ttyS0") as vm:
-        vm.start()
-        vm.console.expect("# ")
-        vm.console.send("poweroff -f\\n")
-        print(vm.wait())
-
-What may follow what is one table, :data:`TRANSITIONS`, and all of it happens on one thread of the VM's, one step after
-the other, whoever asked: the program, or the guest. Each processor is a thread that runs guest code until the engine
-gives up control, and then attends to what was asked of it (:class:`_Processor`).
-"""
+"""A VM's life: its steps, one after the other, on a thread of its own."""
 
 from __future__ import annotations
 
-import enum
 import gc
 import queue
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -29,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from skep.chardev.plugs import Plugs
 from skep.config import Tree, check_settings
 from skep.config.sugar import add_device, add_disk
-from skep.engine.contract import Engine, EngineVm, Exit, ExitReason, Vcpu
-from skep.errors import EngineLimit, InternalError, SkepError, UserError
+from skep.engine.contract import Engine, EngineVm
+from skep.errors import InternalError, UserError
 from skep.explain.explainer import Explainer
 from skep.explain.subject import Activity, Cause, Seen
 from skep.machine import Board, Events, build, choose_engine
 from skep.memory import GuestMemory
+from skep.vm.interpreter import INTERPRETER
+from skep.vm.processor import LOOKS, Processor
+from skep.vm.states import TRANSITIONS, End, Outcome, State, Step, failure
 
 if TYPE_CHECKING:
     from skep.chardev.console import Console
@@ -43,94 +33,14 @@ if TYPE_CHECKING:
 
 PROGRAM = "program"
 """The ``path`` of a serial port whose other end is the program's: see :meth:`Vm.serial`."""
-_PATIENCE = 30.0
-"""Seconds after which a processor that does not answer is ours to explain."""
-_LOOKS, _BETWEEN_LOOKS = 5, 0.01
-"""How often, and after how many seconds, a processor is looked at to tell whether it spins."""
-_SPIN = 256
-"""Bytes of code in which a processor spins that is never seen elsewhere."""
-
-
-class End(enum.Enum):
-    """Why a VM ended."""
-
-    POWERED_OFF = "powered off"
-    STOPPED = "stopped"
-    """On request."""
-    REBOOTED = "rebooted"
-    """And ``no_reboot`` says not to start again."""
-    LEFT = "left by the test device"
-    """With the exit status that the guest gave."""
-    TRIPLE_FAULT = "triple fault"
-    FAILED = "failed"
-    """Ours."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a VM ended. ``registers`` are there after a triple fault, ``error`` where it is ours, and ``explanation``
-    where the guest failed: a triple fault, or its kernel's panic before it rebooted or powered off."""
-
-    end: End
-    registers: dict[str, Any] = field(default_factory=dict)
-    error: BaseException | None = None
-    explanation: Explanation | None = None
-    status: int = 0
-    """The exit status that the guest gave, where it did."""
-
-    @property
-    def exit_status(self) -> int:
-        return {End.LEFT: self.status, End.TRIPLE_FAULT: 3, End.FAILED: 4}.get(self.end, 0)
-
-    def __str__(self) -> str:
-        return self.end.value if self.error is None else f"{self.end.value}: {self.error}"
-
-
-class State(enum.Enum):
-    CREATED = "created"
-    RUNNING = "running"
-    FROZEN = "frozen"
-    ENDED = "ended"
-    CLOSED = "closed"
-
-
-class Step(enum.Enum):
-    START = "start"
-    FREEZE = "freeze"
-    THAW = "thaw"
-    RESET = "reset"
-    EXPLAIN = "explain"
-    END = "stop"
-    CLOSE = "close"
-
-
-TRANSITIONS = {
-    (State.CREATED, Step.START): State.RUNNING,
-    (State.RUNNING, Step.FREEZE): State.FROZEN,
-    (State.FROZEN, Step.FREEZE): State.FROZEN,
-    (State.FROZEN, Step.THAW): State.RUNNING,
-    (State.RUNNING, Step.THAW): State.RUNNING,
-    (State.RUNNING, Step.RESET): State.RUNNING,
-    (State.FROZEN, Step.RESET): State.FROZEN,
-    (State.RUNNING, Step.EXPLAIN): State.RUNNING,
-    (State.FROZEN, Step.EXPLAIN): State.FROZEN,
-    (State.ENDED, Step.EXPLAIN): State.ENDED,
-    (State.CREATED, Step.END): State.ENDED,
-    (State.RUNNING, Step.END): State.ENDED,
-    (State.FROZEN, Step.END): State.ENDED,
-    (State.ENDED, Step.END): State.ENDED,
-    (State.CREATED, Step.CLOSE): State.CLOSED,
-    (State.RUNNING, Step.CLOSE): State.CLOSED,
-    (State.FROZEN, Step.CLOSE): State.CLOSED,
-    (State.ENDED, Step.CLOSE): State.CLOSED,
-}
-"""What may be done in which state, and the state that follows. All else is refused, and changes nothing."""
+_BETWEEN_LOOKS = 0.01
+"""Seconds."""
 
 
 class _Request:
     """One step that somebody wants; ``done`` when it was taken or refused."""
 
-    def __init__(self, step: Step, outcome: Outcome | None = None, asker: _Processor | None = None) -> None:
+    def __init__(self, step: Step, outcome: Outcome | None = None, asker: Processor | None = None) -> None:
         self.step = step
         self.outcome = outcome
         self.asker = asker
@@ -211,7 +121,7 @@ class Vm:
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
         self._waiting: deque[_Request] = deque()
         """Taken from there, and coming next."""
-        self._processors: list[_Processor] = []
+        self._processors: list[Processor] = []
         self._engine_vm: EngineVm | None = None
         self.statistics: dict[str, int | float] = {}
         """What the engine did from the last power-on to the end, where the tree says ``stats``."""
@@ -402,7 +312,7 @@ class Vm:
             if request.step is Step.CLOSE:
                 self.state = State.CLOSED
             elif before is not State.CREATED and request.step is not Step.EXPLAIN:  # half a step: there is no way back
-                self._tell(_Request(Step.END, _failure(error, request.step.value)))
+                self._tell(_Request(Step.END, failure(error, request.step.value)))
         if self._outcome is not None:
             self._ended.set()
         return True
@@ -459,7 +369,7 @@ class Vm:
         self._explainer.begin()
         if not self._tuned:  # before the engine makes what a reset is to collect
             self._tuned = True
-            _interpreter.enter()
+            INTERPRETER.enter()
         board = self.board
         self._engine_vm = self._engine.create_vm(
             board.memory, board.io, board.cpus, self.settings.cpu_model, board.clock.tsc_offset
@@ -467,7 +377,10 @@ class Vm:
         if self.settings.stats or self.settings.perf_map:
             self._engine_vm.observe(times=self.settings.stats, perf_map=self.settings.perf_map)
         board.clock.add_offset_listener(self._engine_vm.set_tsc_offset)
-        self._processors = [_Processor(self, i, board, self._engine_vm, paused=paused) for i in range(board.cpus)]
+        told = self._processor_ends, self._processor_sleeps_for_good
+        self._processors = [
+            Processor(self.name, i, board, self._engine_vm, *told, paused=paused) for i in range(board.cpus)
+        ]
         self._processors[0].begin(state)
 
     def _park(self) -> None:
@@ -505,11 +418,11 @@ class Vm:
                 if self._board is not None and self.state is State.RUNNING:
                     self._board.pause()
             except Exception as error:
-                outcome = _failure(error, "stop")
+                outcome = failure(error, "stop")
             self._outcome = outcome
         if self._tuned:
             self._tuned = False
-            _interpreter.leave()
+            INTERPRETER.leave()
 
     def _free(self) -> None:
         """Everything that __init__ made, as far as it came."""
@@ -555,9 +468,9 @@ class Vm:
             self._tell(_Request(Step.RESET, asker=self._processors[0]))
 
     def _failed(self, error: BaseException) -> None:
-        self._tell(_Request(Step.END, _failure(error, "the board")))
+        self._tell(_Request(Step.END, failure(error, "the board")))
 
-    def _processor_ends(self, processor: _Processor, outcome: Outcome) -> None:
+    def _processor_ends(self, processor: Processor, outcome: Outcome) -> None:
         self._tell(_Request(Step.END, outcome, processor))
 
     def _processor_sleeps_for_good(self) -> None:
@@ -620,7 +533,7 @@ class Vm:
     def _look_around(self) -> dict[int, tuple[int, ...]]:
         """Where each processor is at several moments."""
         places: dict[int, tuple[int, ...]] = {}
-        for _ in range(_LOOKS):
+        for _ in range(LOOKS):
             self._park()
             for processor in self._processors:
                 seen = processor.seen()
@@ -650,271 +563,6 @@ class Vm:
     def say(self, line: str) -> None:
         if self._diagnostics is not None:
             self._diagnostics(line)
-
-
-class _Processor:
-    """One virtual processor and its thread.
-
-    The thread runs guest code; whatever else is wanted of it is a flag that somebody sets before waking it, and that it
-    looks at in :meth:`_attend`, between two runs of the engine. A flag set while it runs is followed by a request to
-    the engine to come back, so that none is missed.
-    """
-
-    def __init__(self, vm: Vm, index: int, board: Board, engine_vm: EngineVm, *, paused: bool) -> None:
-        self.index = index
-        self.hopeless = False
-        """Halted with interrupts off."""
-        self._vm = vm
-        self._board = board
-        self._engine_vm: EngineVm | None = engine_vm
-        self._vcpu: Vcpu | None = None
-        self._thread: threading.Thread | None = None
-        self._wake = threading.Event()
-        self._sleeping = False
-        self._guard = threading.Lock()  # of pausing and parking, and of the thread's beginning
-        self._paused = paused
-        self._parked = threading.Event()
-        self._errands: deque[Callable[[], None]] = deque()
-        """To be done on its thread, between two runs of guest code, whatever else it waits for."""
-        self._ending = False
-        self._held = True
-        """It waits for its start: an application processor between INIT and SIPI."""
-        self._next_state: Any = None
-        self._halted: bool | None = None
-        """It executed HLT; the value is RFLAGS.IF."""
-        self._faulted = False
-        """It had a triple fault."""
-        board.on_kick(index, self.kick)
-
-    # From other threads.
-
-    def begin(self, state: Any) -> None:
-        """Start in ``state``. Ignored unless it waits for that."""
-        with self._guard:
-            if not self._held or self._next_state is not None or self._ending:
-                return
-            self._next_state = state
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._main, name=f"skep-{self._vm.name}-cpu{self.index}", daemon=True
-                )
-                self._thread.start()
-        self._wake.set()
-
-    @property
-    def begun(self) -> bool:
-        return self._thread is not None
-
-    def hold(self) -> None:
-        """Stop, and wait for the next ``begin``."""
-        with self._guard:
-            self._held = True
-            self._next_state = None
-        self._interrupt()
-
-    def kick(self) -> None:
-        """An interrupt waits, perhaps."""
-        vcpu = self._vcpu
-        if vcpu is not None:
-            vcpu.kick()
-        if self._sleeping:
-            self._wake.set()
-
-    def pause(self) -> None:
-        with self._guard:
-            self._paused = True
-        self._interrupt()
-
-    def wait_until_parked(self) -> None:
-        """After ``pause``: no guest code runs, and none will."""
-        if self._thread is not None and not self._parked.wait(_PATIENCE):
-            raise InternalError(f"processor {self.index} does not stop")
-
-    def seen(self, places: tuple[int, ...] = ()) -> Seen:
-        """What it is doing, while it is parked; ``places`` are where it was, at several moments, before."""
-        vcpu = self._vcpu
-        if vcpu is None or (self._held and not self._faulted):
-            return Seen(self.index, Activity.NOT_STARTED, {})
-        registers = vcpu.get_state()
-        activity = Activity.RUNNING
-        if self._faulted:
-            activity = Activity.FAULTED
-        elif self._halted is not None:
-            activity = Activity.HALTED if self.hopeless else Activity.IDLE
-        elif len(places) == _LOOKS and max(places) - min(places) < _SPIN:
-            activity = Activity.SPINNING
-        return Seen(self.index, activity, registers, places, tuple(vcpu.exits.last()), vcpu.exits.refused())
-
-    def resume(self) -> None:
-        with self._guard:
-            self._paused = False
-            self._parked.clear()
-        self._wake.set()
-
-    @property
-    def doing(self) -> str:
-        if self._thread is None or self._held:
-            return "waiting to be started"
-        if self._parked.is_set():
-            return "frozen"
-        return "halted" if self._halted is not None else "running"
-
-    def registers(self, timeout: float) -> dict[str, Any]:
-        answer: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
-
-        def take() -> None:
-            try:
-                answer.put({} if self._vcpu is None else self._vcpu.get_state())
-            except Exception as error:  # theirs who asked, not the guest's
-                answer.put(error)
-
-        if self._thread is None or self._ending:
-            return {}
-        self._errands.append(take)
-        self._interrupt()
-        try:
-            state = answer.get(timeout=timeout)
-        except queue.Empty:
-            raise UserError(
-                f"processor {self.index} does not answer", self._vm.name, "its thread's stack may say why"
-            ) from None
-        if isinstance(state, Exception):
-            raise state
-        return state
-
-    def end(self) -> None:
-        """The thread is over when it returns, the vCPU closed, and nothing of the engine is held any more."""
-        with self._guard:
-            self._ending = True
-        self._interrupt()
-        if self._thread is not None:
-            self._thread.join(_PATIENCE)
-            if self._thread.is_alive():
-                raise InternalError(f"processor {self.index} does not end")
-        self._vcpu = self._engine_vm = None
-
-    def _interrupt(self) -> None:
-        vcpu = self._vcpu
-        if vcpu is not None:
-            vcpu.request_exit()
-        self._wake.set()
-
-    # On its own thread.
-
-    def _main(self) -> None:
-        try:
-            self._board.enter_cpu(self.index)
-            while (vcpu := self._attend()) is not None:
-                self._handle(vcpu.run(), vcpu)
-        except BaseException as error:
-            self._fail(error)
-        finally:
-            self._parked.set()
-            if self._vcpu is not None:
-                self._vcpu.close()
-
-    def _attend(self) -> Vcpu | None:
-        """Do what was asked, wait while there is nothing to run; None when it is over."""
-        self._sleeping = True  # before looking: what comes after the look wakes us
-        while not self._ending:
-            while self._errands:
-                self._errands.popleft()()
-            with self._guard:
-                if self._paused:
-                    self._parked.set()
-            if self._paused:
-                pass
-            elif self._held:
-                if self._next_state is not None:
-                    self._set_going()
-                    continue
-            elif self._halted is None or self._board.wakes(self.index, self._halted):
-                self._halted, self.hopeless, self._sleeping = None, False, False
-                return self._vcpu
-            self._wake.wait()
-            self._wake.clear()
-        return None
-
-    def _set_going(self) -> None:
-        vcpu = self._vcpu
-        if vcpu is None:
-            if self._engine_vm is None:
-                raise InternalError(f"processor {self.index} was started after its end")
-            vcpu = self._vcpu = self._engine_vm.create_vcpu(self.index, self._board.interrupts(self.index))
-        with self._guard:
-            state, self._next_state = self._next_state, None
-            if state is None:  # held again meanwhile
-                return
-            self._held = False
-        vcpu.set_state(state)
-        self._halted = None
-
-    def _handle(self, exit_: Exit, vcpu: Vcpu) -> None:
-        match exit_.reason:
-            case ExitReason.KICKED:
-                pass
-            case ExitReason.HALTED:
-                self._halted = bool(exit_.detail["interrupts"])
-                if not self._halted and not self._board.wakes(self.index, False):
-                    self.hopeless = True
-                    self._vm._processor_sleeps_for_good()
-            case ExitReason.SHUTDOWN:
-                self._faulted = True
-                self._over(Outcome(End.TRIPLE_FAULT, vcpu.get_state()))
-            case ExitReason.FAILED:
-                self._fail(EngineLimit(str(exit_.detail.get("message", "the engine gave no reason"))))
-
-    def _fail(self, error: BaseException) -> None:
-        self._over(_failure(error, f"processor {self.index}"))
-
-    def _over(self, outcome: Outcome) -> None:
-        """Nothing more to run here; the VM decides what follows."""
-        self._held = True
-        self._vm._processor_ends(self, outcome)
-
-
-def _failure(error: BaseException, who: str) -> Outcome:
-    """What is not of our own exception tree is ours to answer for."""
-    if isinstance(error, SkepError):
-        return Outcome(End.FAILED, error=error)
-    internal = InternalError(f"{who}: {type(error).__name__}: {error}")
-    internal.__cause__ = error
-    return Outcome(End.FAILED, error=internal)
-
-
-class _Interpreter:
-    """How CPython is set while guests run; a count, because VMs of one process share it."""
-
-    SWITCH_INTERVAL = 0.0005
-    """Seconds after which a thread that wants the interpreter gets it. The default of 5 ms delays every interrupt that
-    a timer's thread brings while a processor's thread is busy in Python."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running = 0
-        self._before = (True, 0.005)
-
-    def enter(self) -> None:
-        with self._lock:
-            self._running += 1
-            if self._running == 1:
-                self._before = (gc.isenabled(), sys.getswitchinterval())
-                gc.freeze()
-                gc.disable()
-                sys.setswitchinterval(self.SWITCH_INTERVAL)
-
-    def leave(self) -> None:
-        with self._lock:
-            self._running -= 1
-            if self._running == 0:
-                collected, interval = self._before
-                gc.unfreeze()
-                if collected:
-                    gc.enable()
-                sys.setswitchinterval(interval)
-
-
-_interpreter = _Interpreter()
 
 
 def _write(tree: Tree, leaves: Mapping[str, object]) -> None:

@@ -1,0 +1,257 @@
+"""A virtual processor's thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from skep.engine.contract import EngineVm, Exit, ExitReason, Vcpu
+from skep.errors import EngineLimit, InternalError, UserError
+from skep.explain.subject import Activity, Seen
+from skep.machine import Board
+from skep.vm.states import End, Outcome, failure
+
+PATIENCE = 30.0
+"""Seconds after which a processor that does not answer is ours to explain."""
+LOOKS = 5
+"""How often a processor is looked at to tell whether it spins."""
+_SPIN = 256
+"""Bytes of code in which a processor spins that is never seen elsewhere."""
+
+
+class Processor:
+    """One virtual processor and its thread.
+
+    The thread runs guest code; whatever else is wanted of it is a flag that somebody sets before waking it, and that it
+    looks at in :meth:`_attend`, between two runs of the engine. A flag set while it runs is followed by a request to
+    the engine to come back, so that none is missed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        board: Board,
+        engine_vm: EngineVm,
+        over: Callable[[Processor, Outcome], None],
+        hopeless: Callable[[], None],
+        *,
+        paused: bool,
+    ) -> None:
+        """``name`` is the VM's. From the processor's thread, ``over`` is told that the VM must end, and ``hopeless``
+        that the processor halted with interrupts off."""
+        self.index = index
+        self.hopeless = False
+        """Halted with interrupts off."""
+        self._name = name
+        self._tell_over = over
+        self._tell_hopeless = hopeless
+        self._board = board
+        self._engine_vm: EngineVm | None = engine_vm
+        self._vcpu: Vcpu | None = None
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._sleeping = False
+        self._guard = threading.Lock()  # of pausing and parking, and of the thread's beginning
+        self._paused = paused
+        self._parked = threading.Event()
+        self._errands: deque[Callable[[], None]] = deque()
+        """To be done on its thread, between two runs of guest code, whatever else it waits for."""
+        self._ending = False
+        self._held = True
+        """It waits for its start: an application processor between INIT and SIPI."""
+        self._next_state: Any = None
+        self._halted: bool | None = None
+        """It executed HLT; the value is RFLAGS.IF."""
+        self._faulted = False
+        """It had a triple fault."""
+        board.on_kick(index, self.kick)
+
+    # From other threads.
+
+    def begin(self, state: Any) -> None:
+        """Start in ``state``. Ignored unless it waits for that."""
+        with self._guard:
+            if not self._held or self._next_state is not None or self._ending:
+                return
+            self._next_state = state
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._main, name=f"skep-{self._name}-cpu{self.index}", daemon=True
+                )
+                self._thread.start()
+        self._wake.set()
+
+    @property
+    def begun(self) -> bool:
+        return self._thread is not None
+
+    def hold(self) -> None:
+        """Stop, and wait for the next ``begin``."""
+        with self._guard:
+            self._held = True
+            self._next_state = None
+        self._interrupt()
+
+    def kick(self) -> None:
+        """An interrupt waits, perhaps."""
+        vcpu = self._vcpu
+        if vcpu is not None:
+            vcpu.kick()
+        if self._sleeping:
+            self._wake.set()
+
+    def pause(self) -> None:
+        with self._guard:
+            self._paused = True
+        self._interrupt()
+
+    def wait_until_parked(self) -> None:
+        """After ``pause``: no guest code runs, and none will."""
+        if self._thread is not None and not self._parked.wait(PATIENCE):
+            raise InternalError(f"processor {self.index} does not stop")
+
+    def seen(self, places: tuple[int, ...] = ()) -> Seen:
+        """What it is doing, while it is parked; ``places`` are where it was, at several moments, before."""
+        vcpu = self._vcpu
+        if vcpu is None or (self._held and not self._faulted):
+            return Seen(self.index, Activity.NOT_STARTED, {})
+        registers = vcpu.get_state()
+        activity = Activity.RUNNING
+        if self._faulted:
+            activity = Activity.FAULTED
+        elif self._halted is not None:
+            activity = Activity.HALTED if self.hopeless else Activity.IDLE
+        elif len(places) == LOOKS and max(places) - min(places) < _SPIN:
+            activity = Activity.SPINNING
+        return Seen(self.index, activity, registers, places, tuple(vcpu.exits.last()), vcpu.exits.refused())
+
+    def resume(self) -> None:
+        with self._guard:
+            self._paused = False
+            self._parked.clear()
+        self._wake.set()
+
+    @property
+    def doing(self) -> str:
+        if self._thread is None or self._held:
+            return "waiting to be started"
+        if self._parked.is_set():
+            return "frozen"
+        return "halted" if self._halted is not None else "running"
+
+    def registers(self, timeout: float) -> dict[str, Any]:
+        answer: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
+
+        def take() -> None:
+            try:
+                answer.put({} if self._vcpu is None else self._vcpu.get_state())
+            except Exception as error:  # theirs who asked, not the guest's
+                answer.put(error)
+
+        if self._thread is None or self._ending:
+            return {}
+        self._errands.append(take)
+        self._interrupt()
+        try:
+            state = answer.get(timeout=timeout)
+        except queue.Empty:
+            raise UserError(
+                f"processor {self.index} does not answer", self._name, "its thread's stack may say why"
+            ) from None
+        if isinstance(state, Exception):
+            raise state
+        return state
+
+    def end(self) -> None:
+        """The thread is over when it returns, the vCPU closed, and nothing of the engine is held any more."""
+        with self._guard:
+            self._ending = True
+        self._interrupt()
+        if self._thread is not None:
+            self._thread.join(PATIENCE)
+            if self._thread.is_alive():
+                raise InternalError(f"processor {self.index} does not end")
+        self._vcpu = self._engine_vm = None
+
+    def _interrupt(self) -> None:
+        vcpu = self._vcpu
+        if vcpu is not None:
+            vcpu.request_exit()
+        self._wake.set()
+
+    # On its own thread.
+
+    def _main(self) -> None:
+        try:
+            self._board.enter_cpu(self.index)
+            while (vcpu := self._attend()) is not None:
+                self._handle(vcpu.run(), vcpu)
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self._parked.set()
+            if self._vcpu is not None:
+                self._vcpu.close()
+
+    def _attend(self) -> Vcpu | None:
+        """Do what was asked, wait while there is nothing to run; None when it is over."""
+        self._sleeping = True  # before looking: what comes after the look wakes us
+        while not self._ending:
+            while self._errands:
+                self._errands.popleft()()
+            with self._guard:
+                if self._paused:
+                    self._parked.set()
+            if self._paused:
+                pass
+            elif self._held:
+                if self._next_state is not None:
+                    self._set_going()
+                    continue
+            elif self._halted is None or self._board.wakes(self.index, self._halted):
+                self._halted, self.hopeless, self._sleeping = None, False, False
+                return self._vcpu
+            self._wake.wait()
+            self._wake.clear()
+        return None
+
+    def _set_going(self) -> None:
+        vcpu = self._vcpu
+        if vcpu is None:
+            if self._engine_vm is None:
+                raise InternalError(f"processor {self.index} was started after its end")
+            vcpu = self._vcpu = self._engine_vm.create_vcpu(self.index, self._board.interrupts(self.index))
+        with self._guard:
+            state, self._next_state = self._next_state, None
+            if state is None:  # held again meanwhile
+                return
+            self._held = False
+        vcpu.set_state(state)
+        self._halted = None
+
+    def _handle(self, exit_: Exit, vcpu: Vcpu) -> None:
+        match exit_.reason:
+            case ExitReason.KICKED:
+                pass
+            case ExitReason.HALTED:
+                self._halted = bool(exit_.detail["interrupts"])
+                if not self._halted and not self._board.wakes(self.index, False):
+                    self.hopeless = True
+                    self._tell_hopeless()
+            case ExitReason.SHUTDOWN:
+                self._faulted = True
+                self._over(Outcome(End.TRIPLE_FAULT, vcpu.get_state()))
+            case ExitReason.FAILED:
+                self._fail(EngineLimit(str(exit_.detail.get("message", "the engine gave no reason"))))
+
+    def _fail(self, error: BaseException) -> None:
+        self._over(failure(error, f"processor {self.index}"))
+
+    def _over(self, outcome: Outcome) -> None:
+        """Nothing more to run here; the VM decides what follows."""
+        self._held = True
+        self._tell_over(self, outcome)
