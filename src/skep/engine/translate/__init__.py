@@ -1,4 +1,4 @@
-"""The translator: an engine that needs no hardware virtualization (docs/engine.md)."""
+"""The translator: an engine that needs no hardware virtualization (docs/translator.md)."""
 
 from skep.engine.translate.engine import TranslateEngine
 

@@ -17,7 +17,7 @@ from skep.memory import GuestMemory
 
 
 class TranslateEngine:
-    """Runs guests without hardware virtualization (docs/engine.md)."""
+    """Runs guests without hardware virtualization (docs/translator.md)."""
 
     name = "translate"
 
