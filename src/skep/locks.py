@@ -30,10 +30,10 @@ class Order(enum.IntEnum):
     """A serial backend's buffers."""
     CLOCK = 50
     """A guest clock's queue of timers."""
-    MEMORY = 60
-    """The map of guest memory: its listeners, its dirty pages."""
-    ENGINE = 70
+    ENGINE = 60
     """An engine's own structures: translated code, memory slots."""
+    MEMORY = 70
+    """Which pages of guest memory are dirty."""
 
 
 class _Held(threading.local):

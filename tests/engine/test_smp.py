@@ -58,6 +58,47 @@ def test_atomic_instructions(how: str, place: str) -> None:
         assert guest.load("data" if place == "beside code" else int(where, 0)) == rounds * CPUS
 
 
+WATCHED = {"watched": (0x180000, 2), "watched on two pages": (0x180FFC, 3)}
+"""Where a data breakpoint lies, and DR7's length field: 8 bytes, 4 bytes."""
+IN_CODE = {"in code": "align 16\nspace 14", "in code on two pages": "align 4096\nspace 4090"}
+"""What is before the instructions whose immediates are the operands."""
+
+
+@pytest.mark.parametrize("how", ADD_ONE)
+@pytest.mark.parametrize("place", [*WATCHED, *IN_CODE])
+def test_atomic_instructions_that_machine_code_does_not_finish(how: str, place: str) -> None:
+    """Operands with a breakpoint on them, and operands that are instructions, are Python's."""
+    if "two pages" in place and how == "cmpxchg16b":
+        pytest.skip("must be aligned")
+    rounds = 60
+    add = ADD_ONE[how].replace("rbx + 8", "rbx + 10").replace("eax, 67", "eax, 83")
+    where = "rip + data" if place in IN_CODE else hex(WATCHED[place][0])
+    text = f"""
+        start: lea rbx, [{where}]
+        mov r12d, {rounds}
+        again: call changes
+        {add}
+        dec r12d
+        jne again
+        hlt
+        debug: iretq
+        {IN_CODE.get(place, "")}
+        changes: db 0x49, 0xbd ; mov r13, 0
+        data: dq 0
+        db 0x49, 0xbe ; mov r14, 0
+        dq 0
+        ret
+    """
+    with Tiny(TranslateEngine(), text, cpus=CPUS, handlers={1: "debug"}) as guest:
+        if place in WATCHED:
+            at, length = WATCHED[place]
+            for vcpu in guest.others:  # the first does it in machine code
+                vcpu.set_state({"dr0": at, "dr7": 0x402 | 1 << 16 | length << 18})
+        guest.run_together(60)
+        assert guest.exception is None
+        assert guest.load("data" if place in IN_CODE else WATCHED[place][0]) == rounds * CPUS
+
+
 def test_stores_are_seen_in_order() -> None:
     """SDM 3, 9.2.3.2: what was stored first is seen first."""
     text = """

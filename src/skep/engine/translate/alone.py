@@ -46,6 +46,10 @@ _COMPARES = tuple(getattr(Mnemonic, op + size) for op in ("CMPS", "SCAS") for si
 _IRETS = (Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
 
 
+def _is_locked(ins: Instruction) -> bool:
+    """XCHG with memory needs no prefix (SDM 3, 9.1.2.1)."""
+    return bool(ins.has_lock_prefix or ins.mnemonic == Mnemonic.XCHG)
+
 
 class Alone(Access, ABC):
     """A vCPU as far as single instructions need it."""
@@ -153,13 +157,21 @@ class Alone(Access, ABC):
     def _alone(self, missed: bool = False) -> bool:
         """Run the one instruction at rip, looking for nothing before or after it. True: it was HLT. ``missed``: its
         access in ``st.desc`` is known to need a buffer."""
-        st = self.st
         data, offset = self.bytes_at_rip()
         ins = Decoder(self._bits, data, ip=offset).decode()
         if ins.mnemonic in _LEAVING or (missed and ins.is_string_instruction):
             return self._emulate()
-        if st.mode & Mode.NARROW and ins.flow_control != FlowControl.NEXT:
+        if self.st.mode & Mode.NARROW and ins.flow_control != FlowControl.NEXT:
             return self._emulate()
+        if missed and _is_locked(ins):
+            with self.cache.world.alone(self.st):
+                if self._operand_is_ram():
+                    return self._with_buffers(ins, data, offset, missed)
+        return self._with_buffers(ins, data, offset, missed)
+
+    def _with_buffers(self, ins: Instruction, data: bytes, offset: int, missed: bool) -> bool:
+        """As :meth:`_alone`, for an instruction that can be translated."""
+        st = self.st
         buffers: dict[int, int] = {}
         pending: dict[int, tuple[int, int]] = {}
         if missed:
@@ -186,6 +198,8 @@ class Alone(Access, ABC):
                 number = st.desc >> 26 & 3
                 if number in buffers or ins.is_string_instruction:
                     return self._emulate()
+                if not missed and _is_locked(ins):
+                    return self._alone(missed=True)
                 self._fill_bounce(number, buffers, pending)
             elif kind == Kind.PAIR:
                 self.pairs.map(st.info, self.cache.world)
@@ -201,6 +215,15 @@ class Alone(Access, ABC):
                 return False
             elif kind == Kind.STOPPED:
                 self.wait()
+
+    def _operand_is_ram(self) -> bool:
+        """Whether the access in ``st.desc`` reaches RAM and nothing else."""
+        st = self.st
+        try:
+            pieces = self._pieces(st.va, st.desc >> 12 & 1023, True, False)
+        except GuestFault:  # which is raised again where it belongs
+            return False
+        return all(self.memory.is_ram(gpa, n) for gpa, n in pieces)
 
     def _fill_bounce(self, number: int, buffers: dict[int, int], pending: dict[int, tuple[int, int]]) -> None:
         """Bring the operand that machine code could not reach into its bounce buffer, as far as it is read."""

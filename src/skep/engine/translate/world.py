@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
-from skep.engine.translate.layout import EMPTY_JC, JC, JC_ARRAY, JC_SETS, StateBlock
+from skep.engine.translate.layout import BRK_STOP, EMPTY_JC, JC, JC_ARRAY, JC_SETS, StateBlock
 from skep.locks import Lock, Order
 
 _Roster = Callable[[ctypes.Array[ctypes.c_uint64], int], None]
@@ -52,6 +53,14 @@ class World:
     def stopped(self) -> _Stopped:
         """A context in which the lock is held and no vCPU is in guest code. Any thread may ask; it nests."""
         return self._stopped
+
+    @contextmanager
+    def alone(self, st: StateBlock) -> Iterator[None]:
+        """As :meth:`stopped`, but the caller's own vCPU may enter guest code."""
+        with self._stopped:
+            st.stop = 0
+            st.bytes[BRK_STOP] = 0
+            yield
 
     def stop(self) -> None:
         """The lock is held. Returns when no vCPU is in guest code."""
