@@ -26,6 +26,12 @@ class Order(enum.IntEnum):
     """Every register of every device of one VM; vCPU threads, timers and backends' callbacks take it."""
     BLOCK = 30
     """A disk's queue of requests."""
+    IMAGE = 32
+    """An image format's tables. Held while they are read from the image's file, so never taken by who must not wait."""
+    FILE = 34
+    """The length of an image's file, and its writes of part of a block."""
+    BLOCK_LOG = 36
+    """A log of what was written to a disk."""
     CHARDEV = 40
     """A serial backend's buffers."""
     CLOCK = 50
@@ -94,6 +100,16 @@ class Lock:
         self._inner.release()
         for job in after:
             job()
+
+    def try_enter(self) -> bool:
+        """As entering, if that takes no waiting and this thread holds no lock of this place or behind; leave with
+        ``__exit__(None, None, None)``. False: not entered."""
+        orders = _held.orders
+        if (orders and orders[-1] >= self.order) or not self._inner.acquire(False):
+            return False
+        self._owner = threading.get_ident()
+        orders.append(self.order)
+        return True
 
     def after(self, job: Callable[[], None]) -> None:
         """The calling thread holds this lock, and is to do ``job`` as soon as it holds it no more."""

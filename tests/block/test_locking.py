@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.block.image import open_image
+from skep.block.image import open_disk
 from skep.block.options import BlockOptions
 from skep.errors import UserError
 
@@ -26,7 +26,7 @@ def image(tmp_path: Path) -> Path:
 
 @contextmanager
 def opened(image: Path, *, read_only: bool = False) -> Iterator[None]:
-    disk = open_image(BlockOptions(path=str(image), read_only=read_only))
+    disk = open_disk(BlockOptions(path=str(image), read_only=read_only))
     try:
         yield
     finally:
@@ -35,7 +35,7 @@ def opened(image: Path, *, read_only: bool = False) -> Iterator[None]:
 
 def refused(image: Path, *, read_only: bool = False) -> str:
     with pytest.raises(UserError) as caught:
-        open_image(BlockOptions(path=str(image), read_only=read_only))
+        open_disk(BlockOptions(path=str(image), read_only=read_only))
     return str(caught.value)
 
 
@@ -56,19 +56,19 @@ def test_readers_share_and_exclude_a_writer(image: Path) -> None:
 
 def test_lock_false_does_not_ask(image: Path) -> None:
     with opened(image):
-        open_image(BlockOptions(path=str(image), lock=False)).close()
+        open_disk(BlockOptions(path=str(image), lock=False)).close()
 
 
 def test_two_that_start_together_never_both_write(image: Path) -> None:
     """Many processes at once: at any moment at most one has the image."""
     code = (
         "import os, sys, time\n"
-        "from skep.block.image import open_image; from skep.block.options import BlockOptions\n"
+        "from skep.block.image import open_disk; from skep.block.options import BlockOptions\n"
         "from skep.errors import UserError\n"
         "won = 0\n"
         "end = time.monotonic() + 1\n"
         "while time.monotonic() < end:\n"
-        "    try: disk = open_image(BlockOptions(path=sys.argv[1]))\n"
+        "    try: disk = open_disk(BlockOptions(path=sys.argv[1]))\n"
         "    except UserError: continue\n"
         "    os.close(os.open(sys.argv[1] + '.held', os.O_CREAT | os.O_EXCL))\n"
         "    os.unlink(sys.argv[1] + '.held')\n"

@@ -16,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skep.block.image import open_image
+from skep.block.file import HostFile
+from skep.block.image import open_disk
 from skep.block.options import BlockOptions, BlockSizes
 from skep.block.raw import RawImage
 from skep.errors import UserError
+from tests.block.conformance import ImageConformance
 
 MIB = 1 << 20
 
@@ -32,7 +34,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def open_path(path: Path, **options: object) -> RawImage:
-    opened = open_image(BlockOptions(path=str(path), **options))  # type: ignore[arg-type]
+    opened = open_disk(BlockOptions(path=str(path), **options))  # type: ignore[arg-type]
     assert isinstance(opened, RawImage)
     return opened
 
@@ -71,7 +73,7 @@ def test_an_image_that_shrank_is_an_io_error(image: Path) -> None:
 def test_a_failed_flush_is_never_forgotten(image: Path) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
-    disk = RawImage(write_end, MIB, read_only=False, write_cache=True)
+    disk = HostFile(write_end, "pipe", MIB, read_only=False, write_cache=True)
     for _ in range(2):  # fdatasync of a pipe is EINVAL
         with pytest.raises(OSError):
             disk.flush()
@@ -98,7 +100,7 @@ def test_synchronous_has_no_write_cache(image: Path) -> None:
 
 
 def _fdinfo(disk: RawImage) -> dict[str, str]:
-    lines = Path(f"/proc/self/fdinfo/{disk._fd}").read_text().splitlines()
+    lines = Path(f"/proc/self/fdinfo/{disk.file._fd}").read_text().splitlines()
     return dict(line.replace(":", " ").split(None, 1) for line in lines if len(line.split()) > 1)
 
 
@@ -184,9 +186,9 @@ def test_not_writable() -> None:
     """As an ordinary user, since root may write anything."""
     code = (
         "import os, sys\n"
-        "from skep.block.image import open_image; from skep.block.options import BlockOptions\n"
+        "from skep.block.image import open_disk; from skep.block.options import BlockOptions\n"
         "if os.geteuid() == 0: os.seteuid(65534)\n"
-        "open_image(BlockOptions(path=sys.argv[1]))"
+        "open_disk(BlockOptions(path=sys.argv[1]))"
     )
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o755)
@@ -233,3 +235,8 @@ class TestBlockDevice:
             open_path(loop, read_only=True).close()
         finally:
             os.close(claimed)
+
+
+class TestConformance(ImageConformance):
+    format = "raw"
+    variants = ({}, {"preallocation": "falloc"}, {"preallocation": "full"})

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skep.block.image import open_image
+from skep.block.image import open_disk
 from skep.block.options import BlockOptions
 from skep.block.record import Entry, Kind, Recorder, mark, read_log, replay
 from skep.errors import UserError
@@ -37,7 +37,7 @@ def after_power_loss(entries: Sequence[Entry], survivors: random.Random | None =
 @pytest.fixture
 def disk(tmp_path: Path) -> Recorder:
     (tmp_path / "disk.img").write_bytes(BLANK)
-    opened = open_image(BlockOptions(path=str(tmp_path / "disk.img"), record=str(tmp_path / "log")))
+    opened = open_disk(BlockOptions(path=str(tmp_path / "disk.img"), record=str(tmp_path / "log")))
     assert isinstance(opened, Recorder)
     return opened
 
@@ -66,7 +66,7 @@ def test_only_flushed_writes_survive(disk: Recorder, tmp_path: Path) -> None:
 def test_without_a_write_cache_every_write_survives(tmp_path: Path) -> None:
     (tmp_path / "disk.img").write_bytes(BLANK)
     options = BlockOptions(path=str(tmp_path / "disk.img"), record=str(tmp_path / "log"), synchronous=True)
-    disk = open_image(options)
+    disk = open_disk(options)
     disk.pwritev([sector(1)], 512)
     disk.close()
     assert after_power_loss(read_log(str(tmp_path / "log")))[512:1024] == sector(1)

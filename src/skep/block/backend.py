@@ -1,9 +1,13 @@
-"""The interface between a disk device and what holds its data."""
+"""The interfaces between a disk device and what holds its data, layer on layer.
+
+A :class:`BlockBackend` is what a device needs. A :class:`Storage` is what one layer is to the next: a *protocol* (a
+file of the host's) below a *format* (:mod:`skep.block.format`), with *filters* below or above it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 Buffers = Sequence[memoryview]
 """Pieces of guest memory, in order: one transfer scattered over, or gathered from, all of them."""
@@ -49,3 +53,46 @@ class BlockBackend(Protocol):
 
     def close(self) -> None:
         """No transfer is under way, none follows. Closing twice is closing once."""
+
+
+class Extent(NamedTuple):
+    """Bytes of a disk that are kept in one way."""
+
+    offset: int
+    length: int
+    data: bool = False
+    """They are stored somewhere, and have to be read."""
+    zero: bool = False
+    """They read as zeros."""
+    host: int | None = None
+    """Where in the layer's own file they are; None: nowhere, or not as they are."""
+    depth: int = 0
+    """How many backing files down the chain they were found."""
+    present: bool = True
+    """Some layer says what they are; False: none in the chain does, so they are zeros."""
+    compressed: bool = False
+
+
+class Storage(BlockBackend, Protocol):
+    """One layer to the next. A file takes any offset and length, a format whole sectors."""
+
+    def extents(self, offset: int, length: int) -> Iterable[Extent]:
+        """How the bytes are kept, in order and without a gap, up to the end. Two neighbours may be alike."""
+
+    def resize(self, size: int) -> None:
+        """Grow by zeros, or cut off. What a power cut leaves of that before the next flush is either size."""
+
+
+def read_at(storage: BlockBackend, offset: int, length: int) -> bytearray:
+    """``length`` bytes; what lies beyond the end, zeros. The caller bounds the length."""
+    data = bytearray(length)
+    there = min(length, storage.size - offset)
+    if there > 0:
+        with memoryview(data) as view:
+            storage.preadv([view[:there]], offset)
+    return data
+
+
+def write_at(storage: BlockBackend, offset: int, data: bytes | bytearray | memoryview) -> None:
+    if data:
+        storage.pwritev([memoryview(data)], offset)

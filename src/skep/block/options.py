@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from skep.block.format import SECTOR
+from skep.block.registry import FORMATS
 from skep.config import values
 from skep.config.tree import Node
 from skep.config.views import option, view
-
-SECTOR = 512
-"""The unit of disk addresses in every protocol that we speak, whatever a disk's block size."""
 
 _SERIAL_LENGTH = 20  # virtio 1.2, 5.2.6: VIRTIO_BLK_T_GET_ID
 
@@ -53,7 +52,14 @@ class BlockOptions:
 
     path: str = option(values.text, doc="the image: a regular file or a block device")
     read_only: bool = option(values.boolean, False, key="ro", doc="refuse writes; such an image can be shared")
-    format: str = option(values.choice("raw"), "raw", doc="how the image holds the disk's data: raw")
+    format: str = option(
+        values.choice(*FORMATS), "raw", doc=f"how the image holds the disk's data: {', '.join(FORMATS)}"
+    )
+    backing: str | None = option(
+        values.text,
+        None,
+        doc="directories, or files, that the image's backing and data files may lie in, with : between; none otherwise",
+    )
     no_cache: bool = option(values.boolean, False, key="nocache", doc="bypass the host's page cache (O_DIRECT)")
     synchronous: bool = option(
         values.boolean,

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from skep.block.backend import BlockBackend, Buffers
-from skep.block.options import SECTOR
+from skep.block.file import HostFile
+from skep.block.format import SECTOR
 from skep.errors import UserError
 from skep.locks import Lock, Order
 
@@ -48,6 +49,41 @@ class Entry:
     data: bytes
 
 
+class Log:
+    """The file that the entries go to."""
+
+    def __init__(self, path: str, write_cache: bool) -> None:
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise UserError(f"the log of writes cannot be made: {e.strerror}", path) from None
+        self._lock = Lock("disk log", Order.BLOCK_LOG)
+        self._write_cache = write_cache
+        self.writes = 0
+        """How many there are."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._add(Kind.WRITE, offset, data, 1)
+
+    def zeroes(self, offset: int, length: int) -> None:
+        self._add(Kind.ZEROES, offset, length.to_bytes(8, "little"), -(-length // len(_ZEROES)))
+
+    def _add(self, kind: Kind, offset: int, data: bytes, writes: int) -> None:
+        with self._lock:
+            _append(self._fd, kind, offset, data)
+            self.writes += writes
+            if not self._write_cache:
+                _append(self._fd, Kind.FLUSH, self.writes)
+
+    def flushed(self, covered: int) -> None:
+        _append(self._fd, Kind.FLUSH, covered)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 class Recorder:
     """A backend in front of another. A request completes when both the other backend and the log have it.
 
@@ -55,13 +91,8 @@ class Recorder:
     """
 
     def __init__(self, backend: BlockBackend, path: str) -> None:
-        try:
-            self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        except OSError as e:
-            raise UserError(f"the log of writes cannot be made: {e.strerror}", path) from None
+        self._log = Log(path, backend.write_cache)
         self._backend = backend
-        self._lock = Lock("disk log", Order.BLOCK)
-        self._writes = 0
         self.size = backend.size
         self.read_only = backend.read_only
         self.write_cache = backend.write_cache
@@ -73,11 +104,7 @@ class Recorder:
         # One copy for both: the guest may change its buffers meanwhile, and image and log must not differ.
         data = b"".join(buffers)
         self._backend.pwritev([memoryview(data)], offset)
-        with self._lock:
-            _append(self._log, Kind.WRITE, offset, data)
-            self._writes += 1
-            if not self.write_cache:
-                _append(self._log, Kind.FLUSH, self._writes)
+        self._log.write(offset, data)
 
     def read_now(self, buffers: Buffers, offset: int) -> bool:
         return self._backend.read_now(buffers, offset)
@@ -87,29 +114,65 @@ class Recorder:
 
     def discard(self, offset: int, length: int) -> None:
         self._backend.discard(offset, length)
-        self._log_zeroes(offset, length)
+        self._log.zeroes(offset, length)
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         self._backend.write_zeroes(offset, length, unmap)
-        self._log_zeroes(offset, length)
-
-    def _log_zeroes(self, offset: int, length: int) -> None:
-        with self._lock:
-            _append(self._log, Kind.ZEROES, offset, length.to_bytes(8, "little"))
-            self._writes += -(-length // len(_ZEROES))
-            if not self.write_cache:
-                _append(self._log, Kind.FLUSH, self._writes)
+        self._log.zeroes(offset, length)
 
     def flush(self) -> None:
-        covered = self._writes
+        covered = self._log.writes
         self._backend.flush()
-        _append(self._log, Kind.FLUSH, covered)
+        self._log.flushed(covered)
 
     def close(self) -> None:
         self._backend.close()
-        if self._log >= 0:
-            os.close(self._log)
-            self._log = -1
+        self._log.close()
+
+
+class RecordedFile(HostFile):
+    """The same below a format: a file that logs what the format does to it."""
+
+    def __init__(self, fd: int, path: str, size: int, log: str) -> None:
+        super().__init__(fd, path, size, read_only=False, write_cache=True)
+        self._log = Log(log, write_cache=True)
+
+    def pwritev(self, buffers: Buffers, offset: int) -> None:
+        data = b"".join(buffers)
+        super().pwritev([memoryview(data)], offset)
+        self._log.write(offset, data)
+
+    def write_now(self, buffers: Buffers, offset: int) -> bool:
+        return False
+
+    def discard(self, offset: int, length: int) -> None:
+        super().discard(offset, length)
+        self._log.zeroes(offset, length)
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        super().write_zeroes(offset, length, unmap)
+        self._log.zeroes(offset, length)
+
+    def resize(self, size: int) -> None:
+        grows = size > self.size
+        super().resize(size)
+        if grows:  # the new length is as durable as a write of the last byte
+            self._log.write(size - 1, b"\0")
+
+    def allocate(self, offset: int, length: int) -> None:
+        grows = offset + length > self.size
+        super().allocate(offset, length)
+        if grows:
+            self._log.write(offset + length - 1, b"\0")
+
+    def flush(self) -> None:
+        covered = self._log.writes
+        super().flush()
+        self._log.flushed(covered)
+
+    def close(self) -> None:
+        super().close()
+        self._log.close()
 
 
 def mark(log: int, text: bytes) -> None:

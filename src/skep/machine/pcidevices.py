@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from skep.block.image import open_image
+from skep.block.image import open_disk
 from skep.block.options import BlockOptions
 from skep.bus.pci import HostBridge, PciFunction
 from skep.config import Node, keys_of, view
@@ -69,7 +69,7 @@ def _hostbridge(name: str, node: Node, board: Surroundings) -> PciFunction:
 def _virtio_blk(name: str, node: Node, board: Surroundings) -> PciFunction:
     options = BlockOptions.from_node(node)
     queues = options.queues or min(board.cpus, _QUEUES)
-    blk = VirtioBlk(name, board.memory, board.lock, open_image(options), options, queues, board.say)
+    blk = VirtioBlk(name, board.memory, board.lock, open_disk(options), options, queues, board.say)
     return VirtioPci(blk)
 
 

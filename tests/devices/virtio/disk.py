@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from skep.block.backend import BlockBackend, Buffers
-from skep.block.image import open_image
+from skep.block.image import open_disk
 from skep.block.options import BlockOptions
 from skep.devices.virtio.blk import T_FLUSH, T_GET_ID, T_IN, T_OUT, VirtioBlk
 from skep.devices.virtio.pci import VirtioPci
@@ -58,7 +58,7 @@ class Disk:
             "disk",
             self.board.memory,
             self.board.lock,
-            backend or open_image(options),
+            backend or open_disk(options),
             options,
             options.queues or 1,
             self.told.append,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skep.block.backend import Buffers
-from skep.block.image import open_image
+from skep.block.image import open_disk
 from skep.block.options import BlockOptions
 from skep.bus.pci import COMMAND, COMMAND_MEMORY
 from skep.contracts.conformance import DeviceConformance
@@ -492,7 +492,7 @@ def test_saved_under_load_it_goes_on_elsewhere(tmp_path: Path) -> None:
         made.function.close()
         del board.pci.functions[1, 0]
         options = BlockOptions(path=str(path))
-        second = VirtioPci(VirtioBlk("disk", memory, board.lock, open_image(options), options))
+        second = VirtioPci(VirtioBlk("disk", memory, board.lock, open_disk(options), options))
         made.function = second
         board.add(second)
         second.pause()
@@ -560,7 +560,7 @@ def test_2_1_2_a_driver_that_scribbles_while_the_device_reads(tmp_path: Path) ->
     path.write_bytes(bytes(SIZE))
     board = Board()
     options = BlockOptions(path=str(path))
-    blk = VirtioBlk("disk", board.memory, board.lock, open_image(options), options)
+    blk = VirtioBlk("disk", board.memory, board.lock, open_disk(options), options)
     function = VirtioPci(blk)
     board.add(function)
     rng = random.Random(1)
@@ -610,7 +610,7 @@ class TestConformance(DeviceConformance[VirtioPci]):
     def make_device(self) -> VirtioPci:
         board = Board()
         options = BlockOptions(path=str(self.path), lock=False)
-        function = VirtioPci(VirtioBlk("disk", board.memory, board.lock, open_image(options), options))
+        function = VirtioPci(VirtioBlk("disk", board.memory, board.lock, open_disk(options), options))
         board.pci.add(function, 1)
         return function
 

@@ -17,7 +17,8 @@ from functools import partial
 from typing import NamedTuple
 
 from skep.block.backend import BlockBackend
-from skep.block.options import SECTOR, BlockOptions
+from skep.block.format import SECTOR
+from skep.block.options import BlockOptions
 from skep.devices.virtio.device import HAND_OVER, VirtioDevice
 from skep.devices.virtio.flusher import Flusher
 from skep.devices.virtio.pool import Pool

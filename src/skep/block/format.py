@@ -1,0 +1,318 @@
+"""What a disk image format is: the base class of all of them, and what they say of themselves.
+
+A format is a :class:`skep.block.backend.Storage` over one file, or several, and lives in a module of its own, which
+:mod:`skep.block.registry` names. To write one:
+
+- derive from :class:`Image`; ``__init__`` opens, from a file that is open already, and raises :class:`ImageError` for
+  what is wrong with it, having checked every length and offset that it is going to use;
+- data calls (``preadv`` and so on) raise :class:`DamagedImage`, an OSError, for what turns out to be wrong only then;
+- ``layer`` says what this image itself holds; ``extents`` looks through the whole chain;
+- derive a test class from ``tests.block.conformance.ImageConformance``.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, ClassVar, NamedTuple, Self
+
+from skep.block.backend import Buffers, Extent
+from skep.block.file import HostFile
+from skep.errors import UserError
+
+SECTOR = 512
+"""The unit of disk addresses in every protocol that we speak, whatever a disk's block size."""
+
+
+class ImageError(UserError):
+    """An image that cannot be opened or made, or that cannot do what was asked of it."""
+
+
+class DamagedImage(OSError):
+    """A transfer met tables that cannot be right. The device makes an I/O error of it."""
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(errno.EIO, f"the image is damaged: {what}", path)
+
+
+class Can(enum.Flag):
+    """What an image may be asked for, as it is opened."""
+
+    NOTHING = 0
+    WRITE = enum.auto()
+    DISCARD = enum.auto()
+    """Discards give space back, and read as zeros or as the backing file."""
+    ZERO = enum.auto()
+    """Zeros are noted, not written."""
+    RESIZE = enum.auto()
+    COMPRESS = enum.auto()
+    """``write_compressed``."""
+    CHECK = enum.auto()
+    REPAIR = enum.auto()
+    SNAPSHOT = enum.auto()
+    BITMAP = enum.auto()
+    BACKING = enum.auto()
+    """An image may lie over another."""
+
+
+class Option(NamedTuple):
+    """Of creation, as ``-o NAME=VALUE``."""
+
+    doc: str
+    default: str | None = None
+
+
+@dataclass(slots=True)
+class CheckResult:
+    """What a check found. A leak costs space, a corruption data."""
+
+    corruptions: int = 0
+    leaks: int = 0
+    errors: int = 0
+    """What could not be looked at."""
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    end: int = 0
+    """Bytes of the file that are in use."""
+    clusters: int = 0
+    allocated: int = 0
+    fragmented: int = 0
+    compressed: int = 0
+    messages: list[str] = field(default_factory=list)
+    """At most ``MOST_MESSAGES``; a hostile image could have millions."""
+
+    MOST_MESSAGES: ClassVar[int] = 1000
+
+    @property
+    def clean(self) -> bool:
+        return not (self.corruptions or self.leaks or self.errors)
+
+    def corrupt(self, message: str) -> None:
+        self.corruptions += 1
+        self.say(f"ERROR {message}")
+
+    def leak(self, message: str, count: int = 1) -> None:
+        self.leaks += count
+        self.say(f"Leaked {message}")
+
+    def say(self, message: str) -> None:
+        if len(self.messages) < self.MOST_MESSAGES:
+            self.messages.append(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An earlier state of the disk, kept inside the image."""
+
+    id: str
+    name: str
+    size: int
+    """Of the disk then, bytes."""
+    state_size: int
+    """Of the VM's state that is kept with it, bytes."""
+    seconds: int
+    nanoseconds: int
+    """When it was taken, since 1970."""
+    vm_clock: int
+    """The guest's clock, nanoseconds."""
+    icount: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """A persistent dirty bitmap."""
+
+    name: str
+    granularity: int
+    flags: tuple[str, ...] = ()
+    """Of ``in-use`` and ``auto``."""
+
+
+class BackingName(NamedTuple):
+    """What an image says of the one it lies over."""
+
+    name: str
+    """As it is written there: relative to the directory of the image."""
+    format: str | None
+
+
+class Image(ABC):
+    """An open disk image. Offsets and lengths are bytes and multiples of 512; it may be called from several threads at
+    once, but for ``resize``, ``repair``, ``close`` and what changes snapshots or bitmaps, which come alone.
+
+    A context manager, which closes. What it holds open (``file``, ``backing``) is its own.
+    """
+
+    format: ClassVar[str]
+    create_options: ClassVar[Mapping[str, Option]] = {}
+
+    path: str
+    file: HostFile
+    """The file below. Of a format with several, the first."""
+    size: int
+    """Of the disk, bytes."""
+    read_only: bool
+    write_cache: bool
+    can: Can = Can.NOTHING
+    backing: Image | None = None
+    """What is below, read where this layer has nothing. Set by who opens the chain."""
+
+    # A device's side: skep.block.backend.BlockBackend.
+
+    @abstractmethod
+    def preadv(self, buffers: Buffers, offset: int) -> None: ...
+
+    def pwritev(self, buffers: Buffers, offset: int) -> None:
+        raise OSError(errno.EROFS, f"{self.format} images are only read", self.path)
+
+    def read_now(self, buffers: Buffers, offset: int) -> bool:
+        return False
+
+    def write_now(self, buffers: Buffers, offset: int) -> bool:
+        return False
+
+    def discard(self, offset: int, length: int) -> None:  # noqa: B027 - a format that cannot need not
+        """Nothing, in a format that cannot."""
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        write_zeroes(self, offset, length)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.backing is not None:
+            self.backing.close()
+
+    # How it is kept.
+
+    @abstractmethod
+    def layer(self, offset: int, length: int) -> Iterator[Extent]:
+        """How this image itself holds the bytes; what it leaves to a backing file is not ``present``."""
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """How the bytes are kept in the chain, in order and without a gap; to the end where no length is given."""
+        length = self.size - offset if length is None else min(length, self.size - offset)
+        for extent in self.layer(offset, length):
+            if extent.present:
+                yield extent
+            elif self.backing is None:
+                yield extent._replace(zero=True)
+            else:
+                yield from _through(self.backing, extent)
+
+    def info(self) -> dict[str, Any]:
+        """What `qemu-img info` has under ``format-specific.data``: keys and values as its JSON."""
+        return {}
+
+    @property
+    def cluster_size(self) -> int | None:
+        """The unit in which space is given, where there is one."""
+        return None
+
+    @property
+    def encrypted(self) -> bool:
+        return False
+
+    @property
+    def dirty(self) -> bool:
+        """It was not closed as it should have been."""
+        return False
+
+    # What only some can.
+
+    def backing_name(self) -> BackingName | None:
+        return None
+
+    def set_backing(self, name: BackingName | None) -> None:
+        """Change what the image says is below it. Only the name: the data is the caller's affair."""
+        raise self.cannot("lies over no other")
+
+    def resize(self, size: int) -> None:
+        raise self.cannot("cannot be resized")
+
+    def write_compressed(self, data: bytes | memoryview, offset: int) -> None:
+        """A whole cluster, or the end of the disk, that nobody has written before."""
+        raise self.cannot("has no compressed clusters")
+
+    def check(self) -> CheckResult:
+        raise self.cannot("cannot be checked")
+
+    def repair(self, *, leaks_only: bool = False) -> CheckResult:
+        """As ``check``, and mends. What it returns tells what was found, and how much of that is mended."""
+        raise self.cannot("cannot be repaired")
+
+    def snapshots(self) -> Sequence[Snapshot]:
+        return ()
+
+    def snapshot_create(self, name: str) -> None:
+        raise self.cannot("has no snapshots")
+
+    def snapshot_apply(self, name: str) -> None:
+        """Go back to the snapshot with this id or name."""
+        raise self.cannot("has no snapshots")
+
+    def snapshot_delete(self, name: str) -> None:
+        raise self.cannot("has no snapshots")
+
+    def bitmaps(self) -> Sequence[Bitmap]:
+        return ()
+
+    @classmethod
+    def create(cls, path: str, size: int, options: Mapping[str, str], backing: BackingName | None = None) -> None:
+        """Make an image with a disk of ``size`` zeros, or of what is below. The options are of ``create_options``,
+        which the caller has checked, by name. Raises UserError."""
+        raise ImageError(f"{cls.format} images are only read, not made", path)
+
+    @classmethod
+    def measure(cls, size: int, data: Sequence[tuple[int, int]], options: Mapping[str, str]) -> tuple[int, int]:
+        """Bytes that the file takes: for a disk of ``size`` with data at these (offset, length), and when full."""
+        raise ImageError(f"what an image takes is not known for {cls.format}", None)
+
+    def cannot(self, what: str) -> ImageError:
+        return ImageError(f"a {self.format} image {what}", self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _through(backing: Image, hole: Extent) -> Iterator[Extent]:
+    there = max(0, min(hole.length, backing.size - hole.offset))
+    if there:
+        for extent in backing.extents(hole.offset, there):
+            yield extent._replace(depth=extent.depth + 1)
+    if there < hole.length:
+        yield Extent(hole.offset + there, hole.length - there, zero=True, present=False)
+
+
+_ZEROES = memoryview(bytes(1 << 20))
+
+
+def write_zeroes(image: Image, offset: int, length: int) -> None:
+    """Zeros, written as data."""
+    end = offset + length
+    for at in range(offset, end, len(_ZEROES)):
+        image.pwritev([_ZEROES[: end - at]], at)
+
+
+def read_backing(backing: Image | None, buffers: Buffers, offset: int) -> None:
+    """Fill the buffers from what is below; zeros beyond its end, or where nothing is."""
+    there = 0 if backing is None else max(0, backing.size - offset)
+    for buffer in buffers:
+        part = min(len(buffer), there)
+        if backing is not None and part:
+            backing.preadv([buffer[:part]], offset)
+        if part < len(buffer):
+            buffer[part:] = bytes(len(buffer) - part)
+        offset += len(buffer)
+        there -= part

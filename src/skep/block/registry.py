@@ -1,0 +1,60 @@
+"""Which formats there are, and how to tell them apart. A format's module is imported when the first image needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import NamedTuple
+
+from skep.block.backend import read_at
+from skep.block.file import HostFile
+from skep.block.format import Image
+from skep.errors import UserError
+
+_HEAD = 1024
+_SECTOR = 512
+
+
+class Ends(NamedTuple):
+    """What probing looks at."""
+
+    head: bytes
+    tail: bytes
+    """The last sector."""
+
+
+class Format(NamedTuple):
+    module: str
+    name: str
+    """Of the class, an :class:`~skep.block.format.Image` made from an open file."""
+    is_one: Callable[[Ends], bool]
+
+    def load(self) -> type[Image]:
+        loaded: type[Image] = getattr(import_module(self.module), self.name)
+        return loaded
+
+
+def _qcow(*versions: int) -> Callable[[Ends], bool]:
+    return lambda ends: ends.head[:4] == b"QFI\xfb" and int.from_bytes(ends.head[4:8], "big") in versions
+
+
+FORMATS: Mapping[str, Format] = {
+    "raw": Format("skep.block.raw", "RawImage", lambda ends: True),
+}
+"""By the names that `qemu-img` has for them."""
+
+
+def format_named(name: str, where: object = None) -> type[Image]:
+    """Raises UserError for one that there is not."""
+    if name not in FORMATS:
+        raise UserError(f"no such format: {name!r}", where, f"known are {', '.join(sorted(FORMATS))}")
+    return FORMATS[name].load()
+
+
+def probe(file: HostFile) -> str:
+    """The format that the file seems to have. Whoever may write a raw disk decides what this says of it, so nothing
+    that a guest wrote to is to be opened by it; a tool's user may ask for it."""
+    ends = Ends(
+        bytes(read_at(file, 0, _HEAD)), bytes(read_at(file, max(0, file.size - _SECTOR), min(file.size, _SECTOR)))
+    )
+    return next((name for name, one in FORMATS.items() if name != "raw" and one.is_one(ends)), "raw")

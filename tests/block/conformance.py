@@ -1,0 +1,320 @@
+"""What every disk image format must do, as tests: mix :class:`ImageConformance` into a test class of each.
+
+    class TestQcow2(ImageConformance):
+        format = "qcow2"
+        variants = ({}, {"cluster_size": "512"})
+
+The random traffic comes from a seed, so a failure happens again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from skep.block.backend import read_at, write_at
+from skep.block.format import Can, Image
+from skep.block.image import create_image, open_image
+from skep.block.record import RecordedFile, Replay, read_log
+from skep.block.registry import format_named
+from skep.errors import UserError
+
+SECTOR = 512
+
+
+class ImageConformance:
+    """The promises of :class:`skep.block.format.Image`, and that QEMU's tools see the same in it."""
+
+    format: ClassVar[str]
+    variants: ClassVar[tuple[Mapping[str, str], ...]] = ({},)
+    """Options of creation to try, each by itself."""
+    size: ClassVar[int] = 3 << 20
+    """Of the disks, bytes."""
+    qemu: ClassVar[str | None] = None
+    """QEMU's name for it, where it is another; '' if QEMU has none."""
+    qemu_checks: ClassVar[bool] = False
+    """`qemu-img check` knows it."""
+    steps: ClassVar[int] = 60
+    """Of random traffic."""
+    cuts: ClassVar[int] = 25
+    """Of the power, a variant."""
+
+    @pytest.fixture(autouse=True)
+    def _place(self, tmp_path: Path) -> None:
+        self.path = tmp_path / f"disk.{self.format}"
+
+    def make(self, options: Mapping[str, str], path: Path | None = None) -> Path:
+        create_image(path or self.path, self.format, self.size, options=options)
+        return path or self.path
+
+    def open(self, path: Path | None = None, **how: bool) -> Image:
+        return open_image(path or self.path, format=self.format, **how)  # type: ignore[arg-type]
+
+    def each(self) -> Iterator[Mapping[str, str]]:
+        for options in self.variants:
+            yield options
+            self.path.unlink()
+
+    # The tests.
+
+    def test_a_new_image_is_zeros(self) -> None:
+        for options in self.each():
+            self.make(options)
+            with self.open() as image:
+                assert image.size == self.size
+                assert not any(read_at(image, 0, self.size))
+                self.extents_are_true(image)
+            self.judge(bytes(self.size))
+
+    def test_it_is_found_out(self) -> None:
+        for options in self.each():
+            self.make(options)
+            with open_image(self.path, read_only=True) as image:
+                assert image.format == self.format
+
+    def test_random_traffic(self) -> None:
+        for options in self.each():
+            self.make(options)
+            rng = random.Random(f"{self.format} {options}")
+            model = bytearray(self.size)
+            for _ in range(3):
+                with self.open() as image:
+                    self.traffic(image, model, rng, self.steps)
+                    self.extents_are_true(image)
+                    image.flush()
+                with self.open(read_only=True) as image:
+                    self.same(image, model)
+                self.judge(model)
+
+    def test_many_threads(self) -> None:
+        """Each has stripes of its own, so that they meet in clusters and tables."""
+        stripe, count = 3 * SECTOR, 4
+        for options in self.each():
+            self.make(options)
+            model = bytearray(self.size)
+            failed: list[BaseException] = []
+
+            def work(which: int, image: Image, model: bytearray = model, failed: list[BaseException] = failed) -> None:
+                rng = random.Random(which)
+                try:
+                    for _ in range(80):
+                        at = (rng.randrange(self.size // stripe // count) * count + which) * stripe
+                        data = rng.randbytes(min(stripe, self.size - at))
+                        match rng.randrange(8):
+                            case 0:
+                                image.flush()
+                            case 1:
+                                image.write_zeroes(at, len(data), rng.random() < 0.5)
+                                model[at : at + len(data)] = bytes(len(data))
+                            case 2 | 3:
+                                assert read_at(image, at, len(data)) == model[at : at + len(data)]
+                            case _:
+                                write_at(image, at, data)
+                                model[at : at + len(data)] = data
+                except BaseException as error:
+                    failed.append(error)
+
+            with self.open() as image:
+                threads = [threading.Thread(target=work, args=(which, image)) for which in range(count)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                assert not failed, failed
+                self.same(image, model)
+                image.flush()
+            self.judge(model)
+
+    def test_read_only(self) -> None:
+        for options in self.each():
+            before = self.make(options).read_bytes()
+            with self.open(read_only=True) as image, self.open(read_only=True) as other:
+                assert image.read_only and other.read_only
+                for write in (
+                    lambda image=image: write_at(image, 0, bytes(SECTOR)),
+                    lambda image=image: write_at(image, 0, b"x" * SECTOR),
+                ):
+                    with pytest.raises(OSError):
+                        write()
+            assert self.path.read_bytes() == before
+
+    def test_resize(self) -> None:
+        if Can.RESIZE not in format_named(self.format).can:
+            pytest.skip("it cannot")
+        for options in self.each():
+            self.make(options)
+            rng = random.Random(5)
+            model = bytearray(self.size)
+            with self.open() as image:
+                self.traffic(image, model, rng, 20)
+                image.resize(2 * self.size)
+                model += bytes(self.size)
+                assert image.size == 2 * self.size
+                self.same(image, model)
+                self.traffic(image, model, rng, 20)
+                self.same(image, model)
+                self.extents_are_true(image)
+            self.judge(model)
+
+    def test_power_cuts(self) -> None:
+        """After each, no error in the image, leaks at most; what was flushed is there, the rest old or new."""
+        if Can.WRITE not in format_named(self.format).can:
+            pytest.skip("it is only read")
+        for options in self.each():
+            self.power_cuts(options, random.Random(f"{self.format} {options}"), self.steps, self.cuts)
+
+    # How the above is done.
+
+    def traffic(self, image: Image, model: bytearray, rng: random.Random, steps: int) -> None:
+        """Writes, zeros, discards and reads, small and large; ``model`` is what the disk is to be."""
+        for _ in range(steps):
+            offset, length = self.somewhere(image, rng)
+            match rng.randrange(10):
+                case 0:
+                    image.write_zeroes(offset, length, rng.random() < 0.5)
+                    model[offset : offset + length] = bytes(length)
+                case 1:
+                    image.discard(offset, length)
+                    model[offset : offset + length] = read_at(image, offset, length)
+                case 2:
+                    image.flush()
+                case 3 | 4:
+                    room = bytearray(length)
+                    cut = rng.randrange(length)
+                    with memoryview(room) as view:
+                        if not image.read_now([view[:cut], view[cut:]], offset):
+                            image.preadv([view[:cut], view[cut:]], offset)
+                    assert room == model[offset : offset + length]
+                case _:
+                    data = rng.randbytes(length) if rng.random() < 0.8 else bytes(length)
+                    cut = rng.randrange(length)
+                    with memoryview(data) as view:
+                        if not image.write_now([view[:cut], view[cut:]], offset):
+                            image.pwritev([view[:cut], view[cut:]], offset)
+                    model[offset : offset + length] = data
+
+    def somewhere(self, image: Image, rng: random.Random) -> tuple[int, int]:
+        sectors = image.size // SECTOR
+        length = min(rng.choice((1, 1, 3, 8, 64, 128, 129, 512, 1024)), sectors)
+        first = rng.randrange(sectors - length + 1)
+        if rng.random() < 0.5:
+            first = min(first & ~127, sectors - length)
+        return first * SECTOR, length * SECTOR
+
+    def same(self, image: Image, model: bytes | bytearray) -> None:
+        for at in range(0, image.size, 1 << 20):
+            n = min(1 << 20, image.size - at)
+            assert read_at(image, at, n) == model[at : at + n], f"at {at:#x}"
+
+    def extents_are_true(self, image: Image) -> None:
+        at = 0
+        for extent in image.extents():
+            assert extent.offset == at and extent.length > 0, extent
+            at += extent.length
+            data = read_at(image, extent.offset, extent.length)
+            if extent.zero:
+                assert not any(data), extent
+            if extent.host is not None and extent.data and not extent.compressed:
+                assert self.stored(image, extent.host, extent.length) == data, extent
+        assert at == image.size
+
+    def stored(self, image: Image, host: int, length: int) -> bytes | bytearray:
+        """What is at a host offset that an extent gave."""
+        return read_at(image.file, host, length)
+
+    def judge(self, model: bytes | bytearray) -> None:
+        """QEMU's tools find the image right, and the same in it; so does our own check."""
+        if Can.CHECK in format_named(self.format).can:
+            with self.open(read_only=True) as image:
+                result = image.check()
+                assert result.clean, result
+        qemu = self.format if self.qemu is None else self.qemu
+        if not qemu:
+            return
+        assert shutil.which("qemu-img"), "the package qemu-utils"
+        if self.qemu_checks:
+            run("qemu-img", "check", "-f", qemu, self.path)
+        raw = self.path.with_suffix(".model")
+        raw.write_bytes(model)
+        run("qemu-img", "compare", "-f", qemu, "-F", "raw", self.path, raw)
+        raw.unlink()
+
+    def power_cuts(self, options: Mapping[str, str], rng: random.Random, steps: int, cuts: int) -> None:
+        before = self.make(options)
+        start = before.read_bytes()
+        log = before.with_suffix(".log")
+        image = self.recorded(before, log)
+        model = bytearray(self.size)
+        flushed: list[tuple[int, bytes]] = [(0, bytes(model))]
+        """How long the log was after a flush, and what the disk was."""
+        history: list[tuple[int, bytes]] = [(0, bytes(model))]
+        with image:
+            for _ in range(steps):
+                self.traffic(image, model, rng, 1)
+                history.append((log.stat().st_size, bytes(model)))
+                if rng.random() < 0.2:
+                    image.flush()
+                    flushed.append((log.stat().st_size, bytes(model)))
+                    history.append(flushed[-1])
+        data = log.read_bytes()
+        for _ in range(cuts):
+            where = rng.randrange(len(data) + 1)
+            log.write_bytes(data[:where])
+            entries = read_log(str(log))
+            cut = before.with_suffix(".cut")
+            cut.write_bytes(start)
+            fd = os.open(cut, os.O_RDWR)
+            replay = Replay(entries, fd)
+            replay.advance(len(entries))
+            for offset, piece in replay.survivors(rng):
+                os.pwrite(fd, piece, offset)
+            os.close(fd)
+            sure = next(disk for at, disk in reversed(flushed) if at <= where)
+            first = max(i for i, (at, disk) in enumerate(history) if at <= where and disk == sure)
+            last = next((i for i, (at, _) in enumerate(history) if at >= where), len(history) - 1)
+            self.survived(cut, [disk for _, disk in history[first : last + 2]])
+            cut.unlink()
+        log.unlink()
+
+    def recorded(self, path: Path, log: Path) -> Image:
+        file = RecordedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), str(path), path.stat().st_size, str(log))
+        return format_named(self.format)(file)  # type: ignore[call-arg]
+
+    def survived(self, cut: Path, allowed: list[bytes]) -> None:
+        """Each sector is as in one of ``allowed``, the disk from the last flush on."""
+        with self.open(cut) as image:
+            disk = read_at(image, 0, image.size)
+            if Can.CHECK in image.can:
+                result = image.check()
+                assert not result.corruptions and not result.errors, result
+        if self.qemu_checks:
+            found = subprocess.run(
+                ["qemu-img", "check", "-f", self.qemu or self.format, cut], capture_output=True, check=False, timeout=60
+            )
+            assert found.returncode in (0, 3), found.stdout  # 3: leaks only
+        for at in range(0, len(disk), SECTOR):
+            sector = disk[at : at + SECTOR]
+            assert any(one[at : at + SECTOR] == sector for one in allowed), f"sector {at // SECTOR}"
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
+    return done.stdout
+
+
+class ReadOnlyConformance(ImageConformance):
+    """Of formats that are only read: subclasses make images by other means, in ``make``."""
+
+    def test_it_is_only_read(self) -> None:
+        self.make({})
+        with pytest.raises(UserError, match="only read"):
+            self.open()
