@@ -62,6 +62,7 @@ from skep.errors import InternalError
 
 PUSH_FLAGS = (Mnemonic.PUSHF, Mnemonic.PUSHFD, Mnemonic.PUSHFQ)
 POP_FLAGS = (Mnemonic.POPF, Mnemonic.POPFD, Mnemonic.POPFQ)
+RETURNS_WITH_FLAGS = (Mnemonic.IRETQ, Mnemonic.SYSRETQ)
 DATA_SEGMENTS = (Register.DS, Register.ES, Register.FS, Register.GS)
 RSP, RBP = 4, 5
 """Numbers of guest registers."""
@@ -120,7 +121,7 @@ class Lowering(Special):
             form.ends = Ends.CALL
         elif flow != FlowControl.NEXT:
             form.ends = Ends.YES
-            form.keeps = ALL_FLAGS
+            form.keeps = 0 if m in RETURNS_WITH_FLAGS else ALL_FLAGS
         elif m == Mnemonic.STI:
             form.ends = Ends.SHADOW
         elif m in POP_FLAGS:
