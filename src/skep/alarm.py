@@ -28,6 +28,14 @@ class Alarm:
         self._spec[2], self._spec[3] = divmod(max(ns, 1), _NS)
         _libc.timerfd_settime(self._fd, 0, self._spec, None)
 
+    def cancel(self) -> None:
+        """Not at all, unless it did already."""
+        self._spec[2] = self._spec[3] = 0
+        _libc.timerfd_settime(self._fd, 0, self._spec, None)
+
+    def fileno(self) -> int:
+        return self._fd
+
     def wait(self) -> None:
         """Sleep until it goes off; returns at once if it did since the last time."""
         os.read(self._fd, 8)

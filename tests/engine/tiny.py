@@ -24,8 +24,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from skep.contracts.interrupts import Loan
 from skep.engine.amd64.registers import Cr0, Cr4, Efer, Pte
 from skep.engine.contract import Engine, Exit, ExitReason, Vcpu
+from skep.irqchip.lapic import LocalApic
 from skep.memory import GuestMemory
 from tests.engine.assemble import Program, assemble
 from tests.engine.place import GPRS, PAGE
@@ -170,6 +172,12 @@ class TestInterrupts:
         self.msrs[index] = value
         return True
 
+    def lend(self, loan: Loan) -> None:
+        """Nothing: the tests see every write."""
+
+    def settle(self) -> None:
+        """Nothing was lent."""
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -189,7 +197,8 @@ class Tiny:
     """One VM of one vCPU, from ``engine``, with ``text`` at :data:`PROGRAM`. A context manager.
 
     ``handlers`` gives vectors to labels of the program (interrupt gates); ``ist`` gives vectors to IST stacks 1 to 7;
-    ``user`` starts the program in ring 3, its pages and :data:`USER_STACK` being the user's.
+    ``user`` starts the program in ring 3, its pages and :data:`USER_STACK` being the user's. ``apic`` is a real one, in
+    place of :attr:`interrupts`.
     """
 
     def __init__(
@@ -205,6 +214,7 @@ class Tiny:
         bits: int = 64,
         base: int = 0,
         cpus: int = 1,
+        apic: LocalApic | None = None,
     ) -> None:
         self.base = base
         self.memory = GuestMemory(RAM)
@@ -224,7 +234,7 @@ class Tiny:
         self.memory.write(PROGRAM, self.program.code)
         self._tables(handlers or {}, ist or {})
         self.vm = engine.create_vm(self.memory, self.io, cpus, cpu_model, 0)
-        self.vcpu = self.vm.create_vcpu(0, self.interrupts)
+        self.vcpu = self.vm.create_vcpu(0, self.interrupts if apic is None else apic)
         self.interrupts.kick = self.vcpu.kick
         start = self._start(user, xsave=cpu_model == "host")
         self.set(**start)

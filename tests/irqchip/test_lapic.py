@@ -553,6 +553,176 @@ def test_timers_go_on_after_load(time: Time) -> None:
     assert fresh.acknowledge() == 0xEF
 
 
+# What is lent to the vCPU
+
+
+class Loan:
+    """A vCPU that does what it was lent as translated code does."""
+
+    def __init__(self, clock: GuestClock) -> None:
+        self.clock = clock
+        self.held = False
+        self.service = self.vector = self.deadline = 0
+
+    def give(self, service: int, vector: int, deadline: int) -> None:
+        assert not self.held
+        self.held, self.service, self.vector, self.deadline = True, service, vector, deadline
+
+    def take(self) -> tuple[int, int]:
+        assert self.held
+        self.held = False
+        return self.service, self.deadline
+
+    def write(self, apic: LocalApic, index: int, value: int) -> None:
+        now = self.clock.tsc()
+        if self.held and index == 0x80B:
+            self.service = 0
+        elif self.held and self.vector and not 0 < self.deadline <= now and not 0 < value <= now:
+            self.deadline = value
+        else:
+            assert apic.write_msr(index, value)
+
+    def window(self, apic: LocalApic) -> int | None:
+        """The interrupt that is taken, if one is."""
+        due = self.held and self.deadline and self.clock.tsc() >= self.deadline
+        if due and not self.service and not apic.irr and not apic.extint_latched:
+            self.service, self.deadline = self.vector, 0
+            return self.service
+        return apic.acknowledge() if apic.pending() else None
+
+
+def _lent(time: Time) -> tuple[LocalApic, Loan]:
+    apic = Cpus(time, x2apic=True).all[0]
+    assert apic.write_msr(0x832, 0x4_00EC) and apic.write_msr(0x808, 0x10)
+    return apic, Loan(time.clock)
+
+
+def test_what_was_lent_comes_back(time: Time) -> None:
+    apic, loan = _lent(time)
+    deadline = time.clock.tsc() + 1000
+    assert apic.write_msr(regs.MSR_TSC_DEADLINE, deadline)
+    apic.accept(Delivery.FIXED, 0x55, False)
+    apic.lend(loan)
+    assert not loan.held, "something waits"
+    assert apic.acknowledge() == 0x55
+    apic.lend(loan)
+    assert (loan.held, loan.service, loan.vector, loan.deadline) == (True, 0x55, 0xEC, deadline)
+    time.pass_ns(1001)
+    assert loan.held and not apic._ready, "the clock does not watch it meanwhile"
+    assert apic.pending() and apic.isr == 1 << 0x55 and not loan.held
+    assert apic.acknowledge() == 0xEC
+
+
+def test_settled_the_clock_watches(time: Time) -> None:
+    apic, loan = _lent(time)
+    apic.lend(loan)
+    loan.deadline = time.clock.tsc() + 1000
+    apic.settle()
+    assert not loan.held
+    time.pass_ns(999)
+    assert not apic.pending()
+    time.pass_ns(1)
+    assert apic.pending() and apic.acknowledge() == 0xEC
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "vector"),
+    [
+        (0x832, 0x5_00EC, 0),
+        (0x832, 0xEC, 0),
+        (0x832, 0x2_00EC, 0),
+        (0x832, 0x4_000F, 0),
+        (0x808, 0xE0, 0),
+        (0x808, 0xDF, 0xEC),
+    ],
+)
+def test_a_timer_that_is_not_lent(time: Time, index: int, value: int, vector: int) -> None:
+    apic, loan = _lent(time)
+    assert apic.write_msr(index, value)
+    apic.lend(loan)
+    assert loan.held and loan.vector == vector
+
+
+def test_a_level_triggered_interrupt_is_not_lent(time: Time) -> None:
+    apic, loan = _lent(time)
+    apic.accept(Delivery.FIXED, 0x55, True)
+    assert apic.acknowledge() == 0x55
+    apic.lend(loan)
+    assert not loan.held
+
+
+def test_the_xapic_lends_nothing(time: Time) -> None:
+    apic, loan = Cpus(time).all[0], Loan(time.clock)
+    apic.lend(loan)
+    assert not loan.held
+
+
+def test_whatever_arrives_meanwhile_kicks(time: Time) -> None:
+    """Only the vCPU knows whether it may take it."""
+    cpus = Cpus(time, x2apic=True)
+    apic, loan = cpus.all[0], Loan(time.clock)
+    apic.accept(Delivery.FIXED, 0x91, False)
+    assert apic.acknowledge() == 0x91
+    apic.lend(loan)
+    before = cpus.kicks[0]
+    cpus.fixed(0x31)
+    assert cpus.kicks[0] == before + 1
+    assert not apic.pending(), "less urgent than what is in service"
+    assert apic.write_msr(0x80B, 0) and apic.pending()
+
+
+def test_init_takes_what_was_lent(time: Time) -> None:
+    apic, loan = _lent(time)
+    apic.lend(loan)
+    loan.service, loan.deadline = 0xEC, 5
+    with time.lock:
+        apic.accept(Delivery.INIT, 0, False)
+    apic.settle()
+    assert apic.isr == 0 and apic.timer.tsc_deadline == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nobody_can_tell(seed: int) -> None:
+    """Two APICs, one of which lends whenever it can, go through the same."""
+    choose = random.Random(seed)
+    time = Time()
+    (plain, _), (apic, loan) = _lent(time), _lent(time)
+    for _ in range(600):
+        what = choose.choice(("arrival", "deadline", "time", "eoi", "read", "priority", "window", "window", "window"))
+        vector = choose.choice((0x31, 0x55, 0x91, 0xEC, 0xF3))
+        if what == "arrival":
+            level = choose.random() < 0.2
+            for one in (plain, apic):
+                with time.lock:
+                    one.accept(Delivery.FIXED, vector, level)
+        elif what == "deadline":
+            deadline = choose.choice((0, 1, time.clock.tsc() + choose.randrange(500)))
+            assert plain.write_msr(regs.MSR_TSC_DEADLINE, deadline)
+            loan.write(apic, regs.MSR_TSC_DEADLINE, deadline)
+        elif what == "time":
+            time.pass_ns(choose.randrange(300))
+        elif what == "eoi":
+            assert plain.write_msr(0x80B, 0)
+            loan.write(apic, 0x80B, 0)
+        elif what == "read":
+            index = choose.choice((0x810 + choose.randrange(8), 0x80A, 0x802, regs.MSR_TSC_DEADLINE))
+            assert plain.read_msr(index) == apic.read_msr(index)
+        elif what == "priority":
+            for one in (plain, apic):
+                assert one.write_msr(0x808, 0x10 * (vector & 1))
+        else:
+            first = plain.acknowledge() if plain.pending() else None
+            assert loan.window(apic) == first
+        if choose.random() < 0.1:
+            apic.settle()
+        if not loan.held:
+            apic.lend(loan)
+    apic.settle()
+    before, after = plain.save(), apic.save()
+    assert before == after
+    time.close()
+
+
 # The page
 
 

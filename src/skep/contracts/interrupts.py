@@ -5,6 +5,19 @@ from __future__ import annotations
 from typing import Protocol
 
 
+class Loan(Protocol):
+    """What a vCPU can do by itself of its local APIC's work while it runs guest code."""
+
+    def give(self, service: int, vector: int, deadline: int) -> None:
+        """From here on the vCPU ends the interrupt in service where the guest writes EOI; ``service`` is its vector, 0:
+        there is none. Unless ``vector`` is 0, the guest may write IA32_TSC_DEADLINE, and when that has come the vCPU
+        takes the timer's interrupt, ``vector``, if none is in service. ``deadline`` is in ticks of the VM's counter, 0:
+        not armed."""
+
+    def take(self) -> tuple[int, int]:
+        """No longer: what is in service and the deadline by now."""
+
+
 class LocalInterrupts(Protocol):
     """The vCPU's side of a local APIC (Intel SDM 3, chapter 11).
 
@@ -31,3 +44,9 @@ class LocalInterrupts(Protocol):
 
     def write_msr(self, index: int, value: int) -> bool:
         """False means #GP."""
+
+    def lend(self, loan: Loan) -> None:
+        """Guest code is about to run. What can be given is given, and taken back at the next other question."""
+
+    def settle(self) -> None:
+        """Guest code does not run for a while: what was given is taken back, and the time watched."""

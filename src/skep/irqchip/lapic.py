@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from skep.contracts.io import IoSpace
 from skep.irqchip.apicbus import Delivery, Message
-from skep.irqchip.lapictimer import ApicTimer
+from skep.irqchip.lapictimer import TSC_DEADLINE, ApicTimer
 from skep.state import Fields
 
 if TYPE_CHECKING:
     from skep.clock import GuestClock
+    from skep.contracts.interrupts import Loan
     from skep.irqchip.apicbus import ApicBus
 
 MSR_APIC_BASE = 0x1B
@@ -89,6 +90,9 @@ class LocalApic(Fields):
         self._bsp = bsp
         self._base_bits = ((1 << physical_bits) - 1) & ~0xFFF | BASE_EN | BASE_EXTD | BASE_BSP
         self._ready = False
+        self._loan: Loan | None = None
+        """Who ends interrupts meanwhile; nothing waits then, and at most one is in service."""
+        self._lent_timer = False
         self.lines = 0
         self.timer = ApicTimer(clock, self._timer_expired)
         apics.locals.append(self)
@@ -113,6 +117,7 @@ class LocalApic(Fields):
         self.dfr = 0xFFFF_FFFF
         self.svr = 0xFF
         self.irr = self.isr = self.tmr = 0
+        self._loan = None
         self.esr = self.errors = 0
         self.icr = 0
         self.lvt = [LVT_MASKED] * 6
@@ -142,6 +147,8 @@ class LocalApic(Fields):
     # LocalInterrupts: the engine's questions, on the vCPU's own thread.
 
     def pending(self) -> bool:
+        if self._loan is not None:
+            self._take_back()
         return self._ready
 
     def acknowledge(self) -> int | None:
@@ -172,11 +179,13 @@ class LocalApic(Fields):
 
     def write_tpr(self, value: int) -> None:
         with self.lock:
+            self._take_back()
             self.tpr = (value & 0xF) << 4
             self._update()
 
     def read_msr(self, index: int) -> int | None:
         with self.lock:
+            self._take_back()
             if index == MSR_TSC_DEADLINE:
                 return self.timer.tsc_deadline
             if index == MSR_APIC_BASE:
@@ -192,8 +201,45 @@ class LocalApic(Fields):
                 return None
             return self._read_register(offset)
 
+    def lend(self, loan: Loan) -> None:
+        if not self._x2apic:
+            return
+        with self.lock:
+            serving = self.isr
+            if self.irr or self._extint_waits() or serving & (serving - 1) or serving & self.tmr:
+                self.timer.settle()
+                return
+            timer = self.lvt[0]
+            vector = timer & 0xFF
+            held_off = timer & LVT_MASKED or vector < 16 or vector >> 4 <= self.tpr >> 4
+            if held_off or self.timer.mode != TSC_DEADLINE:
+                vector = 0
+                self.timer.settle()
+            self.isr = 0
+            self._loan = loan
+            self._lent_timer = vector != 0
+            loan.give(serving.bit_length() - 1 if serving else 0, vector, self.timer.lend() if vector else 0)
+
+    def _take_back(self) -> None:
+        with self.lock:
+            loan, self._loan = self._loan, None
+            if loan is None:
+                return
+            serving, deadline = loan.take()
+            if serving:
+                self.isr = 1 << serving
+            if self._lent_timer:
+                self.timer.take_back(deadline)
+            self._update()
+
+    def settle(self) -> None:
+        with self.lock:
+            self._take_back()
+            self.timer.settle()
+
     def write_msr(self, index: int, value: int) -> bool:
         with self.lock:
+            self._take_back()
             if index == MSR_TSC_DEADLINE:
                 self.timer.set_tsc_deadline(value)
                 return True
@@ -435,7 +481,8 @@ class LocalApic(Fields):
         return self.tpr if self.tpr & 0xF0 >= serving else serving
 
     def _update(self) -> None:
-        """Bring ``pending`` up to date, and kick where it turns true."""
+        """Bring ``pending`` up to date, and kick where it turns true. What is lent counts as not in service, so the
+        vCPU is kicked, and looks."""
         ready = self._extint_waits() or bool(
             self.irr and self._enabled and (self.irr.bit_length() - 1) >> 4 > self.processor_priority() >> 4
         )

@@ -84,6 +84,22 @@ class ApicTimer(Fields):
         else:
             self._arm()
 
+    def lend(self) -> int:
+        """The TSC deadline, which somebody else watches from here on."""
+        if self._timer.deadline is not None:
+            self._timer.cancel()
+        return self.tsc_deadline
+
+    def take_back(self, deadline: int) -> None:
+        """What the deadline is by now. It is not watched before ``settle``."""
+        self.tsc_deadline = deadline
+        if deadline and self._clock.tsc() >= deadline:
+            self._fire()
+
+    def settle(self) -> None:
+        if self.tsc_deadline and self._timer.deadline is None:
+            self._arm()
+
     def current_count(self) -> int:
         if not self.deadline:
             return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from iced_x86 import Encoder, Instruction
 
+from skep.contracts.interrupts import Loan
 from skep.engine.amd64 import cpuid as cpuid_models
 from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, PfError, Pte, Vector, canonical
 from skep.engine.exits import Exits
@@ -87,6 +88,12 @@ class Apic:
         if index == 0x6E0:
             self.deadline = value
         return index in (0x1B, 0x6E0)
+
+    def lend(self, loan: Loan) -> None:
+        """Nothing."""
+
+    def settle(self) -> None:
+        """Nothing was lent."""
 
 
 class PlainCpu:

@@ -27,7 +27,8 @@ _FIELDS = (
     "parked",  # 1 while it waits for `stop` to end, in machine code
     "inject",  # 0x100 | vector of an interrupt to deliver on the way in, or 0
     "iflag",  # RFLAGS.IF: 0 or 0x200
-    "irq",  # 1 while the local APIC may have an interrupt for us (set by kick)
+    "irq",  # 1 while there may be an interrupt for us: STI looks here
+    "wanted",  # 1 while Python has something for the vCPU, such as what its local APIC has (set by kick)
     "flags",  # arithmetic flags and DF while outside guest code
     "sysfl",  # RFLAGS.TF, IOPL, NT, RF, AC, VIF, VIP, ID
     "kind",  # why guest code was left: layout.Kind
@@ -57,7 +58,15 @@ _FIELDS = (
     "mode",  # layout.Mode bits, and the legality class above them
     "kernel_gs_base",
     "star", "lstar", "cstar", "sfmask", "sysenter_cs", "sysenter_esp", "sysenter_eip",
-    "tsc_offset", "tsc_aux", "pat",
+    "tsc_offset", "tsc_adjust", "tsc_aux", "pat",
+    # what is done for the local APIC (loan.py): whether anything is; the vector in service, the timer's, or 0; when
+    # that comes and when the host's timer goes off at the latest, in ticks of the guest's counter, 0: not at all
+    "apic", "apic_service", "apic_vector", "apic_deadline", "apic_armed",
+    "tick",  # the host's timer, a file descriptor (ticks.py)
+    "tick_scale",  # nanoseconds a tick of the counter, times 2**32
+    "tick_most",  # ticks that the timer is set for at most
+    "tick_set",  # 1 for the stub to set it
+    "tick_spec", "tick_spec1", "tick_spec2", "tick_ns",  # struct itimerspec
     "dr0", "dr1", "dr2", "dr3", "dr6", "dr7",
     "watch", "watch_code",  # 1 while breakpoints are armed for data, for instructions (breakpoints.py)
     "pdpte0", "pdpte1", "pdpte2", "pdpte3",  # PAE paging: loaded with CR3, not looked at in memory later
@@ -90,7 +99,7 @@ _FIELDS = (
     "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "port_exit", "segment_exit",
     "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs", "rep_cmps", "yield_",
     "narrow_string", "span", "load_segment", "cpuid", "rdmsr", "wrmsr",
-    "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link", "n_span",  # counters
+    "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link", "n_span", "n_tick",  # counters
 )
 
 OFFSETS: dict[str, int] = {name: 8 * i for i, name in enumerate(_FIELDS)}
@@ -191,8 +200,7 @@ class StateBlock:
     def close(self) -> None:
         self.q.release()
         self.bytes.release()
-        del self._keep
-        self.buffer.close()
+        del self._keep  # the memory goes with the last who holds it
 
     @property
     def rflags(self) -> int:

@@ -50,7 +50,6 @@ class ModelSpecific:
         self._st = st
         self._interrupts = interrupts
         self._cpuid = cpuid
-        self._tsc_adjust = 0
         self._kept: dict[int, int] = {}
         self.exits = exits
         self._writers: dict[int, Callable[[int], bool]] = {
@@ -93,14 +92,18 @@ class ModelSpecific:
 
     def set_tsc_offset(self, offset: int) -> None:
         """The VM's offset changed (creation, thaw); what the guest wrote to its TSC stays on top of it."""
-        self._st.tsc_offset = (offset + self._tsc_adjust) & M64
+        self._st.tsc_offset = (offset + self._st.tsc_adjust) & M64
 
     def _change_adjust(self, value: int) -> None:
-        self._st.tsc_offset = (self._st.tsc_offset + value - self._tsc_adjust) & M64
-        self._tsc_adjust = value
+        st = self._st
+        change = value - st.tsc_adjust
+        st.tsc_offset = (st.tsc_offset + change) & M64
+        st.tsc_adjust = value
+        if st.apic_deadline:
+            st.apic_deadline = (st.apic_deadline + change) & M64 or 1
 
     def _write_tsc(self, value: int) -> bool:
-        self._change_adjust((self._tsc_adjust + value - self.timestamp()) & M64)
+        self._change_adjust((self._st.tsc_adjust + value - self.timestamp()) & M64)
         return True
 
     def _write_tsc_adjust(self, value: int) -> bool:
@@ -110,12 +113,12 @@ class ModelSpecific:
     def _write_deadline(self, value: int) -> bool:
         """The APIC knows the VM's counter; 0 disarms."""
         return self._interrupts.write_msr(
-            msrs.IA32_TSC_DEADLINE, value and ((value - self._tsc_adjust) & M64 or 1)
+            msrs.IA32_TSC_DEADLINE, value and ((value - self._st.tsc_adjust) & M64 or 1)
         )
 
     def _read_deadline(self) -> int | None:
         value = self._interrupts.read_msr(msrs.IA32_TSC_DEADLINE)
-        return value and (value + self._tsc_adjust) & M64
+        return value and (value + self._st.tsc_adjust) & M64
 
     # RDMSR and WRMSR
 
@@ -138,7 +141,7 @@ class ModelSpecific:
         if index == msrs.IA32_TSC:
             return self.timestamp()
         if index == msrs.IA32_TSC_ADJUST:
-            return self._tsc_adjust
+            return self._st.tsc_adjust
         if index == msrs.IA32_TSC_DEADLINE:
             return self._read_deadline()
         if index == msrs.IA32_APIC_BASE or msrs.X2APIC_FIRST <= index <= msrs.X2APIC_LAST:

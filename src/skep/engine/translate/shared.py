@@ -6,6 +6,7 @@ from skep.contracts.io import IoSpace
 from skep.engine.translate.blocks import Cache
 from skep.engine.translate.pairs import Pairs
 from skep.engine.translate.store import Store
+from skep.engine.translate.ticks import Ticker
 from skep.engine.translate.watch import PerfMap
 from skep.memory import GuestMemory
 
@@ -23,6 +24,7 @@ class Shared:
         self.tsc_offset = tsc_offset
         self.cache = Cache(memory, store)
         self.pairs = Pairs(memory)
+        self.ticker = Ticker(self.cache.stubs["watch_ticks"])
         self.names: PerfMap | None = None
 
     def name_code(self) -> None:
@@ -34,5 +36,6 @@ class Shared:
     def close(self) -> None:
         if self.names is not None:
             self.names.close()
+        self.ticker.close()
         self.pairs.close()
         self.cache.close()

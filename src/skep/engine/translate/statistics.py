@@ -32,6 +32,7 @@ WITHOUT_EXIT = {
     "n_link": "jumps patched",
     "n_pf": "page faults",
     "n_irq": "interrupts",
+    "n_tick": "of them the timer's, from machine code",
     "n_iret": "IRET",
     "n_syscall": "SYSCALL",
     "n_cr3": "CR3 loads",

@@ -53,6 +53,7 @@ from skep.engine.translate.asm import (
 )
 from skep.engine.translate.layout import EMPTY_JC, JC, JC_ARRAY, OFFSETS, TLB, XSAVE_AREA, Kind, Mode
 from skep.engine.translate.parking import give_way, go_all, park, say_in, say_out, stop_all
+from skep.engine.translate.ticks import SYS_TIMERFD_SETTIME, watch_ticks
 
 CALLER_SAVED = {"rax": RAX, "rcx": RCX, "rdx": RDX, "rsi": RSI, "rdi": RDI, "r8": R8, "rsp": R9}
 """Guest registers (by name) in host registers that a routine may change."""
@@ -154,18 +155,22 @@ class Stubs:
 
     def _exits(self, a: Assembler) -> None:
         self._begin("brk_exit")
-        park_, go = a.label(), a.label()
+        attend, go = a.label(), a.label()
         a.mov(field("rip"), R10)
         a.mov(field("kind"), Kind.BREAK)
         self._save(a)
         a.cmp(field("stop"), 0, size=32)
-        a.jcc(Cond.NE, park_)
-        a.jmp(self._exit_saved())
-        a.bind(park_)
+        a.jcc(Cond.E, attend)
         park(a)
         a.cmp(field("brk"), 0, size=16)
         a.jcc(Cond.E, go)
-        a.jmp(self._exit_saved())
+        a.bind(attend)
+        self._timestamp(a)
+        self._call(a, "attend")
+        a.mov(field("target"), RAX)
+        self._set_tick(a)
+        a.mov(RAX, field("target"))
+        self._finish(a)
         a.bind(go)
         self._call(a, "resume")
         self._finish(a)
@@ -224,6 +229,31 @@ class Stubs:
         stop_all(a)
         self._begin("go_all")
         go_all(a)
+        self._begin("watch_ticks")
+        watch_ticks(a)
+
+    @staticmethod
+    def _timestamp(a: Assembler) -> None:
+        """rdi = the host's counter. Uses rax and rdx."""
+        a.rdtsc()
+        a.shl(RDX, 32)
+        a.lea(RDI, Mem(RAX, RDX))
+
+    @staticmethod
+    def _set_tick(a: Assembler) -> None:
+        """timerfd_settime, if a routine wants it. Uses rax, rcx, rdx, rsi, rdi, r10, r11."""
+        over = a.label()
+        a.cmp(field("tick_set"), 0, size=32)
+        a.jcc(Cond.E, over)
+        a.mov(field("tick_set"), 0)
+        a.mov(RDI, field("tick"))
+        a.xor(RSI, RSI, size=32)
+        a.mov(RDX, field("self_"))
+        a.lea(RDX, Mem(RDX, disp=OFFSETS["tick_spec"]))
+        a.xor(R10, R10, size=32)
+        a.mov(RAX, SYS_TIMERFD_SETTIME, size=32)
+        a.syscall()
+        a.bind(over)
 
     _exit_label: Label
 
@@ -377,7 +407,10 @@ class Stubs:
             self._begin(name)
             leave = a.label()
             self._save(a)
-            a.mov(RDI, R10)
+            if routine == "write_msr":
+                self._timestamp(a)
+            else:
+                a.mov(RDI, R10)
             a.mov(RSI, Mem(RSP, disp=8), size=32)
             if routine in ("load_cr3", "invalidate"):
                 a.add(RSI, field("page"))
@@ -385,6 +418,8 @@ class Stubs:
             if routine != "invalidate":
                 a.test(RAX, RAX)
                 a.jcc(Cond.E, leave)
+            if routine == "write_msr":
+                self._set_tick(a)
             if routine == "identify":
                 a.mov(RBX, field("rbx"))
             self._restore(a)

@@ -7,9 +7,17 @@ knows the rest of its cases and all of its faults.
 
 from __future__ import annotations
 
-from skep.engine.amd64.msrs import FS_BASE, GS_BASE, IA32_PRED_CMD, KERNEL_GS_BASE, PRED_CMD_IBPB
+from skep.engine.amd64.msrs import (
+    FS_BASE,
+    GS_BASE,
+    IA32_PRED_CMD,
+    IA32_TSC_DEADLINE,
+    KERNEL_GS_BASE,
+    PRED_CMD_IBPB,
+    X2APIC_EOI,
+)
 from skep.engine.amd64.registers import Cr4, Xcr0
-from skep.engine.translate.compiler import inline, ld32, ld64, sar, st, st64
+from skep.engine.translate.compiler import fence, inline, ld32, ld64, sar, st, st8, st64
 from skep.engine.translate.identity import (
     EXTENDED_STATE,
     FEATURES,
@@ -23,8 +31,8 @@ from skep.engine.translate.identity import (
     WITH_AVX,
     WITHOUT_AVX,
 )
-from skep.engine.translate.layout import ES, Kind
-from skep.engine.translate.runtime import descriptor_at
+from skep.engine.translate.layout import BRK, BRK_STI, ES, Kind
+from skep.engine.translate.runtime import descriptor_at, resume
 
 M32 = 0xFFFFFFFF
 SELECTOR, BASE, LIMIT, ATTRIBUTES = ES
@@ -126,10 +134,74 @@ def read_msr(unused: int, desc: int) -> int:
     return 1
 
 
-def write_msr(unused: int, desc: int) -> int:
-    """WRMSR of the segments' bases, and of commands to predictors that guest code does not reach."""
+def arm_tick(left: int) -> int:
+    """See to it that the host's timer goes off at ``apic_deadline``, which is ``left`` ticks ahead, or earlier."""
+    if st.apic_armed and st.apic_armed <= st.apic_deadline:
+        return 1
+    if left > st.tick_most:
+        left = st.tick_most
+    st.tick_ns = ((left * st.tick_scale) >> 32) + 1
+    st.apic_armed = st.apic_deadline
+    st.tick_set = 1
+    return 1
+
+
+def set_deadline(now: int, value: int, desc: int) -> int:
+    """IA32_TSC_DEADLINE, while it is ours (SDM 3, 11.5.4.1); ``now`` is the host's counter. An interrupt that is due,
+    before or after, stays due whatever is written next: Python sees to that."""
+    now = now + st.tsc_offset
+    if (st.apic_deadline and st.apic_deadline <= now) or (value and value <= now):
+        return python(desc)
+    st.apic_deadline = value
+    if value:
+        return arm_tick(value - now)
+    return 1
+
+
+def attend(now: int) -> int:
+    """Somebody wants the vCPU, which is to go on at ``st.rip``. If it is only its own timer: as resume, with the
+    interrupt on its way. 0: the rest is Python's, ``st.kind`` being BREAK."""
+    me = st.self_
+    if st.apic == 0 or st.wanted:
+        return 0
+    st8(me + BRK, 0)
+    st8(me + BRK_STI, 0)
+    fence()
+    if st.wanted:  # since the first look
+        st8(me + BRK, 1)
+        return 0
+    deadline = st.apic_deadline
+    if deadline:
+        now = now + st.tsc_offset
+        if now < deadline:
+            arm_tick(deadline - now)
+        elif st.apic_service:
+            st.irq = 1
+            st.wanted = 1
+            return 0
+        elif st.iflag == 0:
+            st.irq = 1
+        else:
+            st.apic_service = st.apic_vector
+            st.apic_deadline = 0
+            st.irq = 0
+            st.inject = 0x100 | st.apic_vector
+            st.site = 0
+            st.n_irq = st.n_irq + 1
+            st.n_tick = st.n_tick + 1
+    return resume()
+
+
+def write_msr(now: int, desc: int) -> int:
+    """WRMSR of the segments' bases, of commands to predictors that guest code does not reach, and of what the local
+    APIC has lent."""
     index = st.rcx & M32
     value = (st.rax & M32) | (st.rdx << 32)
+    if index == X2APIC_EOI and st.apic and value == 0:
+        st.apic_service = 0
+        return 1
+    if index == IA32_TSC_DEADLINE and st.apic and st.apic_vector:
+        return set_deadline(now, value, desc)
     if index == IA32_PRED_CMD and value & ~PRED_CMD_IBPB == 0:
         return 1
     if sar(value, 47) + 1 > 1:
@@ -145,4 +217,4 @@ def write_msr(unused: int, desc: int) -> int:
     return 1
 
 
-SYSTEM_ROUTINES = [load_segment, row_of, identify, read_msr, write_msr]
+SYSTEM_ROUTINES = [load_segment, row_of, identify, read_msr, arm_tick, set_deadline, attend, write_msr]

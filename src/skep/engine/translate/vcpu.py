@@ -24,6 +24,7 @@ from skep.engine.translate.alone import Alone
 from skep.engine.translate.emulate import Emulator
 from skep.engine.translate.forms import Legality
 from skep.engine.translate.layout import BRK, BRK_STI, OFFSETS, PDPTE, XSAVE_AREA, Kind, Mode, StateBlock
+from skep.engine.translate.loan import ApicLoan
 from skep.engine.translate.modelspecific import ModelSpecific
 from skep.engine.translate.parking import PATIENCE
 from skep.engine.translate.port import GuestFault, TripleFault
@@ -36,8 +37,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_ARCH_PRCTL, _ARCH_SET_GS = 158, 0x1001
 _ON_THREAD = threading.local()
 """Whose state block the thread's GS is."""
-_BRK, _IRQ, _IFLAG, _SYSFL, _KIND, _INJECT = (
-    OFFSETS[name] >> 3 for name in ("brk", "irq", "iflag", "sysfl", "kind", "inject")
+_BRK, _IRQ, _IFLAG, _SYSFL, _KIND, _INJECT, _APIC = (
+    OFFSETS[name] >> 3 for name in ("brk", "irq", "iflag", "sysfl", "kind", "inject", "apic")
 )
 """Fields of the state block as indices of its words, where every exit comes by."""
 
@@ -95,6 +96,7 @@ class TranslateVcpu(Alone):
         self._world.add(st)
         self._exit_requested = False
         self._nmi = False
+        self._loan = ApicLoan(st, shared.ticker)
         self._fresh = True
         self.hits = 0
         self.counts = [0] * 13
@@ -108,17 +110,18 @@ class TranslateVcpu(Alone):
     def kick(self) -> None:
         if not self._closed:
             st = self.st
+            st.wanted = 1
             st.irq = 1
             st.bytes[BRK] = 1
 
     def request_exit(self) -> None:
         self._exit_requested = True
-        if not self._closed:
-            self.st.bytes[BRK] = 1
+        self.kick()
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            self._loan.close()
             self._world.remove(self.st)
             self.st.close()
             del self.emulator  # it knows us: without this the garbage collector would have to find out
@@ -132,10 +135,14 @@ class TranslateVcpu(Alone):
 
     def run(self) -> Exit:
         self._arrive()
-        if self.watch is None:
-            return self._run()
-        left: Exit = self.watch.run(self._run)
-        return left
+        try:
+            if self.watch is None:
+                return self._run()
+            left: Exit = self.watch.run(self._run)
+            return left
+        finally:
+            self.interrupts.settle()
+            self._loan.rest()
 
     def _run(self) -> Exit:
         st = self.st
@@ -151,6 +158,8 @@ class TranslateVcpu(Alone):
                     if self._step_and_trap():
                         return self._halted()
                     continue
+                if not q[_APIC]:
+                    self.interrupts.lend(self._loan)
                 self._enter()
                 kind = q[_KIND]
                 counts[kind] += 1
@@ -230,8 +239,9 @@ class TranslateVcpu(Alone):
         if self._exit_requested:
             self._exit_requested = False
             return True
-        if not st.irq:
+        if not (st.wanted or st.irq or st.apic_deadline):
             return False
+        st.irq = 1
         st.site = 0  # the jump that led here goes elsewhere than to a handler
         interrupts = self.interrupts
         if self._nmi or interrupts.take_nmi():
@@ -241,14 +251,14 @@ class TranslateVcpu(Alone):
                 st.nmi_blocked = 1
                 delivery.deliver_interrupt(self, Vector.NMI)
         if st.iflag:
-            st.irq = 0
+            st.irq = st.wanted = 0
             if interrupts.pending():
                 vector = interrupts.acknowledge()
                 if vector is not None:
                     st.n_irq += 1
                     st.inject = 0x100 | vector
                 if interrupts.pending():
-                    st.irq = 1
+                    st.irq = st.wanted = 1
         return False
 
     def _deliver(self) -> None:
