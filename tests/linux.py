@@ -67,9 +67,9 @@ class Session:
     def begin(self, command: str) -> None:
         self.vm.console.send(f"{command}\n")
 
-    def end(self, status: int = 0) -> str:
+    def end(self, status: int = 0, timeout: float = BOOT) -> str:
         """Wait for the end of what ``begin`` began."""
-        found = self.vm.console.expect(r"STATUS (\d+)\r\n", timeout=BOOT)
+        found = self.vm.console.expect(r"STATUS (\d+)\r\n", timeout=timeout)
         output = found.string[: found.start()].replace("\r\n", "\n")
         assert int(found[1]) == status, output
         return output
