@@ -17,7 +17,7 @@ import mmap
 import struct
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from time import perf_counter_ns
 
@@ -30,7 +30,7 @@ from skep.engine.translate.emission import LINK_KEY, Emission, Emitted
 from skep.engine.translate.layout import HASH_BITS, HASH_ENTRY, Mode
 from skep.engine.translate.narrow_runtime import NARROW_ROUTINES
 from skep.engine.translate.runtime import ROUTINES
-from skep.engine.translate.store import Look, Record, Store, matches
+from skep.engine.translate.store import Group, Look, Record, Store, Stored, matches
 from skep.engine.translate.stubs import Stubs
 from skep.engine.translate.system_runtime import SYSTEM_ROUTINES
 from skep.engine.translate.world import World
@@ -139,13 +139,16 @@ class Cache:
         """Nanoseconds."""
 
     def close(self) -> None:
-        self.store.close()
+        self.blocks.clear()
+        self._pages.clear()
+        self._order.clear()
         self.map.close()
         self._hash.release()
         self._words.release()
         del self._pin
         self._table.close()
         self.buffer.close()
+        self.store.close()  # last: it may need memory of its own
 
     # Making
 
@@ -190,30 +193,34 @@ class Cache:
         """The block at ``pa`` if the store has it, and whatever else the store has of its page: made as by _make."""
         store = self.store
         offset = pa & 4095
-        head = bytes(self.memory.view(pa, min(16, 4096 - offset)))
-        for number in store.find(offset, mode, head):
-            block = self._place(number, pa - offset)
-            if block is not None:
-                break
-        else:
-            return []
-        adopted = [block]
-        taken = {block.key}
-        for other in store.group(number):
-            if self.pos + (64 << 10) > self.limit or len(self.blocks) + len(adopted) >= MAX_BLOCKS:
-                break
-            key = store.key(other, pa - offset)
-            if key not in taken and key not in self.blocks:
-                block = self._place(other, pa - offset)
-                if block is not None:
-                    adopted.append(block)
-                    taken.add(key)
-        return adopted
+        head = bytes(self.memory.view(pa, min(17, 4096 - offset)))
+        page = pa - offset
+        for group in store.find(offset, mode, head):
+            records = store.records(group)
+            for stored in records:
+                if stored.offset == offset and stored.mode == mode:
+                    block = self._place(stored, page)
+                    if block is not None:
+                        store.use(group)
+                        return [block, *self._others(group, records, page, block.key)]
+        return []
 
-    def _place(self, number: int, page: int) -> Block | None:
+    def _others(self, group: Group, records: list[Stored], page: int, key: int) -> Iterator[Block]:
+        """What else the store has of a page."""
+        taken = {key}
+        for stored in records:
+            if self.pos + (64 << 10) > self.limit or len(self.blocks) + len(taken) >= MAX_BLOCKS:
+                break
+            key = (page | stored.offset) << Mode.BITS | stored.mode
+            if key not in taken and key not in self.blocks:
+                block = self._place(stored, page)
+                if block is not None:
+                    self.store.use(group)
+                    taken.add(key)
+                    yield block
+
+    def _place(self, stored: Stored, page: int) -> Block | None:
         """The block of a record, on this page, if the guest shows the same bytes."""
-        store = self.store
-        stored = store.record(number)
         pa = page | stored.offset
         memory = self.memory
         guest = memory.view(pa, stored.size)
@@ -244,7 +251,6 @@ class Cache:
         self.map.mark(pa, stored.size)
         marks = array("H")
         marks.frombytes(stored.blob[stored.marks : stored.code])
-        store.use(number)
         key = pa << Mode.BITS | stored.mode
         return Block(key, pa, stored.size, None, start, start + stored.entry, end, stored.live, marks)
 
@@ -255,6 +261,7 @@ class Cache:
             return
         data, emitted = made
         page = block.pa & ~4095
+        code = self._emission.unplaced(emitted, block.mode, block.live)
         links = []
         for site, stub, key in emitted.links:
             links.append((site, stub, key >> Mode.BITS & 4095, (key ^ block.key) & Mode.AC != 0))
@@ -269,7 +276,7 @@ class Cache:
         self.store.put(
             block.pa >> 12,
             Record(
-                block.pa & 4095, block.mode, data, bytes(emitted.code), emitted.entry, block.live, links,
+                block.pa & 4095, block.mode, data, code, emitted.entry, block.live, links,
                 emitted.copies, list(looks.values()), block.marks,
             ),
         )  # fmt: skip

@@ -21,6 +21,7 @@ from skep.engine.translate.stubs import field as state
 from skep.engine.translate.stubs import restore_flags, save_flags
 
 _i32 = struct.Struct("<i").pack_into
+_u64 = struct.Struct("<Q").pack_into
 _NOPS = (b"", b"\x90", b"\x66\x90", b"\x0f\x1f\x00")
 
 
@@ -280,6 +281,17 @@ class Emission:
             _i32(out, site, len(out) - site - 4)
             extend(self.long(lowering, target, at, narrow))
         return Emitted(out, entry, marks, fixed, copies)
+
+    def unplaced(self, emitted: Emitted, mode: int, live: int) -> bytes:
+        """A block's code without what depends on its place, and on which other blocks there are."""
+        code = bytearray(emitted.code)
+        _, second, brk, _ = self._prologue(mode, bool(live))
+        _i32(code, second, 0)
+        _i32(code, brk, 0)
+        for site, stub, _ in emitted.links:
+            _i32(code, site, stub - site - 4)
+            _u64(code, stub + LINK_KEY, 0)
+        return bytes(code)
 
     def move(self, code: memoryview, start: int, offset: int, mode: int, live: int) -> None:
         """Fit the checked entry of a block's code, made for another place, to ``start`` of the buffer."""

@@ -5,40 +5,38 @@ are the bytes of the guest that it was made from and those it looked ahead at. W
 the same offset of a page in the same mode, the record is that block. Constants of 4 and 8 bytes that the code only
 copies are not compared: a kernel that was loaded at another address has others there.
 
-Records lie in *segments*, files that a VM writes whole when it ends and that nobody changes after that. What is in them
-is executed, so only files count that nobody but this user could have written: the directory is ours and closed to
-others, links are not followed, owner and mode are looked at on the open file. A checksum finds what is cut off or
-spoiled, and the name of a segment says which translator on which CPU made it; anything else is removed in time.
+Records lie in *segments* (segment.py), which a VM writes when it ends. The name of a segment says which translator
+made it; anything else is removed in time.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import stat
 import struct
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import iced_x86
 
-from skep.engine.translate.layout import Mode
+from skep.engine.translate.segment import MASKS, Draft, Name, Segment, abandoned, open_directory
 
 LIMIT = 256 << 20
 """Bytes of all segments; beyond, those that were not used longest go."""
 MAX_SEGMENTS = 6
-"""With more, the records that were used and the new ones become one segment."""
+"""With more, all but the largest and what is new become one segment."""
 WORTH = 64
-"""A segment with fewer records, or with less than a twentieth of what there is, is not written."""
+"""A segment with fewer records, or with less than a twentieth of what was adopted, is not written."""
+READ = 64
+"""Groups that are remembered."""
+SEEN_BITS = 17
 
-_SEGMENT = struct.Struct("<8sIIQ")  # magic, CRC-32 of the rest, records, bytes of records; records, then entries
-_MAGIC = b"SkepSeg1"
-_ENTRY = struct.Struct("<QQ")  # key; group << 40 | position
+Group = tuple[int, int]
+"""The number of a segment, and of a group in it."""
+
 _HEAD = struct.Struct("<IHHHHHBBHHH")
 """Bytes in all, page offset, mode, guest bytes, code bytes, plain entry, flags that are live, how many links, copies,
 bytes of looks, marks"""
@@ -86,7 +84,7 @@ class Record(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A record in a segment, of which the code has not been looked at: where its parts stand."""
+    """A record in its group, of which the code has not been looked at: where its parts stand."""
 
     blob: bytes
     offset: int
@@ -132,6 +130,19 @@ class Stored(NamedTuple):
         yield from _COPY.iter_unpack(self.blob[self.copies : self.looks])
 
 
+def _stored(blob: bytes, at: int) -> Stored:
+    length, offset, mode, size, _, entry, live, links, copies, looks, marks = _HEAD.unpack_from(blob, at)
+    data = at + _HEAD.size
+    links_at = data + size
+    copies_at = links_at + links * _LINK.size
+    looks_at = copies_at + copies * _COPY.size
+    marks_at = looks_at + looks
+    return Stored(
+        blob, offset, mode, size, entry, live, data, links_at, links, copies_at, copies, looks_at, marks_at,
+        marks_at + 2 * marks, at + length,
+    )  # fmt: skip
+
+
 def matches(look: Look, guest: memoryview) -> bool:
     if guest == look.data:
         return True
@@ -141,14 +152,22 @@ def matches(look: Look, guest: memoryview) -> bool:
     return int.from_bytes(guest, "little") & mask == int.from_bytes(look.data, "little") & mask
 
 
-def _key(offset: int, mode: int, head: bytes) -> int:
-    """``head`` is the first bytes of code. A function's ENDBR64 and what a tracer may put behind it say nothing; an
-    immediate behind the first byte may differ."""
-    if head[:4] == _ENDBR:
-        head = head[9:11]
-    elif head[:1] in _IMMEDIATE:
-        head = head[:1]
-    return offset << 48 | mode << 32 | int.from_bytes(head[:2], "little")
+def _key(offset: int, mode: int, head: bytes) -> tuple[int, int]:
+    """A name's key, and which bytes of the code the name shows. ``head`` is the first bytes of code. A function's
+    ENDBR64 and what a tracer may put behind it say nothing; an immediate behind the first byte may differ."""
+    at = 9 if head[:4] == _ENDBR else 0
+    word = head[at : at + 1] if head[at : at + 1] in _IMMEDIATE else head[at : at + 2]
+    return offset << 48 | mode << 32 | int.from_bytes(word, "little"), at
+
+
+def _name(record: Stored) -> Name:
+    data = record.blob[record.data : record.links]
+    key, at = _key(record.offset, record.mode, data)
+    mask = (1 << max(0, min(8, len(data) - at))) - 1
+    for _, of, k in record.each_copy():
+        for i in range(max(0, of - at), min(8, of + k - at)):
+            mask &= ~(1 << i)
+    return Name(key, int.from_bytes(data[at : at + 8], "little") & MASKS[mask], mask)
 
 
 def identity() -> str:
@@ -174,24 +193,23 @@ class Store:
         self.problem = ""
         self._limit = limit
         self._identity = identity
-        self._blobs: list[bytes] = []
-        self._names: list[str] = []
-        self._keys = array("Q")
-        self._where = array("Q")
-        self._of = array("H")
-        """By record: its segment."""
-        self._first: dict[int, int] = {}
-        self._more: dict[int, list[int]] = {}
-        self._used: set[int] = set()
-        self._draft: _Draft | None = None
-        """The segment of what is new."""
+        self._segments: list[Segment] = []
+        self._used: list[bytearray] = []
+        """By segment, by group: 1 where something of it was adopted."""
+        self._read: dict[Group, list[Stored]] = {}
+        """The groups that were wanted last."""
+        self._new: list[tuple[int, Name, int, bytes]] | None = []
+        """What is new, until it is worth a file."""
+        self._draft: Draft | None = None
+        self._seen = array("Q", bytes(8 << SEEN_BITS))
+        """Hashed by themselves, checksums of what was put last, so that what is made again is not put again."""
         self.adopted = 0
         self._directory = -1
         if directory is None:
             return
         try:
-            self._directory = _open_directory(directory)
-            self._load()
+            self._directory = open_directory(directory)
+            self._load(self._names())
         except OSError as error:
             self.problem = f"{error.strerror or error}: {directory}"
 
@@ -201,7 +219,7 @@ class Store:
         return self._directory >= 0
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return sum(map(len, self._segments))
 
     def close(self) -> None:
         """Keep what is new, and give everything back."""
@@ -215,224 +233,170 @@ class Store:
             if self._draft is not None:
                 self._draft.drop()
                 self._draft = None
+            for segment in self._segments:
+                segment.close()
+            self._segments.clear()
             os.close(self._directory)
             self._directory = -1
 
     # Adopting
 
-    def find(self, offset: int, mode: int, head: bytes) -> Iterator[int]:
-        """Records that may be the block at ``offset`` of a page that begins with ``head``."""
-        key = _key(offset, mode, head)
-        first = self._first.get(key)
-        if first is not None:
-            yield first
-            yield from self._more.get(key, ())
+    def find(self, offset: int, mode: int, head: bytes) -> Iterator[Group]:
+        """Groups with records that may be the block at ``offset`` of a page that begins with ``head``."""
+        key, at = _key(offset, mode, head)
+        shown = int.from_bytes(head[at : at + 8], "little")
+        for i, segment in enumerate(self._segments):
+            for group in segment.find(key, shown):
+                yield i, group
 
-    def group(self, number: int) -> range:
-        """The records that were made on one page together with this one."""
-        mine = self._where[number] >> 40
-        first = last = number
-        while first and self._where[first - 1] >> 40 == mine and self._of[first - 1] == self._of[number]:
-            first -= 1
-        last += 1
-        while last < len(self._where) and self._where[last] >> 40 == mine and self._of[last] == self._of[number]:
-            last += 1
-        return range(first, last)
+    def records(self, group: Group) -> list[Stored]:
+        """What was made on one page together."""
+        records = self._read.pop(group, None)
+        if records is None:
+            segment, number = group
+            try:
+                blob = self._segments[segment].group(number)
+            except (OSError, ValueError) as error:
+                self.problem = str(error)
+                self._segments[segment].forget()
+                self._remove(self._segments[segment].name)
+                return []
+            if len(self._read) >= READ:
+                del self._read[next(iter(self._read))]
+            records = []
+            at = 0
+            while at < len(blob):
+                records.append(_stored(blob, at))
+                at = records[-1].end
+        self._read[group] = records
+        return records
 
-    def record(self, number: int) -> Stored:
-        blob = self._blobs[self._of[number]]
-        at = self._where[number] & (1 << 40) - 1
-        length, offset, mode, size, _, entry, live, links, copies, looks, marks = _HEAD.unpack_from(blob, at)
-        data = at + _HEAD.size
-        links_at = data + size
-        copies_at = links_at + links * _LINK.size
-        looks_at = copies_at + copies * _COPY.size
-        marks_at = looks_at + looks
-        return Stored(
-            blob, offset, mode, size, entry, live, data, links_at, links, copies_at, copies, looks_at, marks_at,
-            marks_at + 2 * marks, at + length,
-        )  # fmt: skip
-
-    def key(self, number: int, page: int) -> int:
-        """The key that the block of a record has on a page."""
-        word = self._keys[number]
-        return (page | word >> 48) << Mode.BITS | word >> 32 & 0xFFFF
-
-    def use(self, number: int) -> None:
-        """A record was adopted."""
-        self._used.add(number)
+    def use(self, group: Group) -> None:
+        """A record of a group was adopted."""
+        self._used[group[0]][group[1]] = 1
         self.adopted += 1
 
     # Keeping
 
-    def put(self, group: int, record: Record) -> None:
-        """A block was made that no record was."""
+    def put(self, page: int, record: Record) -> None:
+        """A block was made that no record was. ``page`` is the same for all that are made on one page."""
         if self._directory < 0 or len(record.code) >= 1 << 16 or len(record.links) >= 256:
             return
+        data = record.pack()
+        name = _name(_stored(data, 0))
+        check = zlib.crc32(data)
+        number = check & (1 << SEEN_BITS) - 1
+        if self._seen[number] == name.key ^ check << 32:
+            return
+        self._seen[number] = name.key ^ check << 32
+        self._add(page, name, check, data)
+
+    def _add(self, page: int, name: Name, check: int, data: bytes) -> None:
         try:
-            if self._draft is None:
-                self._draft = _Draft(self._directory, f"{self._identity}-{os.urandom(8).hex()}.seg")
-            if self._draft.size < self._limit:
-                self._draft.add(group, _key(record.offset, record.mode, record.data), record.pack())
+            if self._new is not None:
+                self._new.append((page, name, check, data))
+                if len(self._new) < WORTH:
+                    return
+                self._draft = Draft(self._directory, f"{self._identity}-{os.urandom(8).hex()}.seg")
+                for one in self._new:
+                    self._draft.add(*one)
+                self._new = None
+            elif self._draft is not None and self._draft.size < self._limit:
+                self._draft.add(page, name, check, data)
         except OSError as error:
             self.problem = error.strerror or str(error)
             self.close()
 
-    def _load(self) -> None:
+    def _names(self) -> list[str]:
+        """The segments that there are, the one that was used last at the end."""
         found = []
         for name in os.listdir(self._directory):
             if name.startswith(self._identity) and name.endswith(".seg"):
-                found.append((_modified(self._directory, name), name))
-        for _, name in sorted(found):
+                try:
+                    found.append((os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_mtime_ns, name))
+                except FileNotFoundError:  # another VM has just replaced it
+                    pass
+        return [name for _, name in sorted(found)]
+
+    def _load(self, names: Iterable[str]) -> None:
+        for name in names:
             try:
-                blob = _read(self._directory, name)
-            except FileNotFoundError:  # another VM has just replaced it
+                segment = Segment(self._directory, name)
+            except FileNotFoundError:
                 continue
-            n = _check(blob)
-            if n < 0:
-                os.unlink(name, dir_fd=self._directory)
+            except (OSError, ValueError):
+                self._remove(name)
                 continue
-            both = array("Q")
-            both.frombytes(blob[len(blob) - n * _ENTRY.size :])
-            self._of.extend(array("H", (len(self._blobs),)) * n)
-            self._keys.extend(both[::2])
-            self._where.extend(both[1::2])
-            self._blobs.append(blob)
-            self._names.append(name)
-        first, more = self._first, self._more
-        for key, number in zip(self._keys, count()):
-            if key in first:
-                more.setdefault(key, []).append(number)
-            else:
-                first[key] = number
+            self._segments.append(segment)
+            self._used.append(bytearray(segment.groups))
 
     def _keep(self) -> None:
-        whole = len(self._blobs) >= MAX_SEGMENTS
-        for number in {self._of[i] for i in self._used}:
-            try:
-                os.utime(self._names[number], dir_fd=self._directory, follow_symlinks=False)
-            except FileNotFoundError:  # replaced meanwhile
-                pass
+        for segment, used in zip(self._segments, self._used, strict=True):
+            if 1 in used:
+                try:
+                    os.utime(segment.name, dir_fd=self._directory, follow_symlinks=False)
+                except FileNotFoundError:  # replaced meanwhile
+                    pass
         draft = self._draft
-        if draft is None or len(draft) < max(WORTH, len(self) // 20):
+        if draft is None or len(draft) < self.adopted // 20:
             return
-        if whole:
-            for i in self._used:
-                stored = self.record(i)
-                data = stored.blob[stored.data - _HEAD.size : stored.end]
-                draft.add(1 << 23 | self._where[i] >> 40, self._keys[i], data)
-        if draft.size < self._limit:
-            draft.finish()
-            self._tidy(set(self._names) if whole else set())
+        known = {segment.name for segment in self._segments}
+        self._load(name for name in self._names() if name not in known)
+        replaced = self._merge(draft) if len(self._segments) >= MAX_SEGMENTS else []
+        kept = [segment for segment in self._segments if segment not in replaced]
+        if draft.size < self._limit and draft.finish(lambda key, check: any(s.has(key, check) for s in kept), WORTH):
+            for segment in replaced:
+                self._remove(segment.name)
+            self._tidy()
 
-    def _tidy(self, replaced: set[str]) -> None:
-        """Remove what has been replaced, what other translators made, what was left half done, and what is too much."""
+    def _merge(self, draft: Draft) -> list[Segment]:
+        """Add the records of all segments but the largest to a draft, those that were of use first."""
+        merged = sorted(self._segments, key=lambda segment: segment.size)[:-1]
+        page = 1 << 31
+        for wanted in (1, 0):
+            for segment, used in zip(self._segments, self._used, strict=True):
+                if segment in merged:
+                    others = merged[: merged.index(segment)]
+                    for group, one in enumerate(used):
+                        if one == wanted and (wanted or draft.size < self._limit // 2):
+                            self._copy(draft, segment, group, page, others)
+                            page += 1
+        return merged
+
+    @staticmethod
+    def _copy(draft: Draft, segment: Segment, group: int, page: int, others: list[Segment]) -> None:
+        try:
+            for check, record in segment.records(group):
+                name = _name(_stored(record, 0))
+                if not any(other.has(name.key, check) for other in others):
+                    draft.add(page, name, check, record)
+        except ValueError:
+            pass  # spoiled since
+
+    def _tidy(self) -> None:
+        """Remove what other translators made, what was left half done, and what is too much."""
         found = []
         for name in os.listdir(self._directory):
             try:
                 status = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            found.append((status.st_mtime_ns, status.st_size, name))
+            if not name.startswith("."):
+                found.append((status.st_mtime_ns, status.st_size, name))
+            elif abandoned(self._directory, name):
+                self._remove(name)
         total = 0
-        for when, size, name in sorted(found, reverse=True):
+        for _, size, name in sorted(found, reverse=True):
             total += size
-            old = name.startswith(".") and found and max(found)[0] - when > 3600 * 10**9
-            if name in replaced or old or total > self._limit:
-                try:
-                    os.unlink(name, dir_fd=self._directory)
-                except FileNotFoundError:
-                    pass
+            if total > self._limit:
+                self._remove(name)
 
+    def _remove(self, name: str) -> None:
+        try:
+            os.unlink(name, dir_fd=self._directory)
+        except FileNotFoundError:
+            pass
 
-class _Draft:
-    """A segment that is being written. It has its name when it is finished."""
-
-    def __init__(self, directory: int, name: str) -> None:
-        self._directory = directory
-        self._name = name
-        file = os.open(f".{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
-        self._file = os.fdopen(file, "wb", buffering=1 << 16)
-        self._file.write(bytes(_SEGMENT.size))
-        self._finished = False
-        self._crc = 0
-        self._keys = array("Q")
-        self._where = array("Q")
-        self.size = _SEGMENT.size
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def add(self, group: int, key: int, data: bytes) -> None:
-        self._file.write(data)
-        self._crc = zlib.crc32(data, self._crc)
-        self._keys.append(key)
-        self._where.append((group & 0xFFFFFF) << 40 | self.size)
-        self.size += len(data)
-
-    def finish(self) -> None:
-        """Records of a group stand together in the table, in the order in which they came."""
-        where = self._where
-        order = sorted(range(len(where)), key=where.__getitem__)
-        table = b"".join(_ENTRY.pack(self._keys[i], where[i]) for i in order)
-        self._file.write(table)
-        head = _SEGMENT.pack(_MAGIC, zlib.crc32(table, self._crc), len(order), self.size - _SEGMENT.size)
-        self._file.seek(0)
-        self._file.write(head)
-        self._file.close()
-        os.rename(f".{self._name}", self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        self._finished = True
-
-    def drop(self) -> None:
-        """Close; what was not finished goes."""
-        if not self._finished:
-            try:
-                self._file.close()
-                os.unlink(f".{self._name}", dir_fd=self._directory)
-            except OSError:
-                pass  # another VM found it too much, and removed it; or the disk is full, and one removes it later
-
-
-def _open_directory(path: Path) -> int:
-    """Our own directory, closed to others, made if it is missing. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    status = os.fstat(directory)
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        os.close(directory)
-        raise PermissionError(errno.EPERM, "others may enter the directory of translated code")
-    return directory
-
-
-def _modified(directory: int, name: str) -> int:
-    """When a segment was used last, in ns; 0 where another VM has just removed it."""
-    try:
-        return os.stat(name, dir_fd=directory, follow_symlinks=False).st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
-def _read(directory: int, name: str) -> bytes:
-    """A segment's bytes, nothing if others could have written it."""
-    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
-    with os.fdopen(file, "rb") as source:
-        status = os.fstat(source.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            return b""
-        return source.read()
-
-
-def _check(blob: bytes) -> int:
-    """How many records a segment has; -1 where it is not what was written."""
-    if len(blob) < _SEGMENT.size:
-        return -1
-    magic, crc, n, size = _SEGMENT.unpack_from(blob)
-    whole: bool = magic == _MAGIC and len(blob) == _SEGMENT.size + n * _ENTRY.size + size
-    return n if whole and zlib.crc32(memoryview(blob)[_SEGMENT.size :]) == crc else -1
 
 
 def directory() -> Path:
