@@ -297,6 +297,7 @@ def test_a_second_client_is_turned_away(listener: CharBackend) -> None:
         assert port.drain(listener, 10) == b"still here"
         listener.write(b"and I")
         assert first.read(5) == b"and I"
+    assert wait_for(lambda: not listener.status().present)
     with client_of(listener) as third:
         listener.write(b"next")
         assert third.read(4) == b"next"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -193,14 +192,3 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     os.close(writing)
     _, errors = process.communicate(timeout=60)
     assert errors == b""
-
-
-@pytest.mark.slow
-def test_version_is_quick() -> None:
-    """TARGET 100 ms; the best of a few, for the machine is shared."""
-    best = 9.0
-    for _ in range(10):
-        began = time.monotonic()
-        skep("--version")
-        best = min(best, time.monotonic() - began)
-    assert best < 0.1

@@ -239,17 +239,20 @@ def test_console_none(run: Start) -> None:
 
 def test_a_port_on_a_socket_another_on_a_file(run: Start, tmp_path: Path) -> None:
     vm = run("--console", f"unix:{tmp_path}/com1", "--console", f"com2=file:{tmp_path}/log")
-    deadline = time.monotonic() + WAIT
-    while not (tmp_path / "com1").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+
+    def connect(client: socket.socket) -> None:
+        deadline = time.monotonic() + WAIT
+        while client.connect_ex(str(tmp_path / "com1")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     for _ in range(2):
         with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(tmp_path / "com1"))
+            connect(client)
             client.settimeout(WAIT)
             client.sendall(b"r")
             assert client.recv(1) == b"B"
     with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(tmp_path / "com1"))
+        connect(client)
         client.sendall(b"q")
         assert vm.end() == (0, b"", "")
     assert [path.name for path in tmp_path.iterdir() if "com1" in path.name] == []

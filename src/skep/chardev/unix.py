@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable
 
 from skep.chardev.listener import Listener
@@ -14,6 +15,7 @@ from skep.errors import UserError
 LONGEST = 107
 """Bytes of a name in struct sockaddr_un, less the zero."""
 _CLIENTS = 128
+_PROBES, _BETWEEN_PROBES = 5, 0.01
 
 
 def unix(loop: Loop, path: str, key: str, say: Callable[[str], None]) -> Listener:
@@ -60,18 +62,21 @@ def listen(path: str, key: str) -> tuple[socket.socket, Callable[[], None]]:
 
 
 def _is_stale(path: str) -> bool:
-    """A socket that nobody listens on."""
+    """A socket that nobody listens on. One that has just got its name may be about to."""
     try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return False
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            probe.connect(path)
-    except ConnectionRefusedError:
-        return True
+        for _ in range(_PROBES):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                return False
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.setblocking(False)
+                try:
+                    probe.connect(path)
+                    return False
+                except ConnectionRefusedError:
+                    time.sleep(_BETWEEN_PROBES)
     except OSError:
-        pass
-    return False
+        return False
+    return True
 
 
 def _why(path: str, error: OSError) -> str:
