@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import termios
 import threading
 import time
@@ -328,6 +330,24 @@ def test_a_terminal_is_restored_even_if_we_cannot(end: signal.Signals) -> None:
         terminal.process.send_signal(end)
         assert terminal.process.wait(10) == -end
         assert wait_for(lambda: terminal.mode() == terminal.before)
+
+
+STORM = """
+import signal, time
+from skep.chardev.loop import Loop
+loop, rang = Loop("loop"), []
+signal.signal(signal.SIGALRM, lambda *_: loop.call(lambda: rang.append(1)))
+signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+while len(rang) < 200:
+    loop.call(lambda: None)
+signal.setitimer(signal.ITIMER_REAL, 0)
+loop.close()
+"""
+
+
+def test_a_signal_handler_calls_amid_its_threads_own_call() -> None:
+    environment = {**os.environ, "PYTHONPATH": "src"}
+    subprocess.run([sys.executable, "-c", STORM], check=True, timeout=60, env=environment)
 
 
 # In the process

@@ -40,7 +40,8 @@ class Loop:
         self._serial = 0
         self._closing = False
         self._closed = False
-        self._guard = threading.Lock()  # of the eventfd and the epoll against close()
+        self._guard = threading.RLock()
+        """Of the eventfd and the epoll against close(). Signal handlers call, too, amid their own thread's calls."""
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
