@@ -18,6 +18,7 @@ from skep.errors import UserError
 from skep.memory import GuestMemory
 from skep.vm import End, Vm
 from tests.boot.elf import vmlinux
+from tests.engine.gas import gas
 
 MiB = 1 << 20
 LOAD = 4 * MiB
@@ -38,6 +39,44 @@ CODE = bytes.fromhex(
     "b0 0a e6 f4"  #     mov al, 10; out 0xf4, al
     "f4 eb fd"  #        hlt for ever
 )
+
+# In real mode, waits for two interrupts of the timer, looks at the 8259s' masks, leaves with status 2 * 21 + 1.
+REAL = """
+.code32
+    lgdt [table]
+    ljmp 0x08, offset narrow
+.code16
+narrow:
+    mov ax, 0x10
+    mov ss, ax
+    mov eax, cr0
+    and al, 0xfe
+    mov cr0, eax
+    ljmp 0, offset real
+real:
+    xor ax, ax
+    mov ss, ax
+    mov ds, ax
+    mov sp, 0x7000
+    sti
+    hlt
+    hlt
+    int 0x70
+    in al, 0x21
+    mov ah, al
+    in al, 0xa1
+    cmp ax, 0xfaff
+    jne wrong
+    mov al, 21
+wrong:
+    out 0xf4, al
+    hlt
+.balign 8
+gdt: .quad 0, 0x00009b000000ffff, 0x000093000000ffff
+table: .word 23
+    .long gdt
+.balign 4
+"""
 
 
 def header(flags: int = 0, *fields: int) -> bytes:
@@ -110,6 +149,16 @@ def test_a_guest_starts_finds_its_module_and_ends_with_a_status_of_its_own(
         vm.console.expect(f"{module}A=1\nB=two\n", timeout=20)
         outcome = vm.wait(20)
     assert outcome is not None and outcome.end is End.LEFT and outcome.exit_status == 21
+
+
+def test_interrupts_are_as_a_bios_leaves_them(tmp_path: Path) -> None:
+    """Multiboot 3.2; with the timer's default rate this takes a tenth of a second."""
+    path = tmp_path / "test.flat"
+    path.write_bytes(kernel(gas(REAL, 0x8000).code, load=0x8000))
+    with Vm(memory="64M", config={"boot.multiboot": str(path), "lpc.pc-testdev": "on"}) as vm:
+        vm.start()
+        outcome = vm.wait(20)
+    assert outcome is not None and outcome.end is End.LEFT and outcome.exit_status == 2 * 21 + 1
 
 
 def test_the_command_line_ends_with_that_status(tmp_path: Path, module: Path) -> None:

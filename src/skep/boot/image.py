@@ -19,6 +19,9 @@ from skep.memory import GuestMemory
 class BootImage(Protocol):
     """The files of one boot, read once and checked."""
 
+    ports: Sequence[tuple[int, int]]
+    """What the boot protocol wants written to ports, a byte each, when everything else is in its place."""
+
     def load(self, memory: GuestMemory, e820: Sequence[E820], rsdp: int) -> CpuState:
         """Put everything into cleared RAM and say how the first CPU starts; for each reset anew.
 

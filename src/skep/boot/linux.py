@@ -51,6 +51,8 @@ class Header(NamedTuple):
 class LinuxImage:
     """Implements :class:`skep.boot.image.BootImage`."""
 
+    ports: Sequence[tuple[int, int]] = ()
+
     def __init__(self, files: BootFiles) -> None:
         """``files`` are closed with the image. Raises UserError where the kernel is none, or takes no such command
         line."""

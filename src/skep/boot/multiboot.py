@@ -2,7 +2,7 @@
 
 The first processor starts in 32-bit protected mode with flat segments, without paging, interrupts off, EAX the magic
 number and EBX the address of the Multiboot information. An initrd is the one module. As GRUB does, the command line and
-the module's string begin with the file's name.
+the module's string begin with the file's name. bios.py has what the specification wants left as a BIOS leaves it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Sequence
 
-from skep.boot import elf
+from skep.boot import bios, elf
 from skep.boot.e820 import E820
 from skep.boot.files import BootFile, BootFiles
 from skep.boot.protected import flat_segments
@@ -47,6 +47,8 @@ _PAGE = 4096
 class MultibootImage:
     """Implements :class:`skep.boot.image.BootImage`."""
 
+    ports: Sequence[tuple[int, int]] = bios.PORTS
+
     def __init__(self, files: BootFiles) -> None:
         """``files`` are closed with the image. Raises UserError for what is no Multiboot kernel."""
         self._files = files
@@ -59,6 +61,7 @@ class MultibootImage:
         end = self._program.end
         if end > memory.low_size:
             raise self._files.no_room(memory, end)
+        bios.write(memory)
         self._program.load(memory)
         memory.write(INFO, self._info(memory, e820, end))
         code, data = flat_segments(BOOT_CS, BOOT_DS)

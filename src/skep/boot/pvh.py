@@ -38,6 +38,8 @@ _FIRST = 1 << 20
 class PvhImage:
     """Implements :class:`skep.boot.image.BootImage`."""
 
+    ports: Sequence[tuple[int, int]] = ()
+
     def __init__(self, files: BootFiles) -> None:
         """``files`` are closed with the image. Raises UserError for what is no kernel with a PVH entry."""
         self._files = files

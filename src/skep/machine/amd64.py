@@ -187,7 +187,10 @@ class Amd64Board:
         for address, data in self._tables.places.items():
             self.memory.write(address, data)
         self.generation.place()
-        return {**power_on_state(), **self._image.load(self.memory, memory_map(self.memory), self._tables.rsdp)}
+        state = self._image.load(self.memory, memory_map(self.memory), self._tables.rsdp)
+        for port, value in self._image.ports:
+            self.bus.port_write(port, 1, value)
+        return {**power_on_state(), **state}
 
     def pause(self) -> None:
         with self.lock:
