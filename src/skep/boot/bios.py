@@ -1,7 +1,7 @@
 """As much of a PC's BIOS as a Multiboot kernel may rely on before it takes the machine over (Multiboot 3.2).
 
-The 8259 pair has the BIOS's vectors, only the timer's input is open, and the timer ticks at its slowest, 18.2 Hz. In real
-mode every vector leads to an IRET, the timer's to one that ends the interrupt: where they have stood since the PC/AT.
+The 8259 pair has the BIOS's vectors, only the timer's input is open, and the timer ticks at its slowest, 18.2 Hz. In
+real mode every vector leads to an IRET, the timer's to one that ends the interrupt, where they stand since the PC/AT.
 There are no services.
 """
 
