@@ -375,6 +375,23 @@ class TestNmi:
         assert guest.vcpu.run().reason is ExitReason.HALTED
         assert (guest.reg("rbx"), guest.reg("rcx")) == (1, 1)
 
+    def test_one_that_comes_right_after_the_question_is_not_lost(self, boot: Boot) -> None:
+        guest = boot("start: sti\nout 0xf4, al\nagain: jmp again\nhandler: hlt", handlers={2: "handler"})
+        asked = []
+        take = guest.interrupts.take_nmi
+
+        def late() -> bool:
+            taken = take()
+            if not asked:
+                guest.interrupts.raise_nmi()
+            asked.append(taken)
+            return taken
+
+        guest.interrupts.take_nmi = late  # type: ignore[method-assign]
+        guest.io.on_write = lambda port, size, value: guest.vcpu.kick()
+        at_end(guest, timeout=3)
+        assert asked == [False, True]
+
     def test_before_an_interrupt(self, boot: Boot) -> None:
         text = "start: cli\nout 0xf4, al\nsti\nnop\nnop\ncli\nhlt\n"
         text += "nmi: mov ecx, ebx\nor ebx, 1\niretq\nirq: shl ebx, 4\niretq"

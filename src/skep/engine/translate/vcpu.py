@@ -241,24 +241,27 @@ class TranslateVcpu(Alone):
             return True
         if not (st.wanted or st.irq or st.apic_deadline):
             return False
-        st.irq = 1
+        wanted = st.wanted
+        st.irq = st.wanted = 0  # before anything is asked: what comes from now on sets it again
         st.site = 0  # the jump that led here goes elsewhere than to a handler
         interrupts = self.interrupts
         if self._nmi or interrupts.take_nmi():
             self._nmi = True
             if not st.nmi_blocked:
                 self._nmi = False
-                st.nmi_blocked = 1
+                st.irq = st.wanted = st.nmi_blocked = 1
                 delivery.deliver_interrupt(self, Vector.NMI)
-        if st.iflag:
-            st.irq = st.wanted = 0
+        if not st.iflag:
+            st.irq = 1
+            if wanted:
+                st.wanted = 1
+        elif interrupts.pending():
+            vector = interrupts.acknowledge()
+            if vector is not None:
+                st.n_irq += 1
+                st.inject = 0x100 | vector
             if interrupts.pending():
-                vector = interrupts.acknowledge()
-                if vector is not None:
-                    st.n_irq += 1
-                    st.inject = 0x100 | vector
-                if interrupts.pending():
-                    st.irq = st.wanted = 1
+                st.irq = st.wanted = 1
         return False
 
     def _deliver(self) -> None:
