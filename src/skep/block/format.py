@@ -233,6 +233,9 @@ class Image(ABC):
         """Change what the image says is below it. Only the name: the data is the caller's affair."""
         raise self.cannot("lies over no other")
 
+    def check_backing(self, backing: Image) -> None:  # noqa: B027 - most formats cannot tell
+        """Raises ImageError if that is not what this image was made over."""
+
     def resize(self, size: int) -> None:
         raise self.cannot("cannot be resized")
 

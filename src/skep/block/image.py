@@ -85,6 +85,7 @@ def _open_chain(image: Image, no_cache: bool, lock: bool, inside: Sequence[str] 
             above.backing = _open_one(path, name.format, True, no_cache, False, lock)
         except UserError as error:
             raise ImageError(f"its backing file cannot be opened: {error}", above.path) from None
+        above.check_backing(above.backing)
         above = above.backing
 
 

@@ -40,6 +40,7 @@ def _qcow(*versions: int) -> Callable[[Ends], bool]:
 
 FORMATS: Mapping[str, Format] = {
     "raw": Format("skep.block.raw", "RawImage", lambda ends: True),
+    "vhdx": Format("skep.block.vhdx.image", "VhdxImage", lambda ends: ends.head[:8] == b"vhdxfile"),
 }
 """By the names that `qemu-img` has for them."""
 
