@@ -101,7 +101,7 @@ class Alone(Access, ABC):
         return halted
 
     def _is_python(self, ins: Instruction) -> bool:
-        lowering, _ = self.cache.catalog.mode(self.st.mode)
+        lowering = self.cache.catalog.mode(self.st.mode).lowering
         return lowering.form(ins, ins.is_ip_rel_memory_operand).emulate
 
     def _device_not_available(self) -> bool:

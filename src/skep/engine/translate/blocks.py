@@ -363,7 +363,7 @@ class Cache:
         if self.pos + 4096 > self.limit:
             self.forget_all()
             return
-        lowering, _ = self.catalog.mode(block.mode)
+        lowering = self.catalog.mode(block.mode).lowering
         tail = self._emission.long(lowering, block.pa & 4095)
         at = self.pos
         self.code[at : at + len(tail)] = tail

@@ -2,63 +2,113 @@
 
 from __future__ import annotations
 
-from iced_x86 import Decoder, Instruction
+from iced_x86 import Code, Decoder, Instruction
 
-from skep.engine.translate.forms import Form, Open, Template
+from skep.engine.translate.forms import NOTHING_OPEN, Form, Open, Template, near_branch
 from skep.engine.translate.layout import Mode
 from skep.engine.translate.lower import Lowering
 from skep.engine.translate.narrow import Narrow
 
 MAX_FORMS = 1 << 17
 """Instructions whose bytes are remembered, by mode: what a guest can make us keep has a bound."""
+SHORT = 7
+"""Bytes of the longest instruction that is remembered with its constants: longer ones seldom come again."""
+_TAILS = (4, 1, 5, 8, 2, 3, 6)
+"""Bytes of an instruction from its first constant on: one or two constants of 1, 2, 4 or 8 bytes, the usual first."""
+
+
+class Seen:
+    """What is known of the instructions of one mode."""
+
+    __slots__ = ("forms", "heads", "lowering", "shapes")
+
+    def __init__(self, lowering: Lowering) -> None:
+        self.lowering = lowering
+        self.forms: dict[bytes, Form] = {}
+        """By an instruction's bytes."""
+        self.heads: dict[bytes, Form] = {}
+        """By the bytes before its constants, where its form does not depend on any of these. No instruction's bytes
+        begin another's, so what begins like one that was seen goes on like it, too."""
+        self.shapes: dict[tuple[bytes, Open], Form] = {}
+        """By its bytes with the constants that are left open blanked out."""
+
+    def clear(self) -> None:
+        self.forms.clear()
+        self.heads.clear()
+        self.shapes.clear()
 
 
 class Catalog:
     """What is known of instructions, and how each mode lowers them."""
 
     def __init__(self) -> None:
-        self._modes: dict[int, tuple[Lowering, dict[bytes, Form]]] = {}
-        self._shapes: dict[int, dict[tuple[bytes, Open], Form]] = {}
+        self._modes: dict[int, Seen] = {}
         self._general: dict[tuple[tuple[bytes, Open], int], Form] = {}
         """Forms that no legality class changes."""
 
-    def mode(self, mode: int) -> tuple[Lowering, dict[bytes, Form]]:
+    def mode(self, mode: int) -> Seen:
         mode &= ~Mode.PLAIN
         known = self._modes.get(mode)
         if known is None:
-            known = self._modes[mode] = (Narrow(mode) if mode & Mode.NARROW else Lowering(mode), {})
-            self._shapes[mode] = {}
+            known = self._modes[mode] = Seen(Narrow(mode) if mode & Mode.NARROW else Lowering(mode))
         return known
 
-    def shape(self, lowering: Lowering, key: bytes, ins: Instruction, decoder: Decoder, relative: bool) -> Form:
+    def form(self, seen: Seen, key: bytes, ins: Instruction, decoder: Decoder) -> Form:
+        """The form of the instruction ``ins``, just decoded from ``key``, which ``seen.forms`` does not have."""
+        if ins.code == Code.INVALID:
+            return seen.lowering.emulated
+        heads = seen.heads
+        for tail in _TAILS:
+            form = heads.get(key[:-tail])
+            if form is not None:
+                break
+        else:
+            form = self._shape(seen, key, ins, decoder)
+        if len(key) <= SHORT and not form.wrap:
+            seen.forms[key] = form
+        return form
+
+    def _shape(self, seen: Seen, key: bytes, ins: Instruction, decoder: Decoder) -> Form:
         """The form of an instruction seen for the first time: that of its bytes without the constants left open."""
-        open_ = lowering.opens(ins, decoder)
+        lowering = seen.lowering
+        if len(seen.forms) >= MAX_FORMS or len(seen.shapes) >= MAX_FORMS or len(self._general) >= MAX_FORMS:
+            seen.clear()
+            self._general.clear()
+        where = decoder.get_constant_offsets(ins)
+        target = near_branch(ins)
+        relative = ins.is_ip_rel_memory_operand
+        open_ = NOTHING_OPEN if target else lowering.opens(ins, where)
         shape = bytearray(key)
         if open_.disp_size:
             shape[open_.disp : open_.disp + open_.disp_size] = b"displace"[: open_.disp_size]
         if open_.imm_size:
             shape[open_.imm : open_.imm + open_.imm_size] = b"immediat"[: open_.imm_size]
         if relative:
-            where = decoder.get_constant_offsets(ins)
             shape[where.displacement_offset : where.displacement_offset + 4] = b"rip!"
-        shapes = self._shapes[lowering.mode]
-        forms = self._modes[lowering.mode][1]
-        if len(forms) >= MAX_FORMS or len(shapes) >= MAX_FORMS or len(self._general) >= MAX_FORMS:
-            forms.clear()
-            shapes.clear()
-            self._general.clear()
+        elif target:
+            shape[where.immediate_offset :] = b""
         name = (bytes(shape), open_)
-        form = shapes.get(name)
+        form = seen.shapes.get(name)
         if form is None:
             general = (name, lowering.shape)
             form = self._general.get(general)
             if form is None:
                 form = lowering.form(ins, relative, open_)
                 if not form.emulate:
-                    form.plain = relative and not where.has_immediate
+                    form.wrap = target or (1 << lowering.bits - 1 if relative else 0)
                     if lowering.is_general(ins):
                         self._general[general] = form
-            shapes[name] = form
+            seen.shapes[name] = form
+        if target:
+            seen.heads[key[: where.immediate_offset]] = form
+        else:
+            constants = len(key)
+            if where.has_immediate:
+                constants = where.immediate_offset if open_.imm_size else 0
+            if where.has_displacement and constants:
+                constants = where.displacement_offset if open_.disp_size or relative else 0
+            if 0 < constants < len(key):
+                seen.heads[key[:constants]] = form
         return form
 
     def template(

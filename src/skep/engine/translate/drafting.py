@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-from iced_x86 import Decoder, DecoderError, Instruction, OpKind
+from iced_x86 import Code, Decoder, DecoderError, Instruction
 
 from skep.engine.translate.catalog import Catalog
 from skep.engine.translate.forms import ALL_FLAGS, Ends, Form
@@ -21,13 +21,6 @@ MAX_BYTES = 192
 _NO, _YES, _JCC, _JMP, _CALL, _LOOP = Ends.NO, Ends.YES, Ends.JCC, Ends.JMP, Ends.CALL, Ends.LOOP
 _SHADOW, _MODE, _LOOK = Ends.SHADOW, Ends.MODE, Ends.LOOK
 _GO_ON = (_NO, _JCC, _LOOP, _MODE, _LOOK)
-_NEAR = {OpKind.NEAR_BRANCH16: 1 << 15, OpKind.NEAR_BRANCH32: 1 << 31, OpKind.NEAR_BRANCH64: 1 << 63}
-"""Relative branches, and from where on a target relative to the page is a negative number."""
-_BRANCH_BYTES = bytes(
-    1 if 0x70 <= b < 0x80 or b in (0xE8, 0xE9, 0xEB) else 2 if b == 0x0F else 0 for b in range(256)
-)
-"""By first byte: how many bytes tell a relative branch, whose form does not depend on its displacement."""
-
 Item = tuple[Form, int, int, int]
 """An instruction: form, offset in its page, length, and where it goes or what it addresses relative to the page."""
 
@@ -105,31 +98,24 @@ class Drafting:
             if known[1]:
                 self.looked.append((offset, known))
             return known[0]
-        lowering, forms = self._catalog.mode(mode)
+        seen = self._catalog.mode(mode)
         pa = page | offset
         data = bytes(self._memory.view(pa, min(4096 - offset, 20)))
-        decoder = Decoder(lowering.bits, data, ip=offset)
+        decoder = Decoder(seen.lowering.bits, data, ip=offset)
         ins = self._ins
-        shape = self._catalog.shape
         need = 0
         open_ = ALL_FLAGS
         at = 0
         other: list[tuple[int, int]] = []
         for _ in range(LOOK):
             decoder.decode_out(ins)
-            if ins.code == 0:
-                break
             n = ins.len
-            b = data[at]
             name = data[at : at + n]
-            if 0x70 <= b < 0x80 or b == 0xE9 or b == 0xEB or b == 0xE8 or (b == 0x0F and data[at + 1] & 0xF0 == 0x80):
-                name = name[: 1 + (b == 0x0F)]
-            form = forms.get(name)
+            form = seen.forms.get(name)
             if form is None:
-                relative = ins.is_ip_rel_memory_operand
-                form = shape(lowering, data[at : at + n], ins, decoder, relative)
-                if not relative:
-                    forms[name] = form
+                if ins.code == Code.INVALID:
+                    break
+                form = self._catalog.form(seen, name, ins, decoder)
             constants = form.open
             if constants.disp_size > 1:
                 other.append((at + constants.disp, constants.disp_size))
@@ -166,14 +152,13 @@ class Drafting:
         offset = pa & 4095
         room = 4096 - offset
         data = bytes(self._memory.view(pa, room if room < MAX_BYTES else MAX_BYTES))
-        lowering, forms = self._catalog.mode(mode)
+        seen = self._catalog.mode(mode)
+        lowering = seen.lowering
         bits = lowering.bits
         decoder = Decoder(bits, data, ip=offset)
         decode = decoder.decode_out
         ins = self._ins
-        get = forms.get
-        shape = self._catalog.shape
-        known = self._known
+        get = seen.forms.get
         end = len(data)
         items: list[Item] = []
         at = 0
@@ -181,61 +166,38 @@ class Drafting:
         pa2: int | None = None
         ends = _NO
         shadow = False
-        half = 1 << bits - 1
         while at < end:
             decode(ins)
             n = ins.len
-            if ins.code == 0:
-                if items:
-                    break
-                if end - at < 15 and room <= MAX_BYTES:
-                    pa2, data = self._with_second_page(data, room, bits, offset, next_page)
-                    decoder = Decoder(bits, data, ip=offset)
-                    decoder.decode_out(ins)
-                    end = n = ins.len
-            b = data[at]
-            kind = _BRANCH_BYTES[b]
-            if kind and (kind == 1 or data[at + 1] & 0xF0 == 0x80):
-                key = data[at : at + kind]
-                form = get(key)
-                if form is None:
-                    form = forms[key] = lowering.form(ins, False)
-                extra = ins.near_branch_target
-                if extra >= half:
-                    extra -= half << 1
-                ends = form.ends
-            else:
-                key = data[at : at + n]
-                extra = 0
-                form = get(key)
-                if form is None:
-                    relative = ins.is_ip_rel_memory_operand
-                    if relative:
-                        form = get(b"rip" + key[:-4])
-                    if form is None:
-                        form = shape(lowering, key, ins, decoder, relative)
-                        if relative and form.plain:
-                            forms[b"rip" + key[:-4]] = form
-                    if relative:
-                        extra = ins.memory_displacement
-                        if extra >= half:
-                            extra -= half << 1
-                        if not -(1 << 31) <= extra < 1 << 31:
-                            form = lowering.emulated
-                    elif n <= 7:
-                        forms[key] = form
-                ends = form.ends
-                if ends and (ends == _LOOP or (ends <= _CALL and ins.op_count and ins.op0_kind in _NEAR)):
-                    extra = ins.near_branch_target
-                    if extra >= _NEAR[ins.op0_kind]:
-                        extra -= _NEAR[ins.op0_kind] << 1
+            key = data[at : at + n]
+            form = get(key)
+            if form is None:
+                if ins.code == Code.INVALID:
+                    if items:
+                        break
+                    if end - at < 15 and room <= MAX_BYTES:
+                        pa2, data = self._with_second_page(data, room, bits, offset, next_page)
+                        decoder = Decoder(bits, data, ip=offset)
+                        decoder.decode_out(ins)
+                        end = n = ins.len
+                        key = data[:n]
+                form = self._catalog.form(seen, key, ins, decoder)
+            extra = 0
+            wrap = form.wrap
+            if wrap:
+                extra = ins.memory_displacement if form.relative else ins.near_branch_target
+                if extra >= wrap:
+                    extra -= wrap << 1
+                if form.relative and not -(1 << 31) <= extra < 1 << 31:
+                    form = lowering.emulated
+            ends = form.ends
             items.append((form, offset + at, n, extra))
             at += n
             if ends:
                 if ends == _JCC and branches < MAX_BRANCHES and not shadow:
                     branches += 1
                     ends = _NO
-                    if (pa + at) << Mode.BITS | mode in known:
+                    if (pa + at) << Mode.BITS | mode in self._known:
                         break
                 elif ends == _SHADOW:
                     if at + 15 > room or shadow:

@@ -395,7 +395,7 @@ class Emission:
     def single(self, data: bytes, offset: int, mode: int, bounce: dict[int, int]) -> bytes:
         """Code that runs the one instruction in ``data`` (at ``offset`` of its page), with its operands in bounce
         buffers, and leaves by done_exit; it may lie anywhere."""
-        lowering, _ = self._catalog.mode(mode)
+        lowering = self._catalog.mode(mode).lowering
         ins = Decoder(lowering.bits, data, ip=offset).decode()
         form = lowering.form(ins, False)
         t = lowering.template(ins, data[: ins.len], True, bounce)

@@ -91,7 +91,9 @@ class Form:
     memory: bool = False  # may have checks
     narrow: bool = False  # a branch whose target has 16 bits
     loop: bytes = b""  # LOOP, JCXZ in 16- and 32-bit code: counts, and ends in the displacement of the jump if taken
-    plain: bool = False  # its displacement, relative to RIP, is its end: there is no immediate
+    wrap: int = 0
+    """Not 0: it branches, or addresses something, relative to RIP; from here on a target relative to the page is a
+    negative number"""
     open: Open = Open()
     reach: tuple[int, int, int, bool, int, int] | None = None
     """An operand that may share its check: base register, constant besides an open displacement, size, is it written,
@@ -205,6 +207,14 @@ GENERAL_SPECIAL = frozenset(
 """Besides the integer instructions: those whose lowering no CR0, CR4 or XCR0 setting changes."""
 
 TLB_MASK = (TLB_ENTRIES - 1) * TLB_ENTRY
+
+
+_NEAR = {OpKind.NEAR_BRANCH16: 1 << 15, OpKind.NEAR_BRANCH32: 1 << 31, OpKind.NEAR_BRANCH64: 1 << 63}
+
+
+def near_branch(ins: Instruction) -> int:
+    """Of a near branch, from where on its target relative to the page is a negative number; else 0."""
+    return _NEAR.get(ins.op0_kind, 0) if ins.op_count else 0
 
 
 def waits(ins: Instruction) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from iced_x86 import (
     Code,
-    Decoder,
+    ConstantOffsets,
     EncodingKind,
     FlowControl,
     Instruction,
@@ -347,11 +347,10 @@ class Lowering(Special):
         m = ins.mnemonic
         return m in INTEGER or m in GENERAL_SPECIAL
 
-    def opens(self, ins: Instruction, decoder: Decoder) -> Open:
+    def opens(self, ins: Instruction, where: ConstantOffsets) -> Open:
         """Which constants of an instruction templates can take from its bytes each time."""
-        if ins.mnemonic in self._closed or ins.is_invalid:
-            return Open()
-        where = decoder.get_constant_offsets(ins)
+        if ins.mnemonic in self._closed:
+            return NOTHING_OPEN
         disp, disp_size = where.displacement_offset, where.displacement_size
         if disp_size not in (1, 4, 8) or ins.is_ip_rel_memory_operand:
             disp = disp_size = 0
