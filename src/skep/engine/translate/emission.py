@@ -220,7 +220,10 @@ class Emission:
                     extend(code)
                     _i32(out, base + jump - 6, 4096 - length)
                     desc = 1 << 30 | (mode & 3) << 24 | write << 22 | length << 12 | at
-                    slow.append((base + jump, len(out), desc, needs[i] | (register == 4) << 1))
+                    stack = 0
+                    if register == 4:
+                        stack = 6 if e or form.step is not None else 2
+                    slow.append((base + jump, len(out), desc, needs[i] | stack))
                     extend(_KEEP[slot])
                 elif held != slot:
                     extend(_TAKE[slot])
@@ -256,7 +259,7 @@ class Emission:
             _i32(out, jump, here - jump - 4)
             if saved & 2:
                 size = desc >> 12 & 1023
-                code, jump = lowering.fallback(size, desc >> 22 & 3 != 0)
+                code, jump = lowering.fallback(size, desc >> 22 & 3 != 0, saved & 4 != 0)
                 extend(code)
                 if saved & 1:
                     extend(_RESTORE)

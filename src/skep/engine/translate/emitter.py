@@ -23,6 +23,7 @@ from iced_x86 import (
     Encoder,
     EncodingKind,
     Instruction,
+    InstructionInfo,
     InstructionInfoFactory,
     MemorySizeExt,
     Mnemonic,
@@ -41,13 +42,17 @@ from skep.engine.translate.forms import (
     HIGH_BYTES,
     HOLE_IP,
     HOLE_TARGET,
+    INTEGER,
     MOFFS,
     NARROW_CODES,
     NOTHING_OPEN,
+    ONLY_IN_REGISTERS,
+    OR_MEMORY,
     PLAIN_WRITE,
     READ,
     READ_WRITE,
     REGISTERS_64,
+    REVERSED,
     SSE,
     TLB_MASK,
     UNALIGNED,
@@ -76,6 +81,8 @@ from skep.engine.translate.layout import (
 from skep.engine.translate.stubs import field as state
 from skep.engine.translate.stubs import jump_set, restore_flags, save_flags
 
+SAVED_STACK = (0, 2, 6)
+"""Emitter.on_stack in a template's checks."""
 PLACE = 0x1D7C6B5A
 """Stands for an operand's place in its range until the template is ready: no code and no constant has these bytes."""
 
@@ -96,7 +103,7 @@ class Emitter:
         self.info = InstructionInfoFactory()
         self.encoder = Encoder(64)
         self._checks: dict[tuple[int, bool, bool, bool], tuple[bytes, int]] = {}
-        self._fallbacks: dict[tuple[int, bool], tuple[bytes, int]] = {}
+        self._fallbacks: dict[tuple[int, bool, bool], tuple[bytes, int]] = {}
         self.begin(b"", False, None, NOTHING_OPEN)
 
     def begin(self, data: bytes, live: bool, bounce: dict[int, int] | None, open_: Open) -> None:
@@ -110,8 +117,9 @@ class Emitter:
         self.is_placed = False
         self.count = 0
         self.checks: list[tuple[int, int, int, int]] = []
-        self.on_stack = False
-        """The address in r10 was made from RSP."""
+        self.on_stack = 0
+        """1: the address in r10 was made from RSP; 2: and its page is to be the stack's from now on: something is
+        pushed or popped there, or it is a table."""
         self.holes: list[tuple[int, int, int]] = []
         self.copies: list[tuple[int, int, int]] = []
 
@@ -174,21 +182,21 @@ class Emitter:
         number = self.count
         self.count += 1
         if self.bounce is not None and number in self.bounce:
-            self.on_stack = False
+            self.on_stack = 0
             a.mov(R10, state("self_"))
             a.lea(R10, Mem(R10, disp=BOUNCE + number * BOUNCE_SIZE + self.bounce[number]))
             return
         if self.bounce is not None:
-            self.on_stack = False
-        key = (size, bool(access), self.live, self.on_stack)
+            self.on_stack = 0
+        key = (size, bool(access), self.live, self.on_stack > 0)
         known = self._checks.get(key)
         if known is None:
             known = self._checks[key] = self._check_code(*key)
         start = len(a)
         a.raw(known[0])
         descriptor = aligned << 29 | number << 26 | self.array << 24 | access << 22 | size << 12
-        self.checks.append((start + known[1], len(a), descriptor, self.live | self.on_stack << 1))
-        self.on_stack = False
+        self.checks.append((start + known[1], len(a), descriptor, self.live | SAVED_STACK[self.on_stack]))
+        self.on_stack = 0
 
     def _check_code(self, size: int, write: bool, live: bool, on_stack: bool = False) -> tuple[bytes, int]:
         """The check, and where the displacement of its way out stands. For the stack it compares with the page that was
@@ -208,9 +216,7 @@ class Emitter:
             if live:
                 restore_flags(a)
             return a.code(0), jump
-        a.mov(R11, R10, size=32)
-        a.shr(R11, 7, size=32)
-        a.and_(R11, TLB_MASK, size=32)
+        self._entry(a)
         a.xor(R10, Mem(R11, disp=base + (TLB_WRITE if write else TLB_READ), gs=True))
         a.cmp(R10, 4096 - size)
         a.raw(b"\x0f\x87")
@@ -221,38 +227,44 @@ class Emitter:
             restore_flags(a)
         return a.code(0), jump
 
-    def fallback(self, size: int, write: bool) -> tuple[bytes, int]:
+    @staticmethod
+    def _entry(a: Assembler) -> None:
+        """r11 = the offset of the TLB's entry for the address in r10. Flags change."""
+        a.rorx(R11, R10, 7, size=32)
+        a.and_(R11, TLB_MASK, size=32)
+
+    def fallback(self, size: int, write: bool, moves: bool) -> tuple[bytes, int]:
         """What the stack's check does when the page is another: the TLB's check, and if that succeeds and the page may
-        be written it is the stack's from now on. Then the operand's host address is in r10. With it, where the
-        displacement of its way out stands; the flags that live are saved, if any."""
-        known = self._fallbacks.get((size, write))
+        be written it is the stack's from now on where ``moves``. Then the operand's host address is in r10. With it,
+        where the displacement of its way out stands; the flags that live are saved, if any."""
+        known = self._fallbacks.get((size, write, moves))
         if known is not None:
             return known
         a = Assembler()
         base = TLB + self.array * TLB_ARRAY
-        a.mov(state("stack_va"), R10)
-        a.mov(R11, R10, size=32)
-        a.shr(R11, 7, size=32)
-        a.and_(R11, TLB_MASK, size=32)
+        self._entry(a)
         tag, writable = (Mem(R11, disp=base + at, gs=True) for at in (TLB_WRITE if write else TLB_READ, TLB_WRITE))
         a.xor(R10, tag)
         a.cmp(R10, 4096 - size)
         a.raw(b"\x0f\x87")
         jump = len(a)
         a.raw(bytes(4))
-        other = a.label()
-        a.mov(R10, tag)
-        a.cmp(R10, writable)
-        a.mov(R11, Mem(R11, disp=base + TLB_HOST, gs=True))
-        a.jcc(Cond.NE, other)
-        a.mov(state(f"stack{self.array}_page"), R10)
-        a.mov(state(f"stack{self.array}_delta"), R11)
-        a.sub(state(f"stack{self.array}_delta"), R10)
-        a.bind(other)
-        a.sub(R11, R10)
-        a.mov(R10, state("stack_va"))
-        a.add(R10, R11)
-        known = self._fallbacks[size, write] = (a.code(0), jump)
+        if not moves:
+            a.add(R10, Mem(R11, disp=base + TLB_HOST, gs=True))
+        else:
+            other = a.label()
+            a.mov(state("stack_offset"), R10)
+            a.mov(R10, tag)
+            a.cmp(R10, writable)
+            a.mov(R11, Mem(R11, disp=base + TLB_HOST, gs=True))
+            a.jcc(Cond.NE, other)
+            a.mov(state(f"stack{self.array}_page"), R10)
+            a.mov(state(f"stack{self.array}_delta"), R11)
+            a.sub(state(f"stack{self.array}_delta"), R10)
+            a.bind(other)
+            a.mov(R10, state("stack_offset"))
+            a.add(R10, R11)
+        known = self._fallbacks[size, write, moves] = (a.code(0), jump)
         return known
 
     def load(self, reg: int, number: int) -> None:
@@ -271,7 +283,8 @@ class Emitter:
         base, index = ins.memory_base, ins.memory_index
         disp = ins.memory_displacement
         narrow = not self.wide
-        self.on_stack = base == Register.RSP and self.wide and ins.memory_segment not in (Register.FS, Register.GS)
+        if base == Register.RSP and self.wide and ins.memory_segment not in (Register.FS, Register.GS):
+            self.on_stack = 1 if index == Register.NONE else 2
         if base in (Register.RIP, Register.EIP):
             self.page_plus(R10, HOLE_TARGET)
             narrow = base == Register.EIP
@@ -286,20 +299,7 @@ class Emitter:
         else:
             size = RegisterExt.size(base if base != Register.NONE else index)
             narrow = size == 4
-            hb: int | None = None
-            hi: int | None = None
-            if base != Register.NONE:
-                n = GPR[base][0]
-                hb = home(n)
-                if hb is None:
-                    a.mov(R10, gs(n * 8))
-                    hb = R10
-            if index != Register.NONE:
-                n = GPR[index][0]
-                hi = home(n)
-                if hi is None:
-                    a.mov(R11, gs(n * 8))
-                    hi = R11
+            hb, hi = self.parts(ins)
             d = sign_extend(disp & 0xFFFFFFFF, 32)
             n = self.open.disp_size
             if n:
@@ -315,6 +315,21 @@ class Emitter:
         if narrow:
             a.mov(R10, R10, size=32)
         self.segment(ins)
+
+    def parts(self, ins: Instruction) -> tuple[int | None, int | None]:
+        """Host registers of a memory operand's base and index, r10 and r11 for those in the state block."""
+        found: list[int | None] = []
+        for register, temporary in ((ins.memory_base, R10), (ins.memory_index, R11)):
+            if register == Register.NONE:
+                found.append(None)
+                continue
+            number = GPR[register][0]
+            if home(number) is None:
+                self.a.mov(temporary, gs(number * 8))
+                found.append(temporary)
+            else:
+                found.append(home(number))
+        return found[0], found[1]
 
     def segment(self, ins: Instruction) -> None:
         """Add the segment's base to r10. In 64-bit code only FS and GS have one."""
@@ -356,7 +371,8 @@ class Emitter:
         return access
 
     def reencode(self, ins: Instruction, registers: list[tuple[int, Register_]], memory: bool) -> None:
-        """Emit ``ins`` with [r10] for its memory operand and host registers for the guest's."""
+        """Emit ``ins`` with [r10] for its memory operand and host registers for the guest's, or one of those in the
+        state block as they are there."""
         a = self.a
         info = self.info.info(ins)
         y = self.moved(ins) if memory else ins.copy()
@@ -364,6 +380,7 @@ class Emitter:
             y.code = MOFFS[ins.code]
         elif ins.code in NARROW_CODES:
             y.code = NARROW_CODES[ins.code]
+        in_state = -1 if memory else self._in_state(y, registers, info)
         temporaries = [11] if memory else [11, 10]
         borrowed: list[tuple[int, str]] = []
         place: dict[int, int] = {}
@@ -371,9 +388,19 @@ class Emitter:
         exchange: int | None = None
         rex = memory or any(home(GPR[r][0]) != GPR[r][0] for _, r in registers)
         used = {RegisterExt.full_register(u.register) for u in info.used_registers()}
+        replaced = {GPR[r][0] for i, r in registers if info.op_access(i) == OpAccess.WRITE and GPR[r][1] >= 4}
+        replaced -= {GPR[r][0] for i, r in registers if info.op_access(i) not in (OpAccess.WRITE, OpAccess.NONE)}
         for i, r in registers:
             number, size = GPR[r]
             access = info.op_access(i)
+            if i == in_state:
+                y.set_op_kind(i, OpKind.MEMORY)
+                y.memory_base = y.memory_index = Register.NONE
+                y.memory_index_scale = 1
+                y.memory_displacement = number * 8
+                y.memory_displ_size = 8
+                y.segment_prefix = Register.GS
+                continue
             if r in HIGH_BYTES:
                 if not rex:
                     continue
@@ -398,7 +425,8 @@ class Emitter:
                     a.mov(state(spill), Reg(t))
                     borrowed.append((t, spill))
                 place[number] = t
-                a.mov(t, gs(number * 8))
+                if number not in replaced:
+                    a.mov(t, gs(number * 8))
             y.set_op_register(i, GPR_BY_SIZE[place[number], size])
             if access in WRITES and (place[number], number) not in store:
                 store.append((place[number], number))
@@ -415,6 +443,28 @@ class Emitter:
             a.mov(gs(number * 8), Reg(t))
         for t, spill in borrowed:
             a.mov(Reg(t), state(spill))
+
+    @staticmethod
+    def _in_state(y: Instruction, registers: list[tuple[int, Register_]], info: InstructionInfo) -> int:
+        """The operand of an instruction without memory operand that can stay in the state block, -1 if none can. ``y``
+        becomes the encoding that has memory there. What is narrower is not written there, as a whole register would
+        be slow to read behind it, and a write of 32 bits changes 64."""
+        if y.mnemonic not in INTEGER or y.mnemonic in ONLY_IN_REGISTERS:
+            return -1
+        numbers = [GPR[r][0] for _, r in registers]
+        for i, r in registers:
+            number, size = GPR[r]
+            access = info.op_access(i)
+            if home(number) is not None or numbers.count(number) > 1:
+                continue
+            if access != OpAccess.READ and not (access in WRITES and size == 8):
+                continue
+            if y.op_code().op_kind(i) in OR_MEMORY:
+                return i
+            if y.code in REVERSED and i == 1:
+                y.code = REVERSED[y.code]
+                return i
+        return -1
 
     def moved(self, ins: Instruction) -> Instruction:
         """A copy of ``ins`` whose memory operand is [r10], or lies in a range at r10."""
@@ -435,7 +485,7 @@ class Emitter:
         """r10 = the address ``disp`` bytes from the top of the stack."""
         if self.is_placed:
             return
-        self.on_stack = True
+        self.on_stack = 2
         if disp:
             self.a.lea(R10, Mem(R9, disp=disp))
         else:

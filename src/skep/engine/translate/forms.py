@@ -14,6 +14,7 @@ from iced_x86 import (
     Instruction,
     Mnemonic,
     OpAccess,
+    OpCodeOperandKind,
     OpKind,
     Register,
     Register_,
@@ -54,7 +55,7 @@ class Template:
     code: bytes
     checks: tuple[tuple[int, int, int, int], ...] = ()
     """(offset of the ja's displacement, offset to come back to, descriptor, 1: flags are saved at the ja, 2: it is the
-    stack's)"""
+    stack's, 4: and its page becomes the stack's)"""
     holes: tuple[tuple[int, int, int], ...] = ()
     """(offset, what to put there, what to add to it)"""
     copies: tuple[tuple[int, int, int], ...] = ()
@@ -175,6 +176,17 @@ NARROW_CODES = {
     },
 }  # fmt: skip
 """Encodings that 64-bit code does not have, and those that do the same."""
+OR_MEMORY = frozenset(getattr(OpCodeOperandKind, f"R{n}_OR_MEM") for n in (8, 16, 32, 64))
+ONLY_IN_REGISTERS = frozenset(
+    getattr(Mnemonic, n) for n in "XCHG XADD CMPXCHG CMPXCHG8B CMPXCHG16B BT BTS BTR BTC".split()
+)
+"""With memory instead of a register operand these do something else, or the same as locked instructions."""
+REVERSED = {
+    getattr(Code, f"{op}_RM{n}_R{n}"): getattr(Code, f"{op}_R{n}_RM{n}")
+    for op in ("MOV", "ADD", "OR", "ADC", "SBB", "AND", "SUB", "XOR", "CMP")
+    for n in (8, 16, 32, 64)
+}
+"""Encodings whose second operand is no memory, and those of the same instruction where it may be."""
 STRINGS = {
     getattr(Mnemonic, op + suffix): (op, shift)
     for op in ("STOS", "MOVS", "LODS", "CMPS", "SCAS")

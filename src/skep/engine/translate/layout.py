@@ -91,9 +91,9 @@ _FIELDS = (
     "target",  # host address to enter at
     "room",  # elements of a string instruction that can be done together (narrow_runtime.py)
     "spins",  # PAUSE instructions until the host's CPU is offered to others
-    # by TLB array: a page that the stack pointer was last seen to point to, writable, and host less guest address
+    # by TLB array: a page that was last pushed to or popped from, writable, and host less guest address
     *(f"stack{i}_{n}" for i in range(3) for n in ("page", "delta")),
-    "stack_va",  # a temporary of the check that looks there
+    "stack_offset",  # a temporary of the check that looks there
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
     "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "port_exit", "segment_exit",

@@ -155,10 +155,23 @@ class Special(Emitter):
             a.raw(self.data)
             self.keeps = True
             return
+        h = home(number)
+        part = ins.memory_base if ins.memory_base != Register.NONE else ins.memory_index
+        if self.wide and part in GPR and GPR[part][1] == 8 and size >= 4:
+            base, index = self.parts(ins)
+            to = R11 if h is None else h
+            n = self.open.disp_size
+            open_disp = 0x11 if n == 1 else 0x11111111
+            disp = open_disp if n else sign_extend(ins.memory_displacement & 0xFFFFFFFF, 32)
+            a.lea(to, Mem(base, index, ins.memory_index_scale, disp), size=size * 8)
+            if n:
+                self.copies.append((len(a) - n, self.open.disp, n))
+            if h is None:
+                a.mov(gs(number * 8), R11)
+            return
         bare = ins.copy()
         bare.segment_prefix = Register.DS if not self.wide else Register.NONE
         self.address(bare)
-        h = home(number)
         if h is None:
             if size == 2:
                 a.mov(R11, gs(number * 8))
