@@ -418,33 +418,50 @@ class Cache:
         peeked = self._drafting.peeked(frame)
         everything = count % GIVE_UP == 0 or peeked >> (low & 4095) & (1 << high - low) - 1 != 0
         keep: list[Block] = []
-        base = frame << 12
-        self.map.clear_page(frame)  # and anew, from the blocks that stay
+        again: list[tuple[int, int]] = []
+        gone, gone_end = low, high  # what blocks that go were made from, and others perhaps
         for block in blocks:
-            if block.pa >> 12 == frame:
-                first, last = block.pa, min(block.pa + block.size, base + 4096)
-            else:
-                first, last = base, base + block.size - (4096 - (block.pa & 4095))
+            first = block.pa
+            last = first + block.size
+            if block.pa2 is not None:
+                first, last = self._part(block, frame)
             if everything or (first < high and low < last) or self.blocks.get(block.key) is not block:
                 self.kill(block)
+                if first < gone:
+                    gone = first
+                if last > gone_end:
+                    gone_end = last
             else:
                 keep.append(block)
-                self.map.mark(first, last - first)
+                again.append((first, last))
         if keep:
             self._pages[frame] = keep
         else:
             self._pages.pop(frame, None)
         if everything:
             self._drafting.forget_page(frame)
-        elif peeked:
-            self.map.mark_bits(frame, peeked)
+            self.map.clear_page(frame)
+            return
+        self.map.clear(gone, gone_end - gone)
+        for first, last in again:
+            if first < gone_end and gone < last:
+                self.map.mark(first, last - first)
+        base = frame << 12
+        self.map.mark_bits(frame, peeked & (1 << gone_end - base) - (1 << gone - base))
+
+    @staticmethod
+    def _part(block: Block, frame: int) -> tuple[int, int]:
+        """From where to where a block on two pages was made in one frame."""
+        if block.pa >> 12 == frame:
+            return block.pa, min(block.pa + block.size, frame + 1 << 12)
+        return frame << 12, (frame << 12) + block.size - (4096 - (block.pa & 4095))
 
     def forget_all(self) -> None:
         """Drop every translation."""
         with self.world.stopped():
             self.blocks.clear()
             self._drafting.forget()
-            self.map.clear()
+            self.map.clear_all()
             self._pages.clear()
             self._writes.clear()
             self._starts.clear()

@@ -59,16 +59,30 @@ class CodeMap:
             mask ^= bit
         self.mask[frame] = 0
 
+    def clear(self, pa: int, n: int) -> None:
+        """Nothing of [pa, pa + n), which lies in one page, was translated."""
+        words = self._bytes
+        end = pa + n
+        for line in range(pa >> 6, end + 63 >> 6):
+            start = line << 6
+            low, high = max(pa - start, 0), min(end - start, 64)
+            words[line] &= _ONES ^ (1 << high) - (1 << low)
+            if not words[line]:
+                self.mask[pa >> 12] &= ~(1 << (line & 63))
+
     def mark_bits(self, frame: int, bits: int) -> None:
         """As :meth:`mark` for the bytes of a page that ``bits`` names."""
         words = self._bytes
-        for line in range(64):
-            some = bits >> 64 * line & _ONES
-            if some:
-                words[(frame << 6) + line] |= some
-                self.mask[frame] |= 1 << line
+        line = 0
+        while bits:
+            skip = (bits & -bits).bit_length() - 1 >> 6
+            bits >>= 64 * skip
+            line += skip
+            words[(frame << 6) + line] |= bits & _ONES
+            self.mask[frame] |= 1 << line
+            bits &= ~_ONES
 
-    def clear(self) -> None:
+    def clear_all(self) -> None:
         """Nothing at all was translated."""
         self._tables[0].madvise(mmap.MADV_DONTNEED)
         self._tables[2].madvise(mmap.MADV_DONTNEED)
