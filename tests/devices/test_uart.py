@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from skep.bus import Bus
 from skep.contracts.chardev import Receiver
 from skep.contracts.conformance import DeviceConformance
+from skep.contracts.constantports import PRESENT
 from skep.contracts.io import IoRegion
 from skep.devices.uart import COM1, FCR_ENABLE, IER, IIR_FCR, LCR, LSR, MCR, MSR, RBR_THR, SCR, Uart
 from skep.locks import Lock, Order
@@ -104,6 +106,34 @@ def test_bytes_go_out_at_once() -> None:
         assert port.read(LSR) & 0x60 == 0x60
         port.write(RBR_THR, byte)
     assert port.line.written == b"hello"
+
+
+def known(port: Port) -> int | None:
+    """LSR, where an engine need not ask for it."""
+    word = ctypes.c_uint16.from_address(port.bus.constants.address + 2 * (COM1 + LSR)).value
+    return word & 0xFF if word & PRESENT else None
+
+
+def test_what_is_known_of_lsr_is_what_reading_it_gives() -> None:
+    port = Port()
+    rng = random.Random(1)
+    seen = set()
+    for _ in range(5000):
+        match rng.randrange(4):
+            case 0:
+                port.line.send(rng.randbytes(rng.randrange(20)))
+            case 1:
+                port.write(rng.randrange(8), rng.randrange(256))
+            case _:
+                port.read(rng.randrange(8))
+        value = known(port)
+        seen.add(value)
+        before = port.uart.save()
+        assert port.read(LSR) == value or value is None
+        assert port.uart.save() == before or value is None
+    assert seen == {None, 0x60, 0x61}
+    port.bus.remove_ports(COM1)
+    assert known(port) is None
 
 
 def test_divisor_latch() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from skep.contracts.constantports import ConstantPorts
 from skep.engine.amd64.cpuid import SUBLEAVES, make
 from skep.engine.amd64.registers import Cr4
 from skep.engine.translate.layout import Kind
@@ -189,3 +191,68 @@ def test_msrs_are_the_kernels(boot: Boot, text: str) -> None:
     guest.run()
     frame = guest.exception
     assert frame is not None and (frame.vector, frame.error, frame.rip) == (13, 0, guest.program["at"])
+
+
+# Ports whose value is known
+
+
+@pytest.fixture
+def constants() -> Iterator[ConstantPorts]:
+    ports = ConstantPorts()
+    yield ports
+    ports.close()
+
+
+READS = """
+    mov rax, 0x1122334455667788
+    mov edx, 0x3fd
+    stc
+    in al, dx
+    setc bl
+    mov [rsp - 8], rax
+    in al, 0x42
+    mov [rsp - 16], rax
+    mov dx, 0x3fc
+    in al, dx
+    mov [rsp - 24], rax
+    in ax, 0x42
+    hlt
+"""
+
+
+def test_a_byte_that_is_known_is_not_asked_for(boot: Boot, constants: ConstantPorts) -> None:
+    constants.set(0x3FD, 0x60)
+    constants.set(0x42, 0x99)
+    guest = boot(READS, constants=constants)
+    guest.io.inputs.update({0x3FC: 7, 0x42: 0x1234})
+    guest.run()
+    stack = guest.state["rsp"]
+    assert [guest.load(stack - 8 * i) & 0xFFFF for i in (1, 2, 3)] == [0x7760, 0x7799, 0x7707]
+    assert guest.load(stack - 8) >> 16 == 0x112233445566 and guest.reg("rbx") & 0xFF == 1
+    assert guest.io.log == [("in", 0x3FC, 1, 7), ("in", 0x42, 2, 0x1234)]
+
+
+def test_a_byte_that_is_known_no_more_is_asked_for(boot: Boot, constants: ConstantPorts) -> None:
+    """Whoever changes it does so while guest code may read it."""
+    constants.set(0x42, 1)
+    guest = boot("again: in al, 0x42\n cmp al, 1\n je again\n hlt", constants=constants)
+    guest.io.inputs[0x42] = 9
+    timer = threading.Timer(0.05, constants.set, (0x42, None))
+    timer.start()
+    guest.run()
+    timer.join()
+    assert guest.reg("rax") & 0xFF == 9 and len(guest.io.log) == 1
+
+
+def test_a_known_byte_read_in_single_steps_and_at_a_breakpoint(boot: Boot, constants: ConstantPorts) -> None:
+    constants.set(0x42, 5)
+    text = "push 0x102\n popfq\n in al, 0x42\n after: nop\n hlt\n step: mov rbx, [rsp]\n hlt"
+    guest = boot(text, handlers={1: "step"}, constants=constants)
+    guest.io.inputs[0x42] = 5
+    guest.run()
+    assert (guest.reg("rbx"), guest.reg("rax") & 0xFF) == (guest.program["after"], 5)
+    text = "in al, 0x42\n after: nop\n hlt\n stop: mov rbx, [rsp]\n hlt"
+    guest = boot(text, handlers={1: "stop"}, constants=constants)
+    guest.set(dr0=0x42, dr7=0x20401, cr4=guest.state["cr4"] | Cr4.DE)
+    guest.run()
+    assert guest.reg("rbx") == guest.program["after"]

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import Loan
 from skep.engine.amd64.registers import Cr0, Cr4, Efer, Pte
 from skep.engine.contract import Engine, Exit, ExitReason, Vcpu
@@ -198,7 +199,7 @@ class Tiny:
 
     ``handlers`` gives vectors to labels of the program (interrupt gates); ``ist`` gives vectors to IST stacks 1 to 7;
     ``user`` starts the program in ring 3, its pages and :data:`USER_STACK` being the user's. ``apic`` is a real one, in
-    place of :attr:`interrupts`.
+    place of :attr:`interrupts`; ``constants`` are ports that the engine may answer.
     """
 
     def __init__(
@@ -215,6 +216,7 @@ class Tiny:
         base: int = 0,
         cpus: int = 1,
         apic: LocalApic | None = None,
+        constants: ConstantPorts | None = None,
     ) -> None:
         self.base = base
         self.memory = GuestMemory(RAM)
@@ -234,6 +236,8 @@ class Tiny:
         self.memory.write(PROGRAM, self.program.code)
         self._tables(handlers or {}, ist or {})
         self.vm = engine.create_vm(self.memory, self.io, cpus, cpu_model, 0)
+        if constants is not None:
+            self.vm.answer_ports(constants)
         self.vcpu = self.vm.create_vcpu(0, self.interrupts if apic is None else apic)
         self.interrupts.kick = self.vcpu.kick
         start = self._start(user, xsave=cpu_model == "host")

@@ -74,6 +74,8 @@ class ScriptedVm:
         self.vcpus.append(vcpu)
         return vcpu
 
+    def answer_ports(self, constants: object) -> None: ...
+
     def set_tsc_offset(self, offset: int) -> None:
         self.offsets.append(offset)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+from skep.contracts.constantports import ConstantPorts
 from skep.contracts.io import IoRegion
 
 _REMEMBERED = 64  # unknown addresses; a guest that scans all of them must not fill our memory
@@ -36,11 +37,16 @@ class Bus:
 
     def __init__(self, lock: AbstractContextManager[object]) -> None:
         self.lock = lock
+        self.constants = ConstantPorts()
         self.unknown: dict[tuple[str, int], int] = {}
         """("port" or "mmio", address) -> accesses that nobody answered; at most 64 addresses."""
         self._ports: dict[int, Window] = {}
         self._mmio: list[Window] = []
         self._starts: list[int] = []
+
+    def close(self) -> None:
+        """After the engine's VM."""
+        self.constants.close()
 
     def add_ports(self, first: int, count: int, region: IoRegion, name: str | None = None) -> None:
         """``region`` answers ``count`` ports from ``first``; its ``name`` is its own, unless given.
@@ -61,6 +67,7 @@ class Bus:
             if window.start != first:
                 raise KeyError(first)
             for port in range(first, window.end):
+                self.constants.set(port, None)
                 del self._ports[port]
 
     def add_mmio(self, gpa: int, size: int, region: IoRegion, name: str | None = None) -> None:

@@ -17,6 +17,7 @@ from skep.state import Fields
 
 if TYPE_CHECKING:
     from skep.bus import Bus
+    from skep.contracts.constantports import ConstantPorts
     from skep.locks import Lock
 
 COM1, COM1_IRQ = 0x3F8, 4
@@ -52,6 +53,8 @@ class Uart(PlainLine, Fields):
         self._lock = lock
         self._paused = False
         self._late = b""  # came while we were paused
+        self._constants: ConstantPorts | None = None
+        self._lsr_port = 0
         self.reset()
         backend.connect(self)
 
@@ -87,12 +90,15 @@ class Uart(PlainLine, Fields):
 
     def close(self) -> None:
         self._paused = True
+        self._constants = None
 
     def regions(self) -> list[tuple[IoRegion, int]]:
         return [(self, 8)]
 
     def attach(self, bus: Bus, base: int = COM1) -> None:
         bus.add_ports(base, 8, self)
+        self._constants, self._lsr_port = bus.constants, base + LSR
+        self._changed()
 
     # The line: input.
 
@@ -119,7 +125,7 @@ class Uart(PlainLine, Fields):
         if size != 1:
             return sum(self.read(offset + i, 1) << 8 * i for i in range(size))
         if offset == LSR:
-            value = LSR_THRE | LSR_TEMT | self.lsr_errors | (LSR_DR if self.fifo else 0)
+            value = self._lsr()
             if self.lsr_errors:
                 self.lsr_errors = 0
                 self._changed()
@@ -135,6 +141,9 @@ class Uart(PlainLine, Fields):
             self._changed()
             return value
         return self.lcr if offset == LCR else self.mcr if offset == MCR else self.scr if offset == SCR else 0xFF
+
+    def _lsr(self) -> int:
+        return LSR_THRE | LSR_TEMT | self.lsr_errors | (LSR_DR if self.fifo else 0)
 
     def write(self, offset: int, size: int, value: int) -> None:
         if size != 1:
@@ -168,6 +177,7 @@ class Uart(PlainLine, Fields):
                 self.fifo += _BYTES[value]
             else:
                 self.lsr_errors |= LSR_OE
+            self._changed()
         else:
             self._backend.write(_BYTES[value])
         if self.ier & IER_THRE:
@@ -234,5 +244,8 @@ class Uart(PlainLine, Fields):
         return IIR_NONE
 
     def _changed(self) -> None:
-        """Drive the interrupt line. A PC leads INTR through OUT2, which loopback turns off."""
+        """Drive the interrupt line. A PC leads INTR through OUT2, which loopback turns off. And say what LSR, which
+        drivers read before each byte they send, is until the next change: reading it ends errors."""
+        if self._constants is not None:
+            self._constants.set(self._lsr_port, None if self.lsr_errors else self._lsr())
         self._irq.set(self.mcr & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2 and self._cause() != IIR_NONE)

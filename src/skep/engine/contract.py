@@ -12,6 +12,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.exits import Exits
@@ -71,6 +72,9 @@ class EngineVm(Protocol):
 
     def set_tsc_offset(self, offset: int) -> None:
         """The guest's TSC is the host's plus ``offset`` from now on. Called while no vCPU runs: at a thaw."""
+
+    def answer_ports(self, constants: ConstantPorts) -> None:
+        """Before the first vCPU is made: what need not be asked of devices. It stays valid until after ``close``."""
 
     def observe(self, *, times: bool, perf_map: bool) -> None:
         """Before the first vCPU is made: keep for ``statistics`` what costs time to keep; tell Linux perf, by

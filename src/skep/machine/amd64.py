@@ -216,6 +216,8 @@ class Amd64Board:
         for device in self.devices:
             device.close()
         self.devices.clear()
+        if hasattr(self, "bus"):
+            self.bus.close()
         self._image.close()
 
     # Processors.

@@ -374,6 +374,7 @@ class Vm:
         self._engine_vm = self._engine.create_vm(
             board.memory, board.io, board.cpus, self.settings.cpu_model, board.clock.tsc_offset
         )
+        self._engine_vm.answer_ports(board.bus.constants)
         if self.settings.stats or self.settings.perf_map:
             self._engine_vm.observe(times=self.settings.stats, perf_map=self.settings.perf_map)
         board.clock.add_offset_listener(self._engine_vm.set_tsc_offset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.amd64 import features
@@ -59,6 +60,9 @@ class TranslateVm:
         self.shared.tsc_offset = offset
         for vcpu in self.vcpus:
             vcpu.msrs.set_tsc_offset(offset)
+
+    def answer_ports(self, constants: ConstantPorts) -> None:
+        self.shared.constants = constants.address
 
     def observe(self, *, times: bool, perf_map: bool) -> None:
         self._observed = times

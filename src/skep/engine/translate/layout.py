@@ -79,6 +79,7 @@ _FIELDS = (
     "wmapped",  # host address of a byte per guest page frame: 1 where some vCPU may store without asking
     "hash",  # host address of the block table
     "rw_delta",  # writable alias of the code buffer less its executable address
+    "constants",  # host address of what reading ports gives (contracts/constantports.py), or 0
     "pairs",  # host address of the window where two pages lie side by side
     "pair_tags",  # host address of a u64 per slot of it: frame of the first page << 32 | frame of the second
     "ng_count",  # entries in the list of non-global TLB entries
@@ -99,7 +100,8 @@ _FIELDS = (
     "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "port_exit", "segment_exit",
     "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs", "rep_cmps", "yield_",
     "narrow_string", "span", "load_segment", "cpuid", "rdmsr", "wrmsr",
-    "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link", "n_span", "n_tick",  # counters
+    # counters
+    "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link", "n_span", "n_tick", "n_port",
 )
 
 OFFSETS: dict[str, int] = {name: 8 * i for i, name in enumerate(_FIELDS)}

@@ -25,6 +25,8 @@ class Shared:
         self.cache = Cache(memory, store)
         self.pairs = Pairs(memory)
         self.ticker = Ticker(self.cache.stubs["watch_ticks"])
+        self.constants = 0
+        """Host address of a table of ports (contracts/constantports.py), or 0."""
         self.names: PerfMap | None = None
 
     def name_code(self) -> None:

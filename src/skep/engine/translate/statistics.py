@@ -36,6 +36,7 @@ WITHOUT_EXIT = {
     "n_iret": "IRET",
     "n_syscall": "SYSCALL",
     "n_cr3": "CR3 loads",
+    "n_port": "reads of ports that were known",
     "n_span": "second pages of blocks looked up",
 }
 """What machine code did by itself; the state block counts."""

@@ -176,7 +176,6 @@ class Stubs:
         self._finish(a)
         for name, kind in (
             ("emu_exit", Kind.EMULATE),
-            ("port_exit", Kind.PORT),
             ("segment_exit", Kind.SEGMENT),
         ):
             self._begin(name)
@@ -184,6 +183,12 @@ class Stubs:
             a.mov(field("kind"), kind)
             self._save(a)
             a.jmp(self._exit_saved())
+        self._begin("port_exit")
+        a.mov(field("rip"), R10)
+        a.mov(field("kind"), Kind.PORT)
+        self._save(a)
+        self._call(a, "port")
+        self._finish(a)
         self._begin("done_exit")  # a single instruction has been executed
         a.mov(field("rip"), R10)
         a.mov(field("kind"), Kind.JUMP)

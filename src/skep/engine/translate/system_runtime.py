@@ -7,6 +7,7 @@ knows the rest of its cases and all of its faults.
 
 from __future__ import annotations
 
+from skep.contracts.constantports import PRESENT
 from skep.engine.amd64.msrs import (
     FS_BASE,
     GS_BASE,
@@ -17,7 +18,7 @@ from skep.engine.amd64.msrs import (
     X2APIC_EOI,
 )
 from skep.engine.amd64.registers import Cr4, Xcr0
-from skep.engine.translate.compiler import fence, inline, ld32, ld64, sar, st, st8, st64
+from skep.engine.translate.compiler import fence, inline, ld16, ld32, ld64, sar, st, st8, st64
 from skep.engine.translate.identity import (
     EXTENDED_STATE,
     FEATURES,
@@ -217,4 +218,19 @@ def write_msr(now: int, desc: int) -> int:
     return 1
 
 
-SYSTEM_ROUTINES = [load_segment, row_of, identify, read_msr, arm_tick, set_deadline, attend, write_msr]
+def port() -> int:
+    """IN of a byte that is known without the device (contracts/constantports.py): as resume. 0: Python's, PORT."""
+    if st.info & 0x1F != 1 or st.constants == 0 or st.single or st.dr7 & 0xFF:
+        return 0
+    number = st.rdx & 0xFFFF
+    if st.info & 0x20:
+        number = st.info >> 16
+    word = ld16(st.constants + number * 2)
+    if word & PRESENT == 0:
+        return 0
+    st.rax = (st.rax & ~0xFF) | (word & 0xFF)
+    st.n_port = st.n_port + 1
+    return resume()
+
+
+SYSTEM_ROUTINES = [port, load_segment, row_of, identify, read_msr, arm_tick, set_deadline, attend, write_msr]

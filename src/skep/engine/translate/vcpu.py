@@ -65,6 +65,7 @@ class TranslateVcpu(Alone):
         st.wmapped = cache.map.wmapped_address
         st.hash = cache.hash_address
         st.rw_delta = cache.buffer.rw - cache.buffer.rx
+        st.constants = shared.constants
         st.pairs = self.pairs.address
         st.pair_tags = self.pairs.tags_address
         st.spins = PATIENCE
