@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -160,6 +160,9 @@ class Image(ABC):
     can: Can = Can.NOTHING
     backing: Image | None = None
     """What is below, read where this layer has nothing. Set by who opens the chain."""
+
+    def open_files(self, opener: Callable[[str], HostFile]) -> None:  # noqa: B027 - most formats have one file
+        """Open what other files the image is in, by the names that it has for them. Before all else; once."""
 
     # A device's side: skep.block.backend.BlockBackend.
 

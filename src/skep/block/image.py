@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from skep.block.backend import BlockBackend
-from skep.block.file import open_file
+from skep.block.file import HostFile, open_file
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.block.options import BlockOptions
 from skep.block.record import Recorder
@@ -39,7 +39,7 @@ def open_image(
     Raises UserError, and leaves nothing open then.
     """
     path = os.fspath(path)
-    image = _open_one(path, format, read_only, no_cache, synchronous, lock)
+    image = _open_one(path, format, read_only, no_cache, synchronous, lock, inside)
     try:
         if backing:
             _open_chain(image, no_cache, lock, inside)
@@ -50,8 +50,20 @@ def open_image(
 
 
 def _open_one(
-    path: str, format: str | None, read_only: bool, no_cache: bool, synchronous: bool, lock: bool
+    path: str,
+    format: str | None,
+    read_only: bool,
+    no_cache: bool,
+    synchronous: bool,
+    lock: bool,
+    inside: Sequence[str] | None,
 ) -> Image:
+    def open_other(name: str) -> HostFile:
+        other = backing_path(path, name)
+        if inside is not None:
+            _allow(other, inside, path)
+        return open_file(other, read_only=read_only, no_cache=no_cache, synchronous=synchronous, lock=lock)
+
     if format is not None:
         format_named(format, path)
     file = open_file(path, read_only=read_only, no_cache=no_cache, synchronous=synchronous, lock=lock)
@@ -59,10 +71,16 @@ def _open_one(
         kind = format_named(probe(file) if format is None else format, path)
         if not read_only and Can.WRITE not in kind.can:
             raise ImageError(f"{kind.format} images are only read", path, "say ro")
-        return kind(file)  # type: ignore[call-arg]  # every format is made from a file
+        image = kind(file)  # type: ignore[call-arg]  # every format is made from a file
     except BaseException:
         file.close()
         raise
+    try:
+        image.open_files(open_other)
+    except BaseException:
+        image.close()
+        raise
+    return image
 
 
 def _open_chain(image: Image, no_cache: bool, lock: bool, inside: Sequence[str] | None) -> None:
@@ -82,7 +100,7 @@ def _open_chain(image: Image, no_cache: bool, lock: bool, inside: Sequence[str] 
             raise ImageError(f"the chain of backing files is {what}", above.path)
         seen.add(real)
         try:
-            above.backing = _open_one(path, name.format, True, no_cache, False, lock)
+            above.backing = _open_one(path, name.format, True, no_cache, False, lock, inside)
         except UserError as error:
             raise ImageError(f"its backing file cannot be opened: {error}", above.path) from None
         above.check_backing(above.backing)
@@ -103,7 +121,7 @@ def _allow(path: str, inside: Sequence[str], overlay: str) -> None:
     for one in map(os.path.realpath, inside):
         if real == one or (os.path.isdir(one) and os.path.commonpath([real, one]) == one):
             return
-    raise ImageError(f"it lies over {path}, which is not allowed to be opened", overlay, f"say backing={path}")
+    raise ImageError(f"it needs {path}, which is not allowed to be opened", overlay, f"say backing={path}")
 
 
 def create_image(

@@ -36,7 +36,8 @@ def examine(
     """Find what two have, and what nobody has. ``unit`` is what a block takes. With ``forget`` entries that are wrong
     are dropped; with ``mend`` space that nobody has is given back.
 
-    What is neither anybody's nor takes space on the host is no leak: new blocks come at the end, and holes stay.
+    What is neither anybody's nor takes space on the host is no leak: new blocks come at the end, and holes stay. Nor is
+    what is shorter than a block: things are aligned.
     """
     result = CheckResult()
     step = _grain(unit, reserved, owned)
@@ -96,7 +97,7 @@ def _leaks(file: HostFile, result: CheckResult, marks: bytearray, base: int, ste
     for first, end in _runs(marks):
         offset, length = base + first * step, (end - first) * step
         length = min(length, file.size - offset)
-        taken = sum(extent.length for extent in file.extents(offset, length) if extent.data)
+        taken = sum(extent.length for extent in file.extents(offset, length) if extent.data) if length >= unit else 0
         if not taken:
             continue
         count = -(-taken // unit)

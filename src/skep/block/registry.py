@@ -38,8 +38,13 @@ def _qcow(*versions: int) -> Callable[[Ends], bool]:
     return lambda ends: ends.head[:4] == b"QFI\xfb" and int.from_bytes(ends.head[4:8], "big") in versions
 
 
+def _vmdk(ends: Ends) -> bool:
+    return ends.head[:4] in (b"KDMV", b"COWD") or b"# Disk DescriptorFile" in ends.head[:_SECTOR]
+
+
 FORMATS: Mapping[str, Format] = {
     "raw": Format("skep.block.raw", "RawImage", lambda ends: True),
+    "vmdk": Format("skep.block.vmdk.image", "VmdkImage", _vmdk),
     "vhdx": Format("skep.block.vhdx.image", "VhdxImage", lambda ends: ends.head[:8] == b"vhdxfile"),
 }
 """By the names that `qemu-img` has for them."""

@@ -8,6 +8,7 @@ to look where a block is, and a loss of power leaks space at most (:mod:`skep.bl
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator
 from enum import Enum, auto
@@ -96,6 +97,13 @@ class SparseImage(Image):
         """The contents of a PACKED block."""
         raise DamagedImage(self.path, f"block {block} is compressed")
 
+    def _has_below(self) -> bool:
+        """What is absent is in another image."""
+        return self.backing is not None
+
+    def _read_below(self, buffers: Buffers, offset: int) -> None:
+        read_backing(self.backing, buffers, offset)
+
     def _commit(self) -> None:
         """Write the changes that :meth:`_begin` took; what they point at is durable."""
         with self._lock:
@@ -153,7 +161,7 @@ class SparseImage(Image):
             first, last = offset // self.block_size, (offset + length - 1) // self.block_size
             for block in range(first, last + 1):
                 kind, _ = self._find(block)
-                if kind is Kind.ZERO or (kind is Kind.ABSENT and self.backing is None):
+                if kind is Kind.ZERO or (kind is Kind.ABSENT and not self._has_below()):
                     self._bind(block, self._reserve())
             return list(self._runs(offset, length))
 
@@ -174,7 +182,7 @@ class SparseImage(Image):
             elif kind is Kind.PACKED:
                 self._read_packed(piece, offset, n)
             elif kind is Kind.ABSENT:
-                read_backing(self.backing, piece, offset)
+                self._read_below(piece, offset)
             else:
                 fill_zeroes(piece)
             offset += n
@@ -191,6 +199,7 @@ class SparseImage(Image):
         length = sum(map(len, buffers))
         if not length:
             return
+        self._must_be_writable()
         runs = self._place(offset, length)
         rest = buffers
         for kind, n, host in runs:
@@ -202,6 +211,10 @@ class SparseImage(Image):
                 self._copy_on_write(piece, offset, n)
             offset += n
         self._after_write()
+
+    def _must_be_writable(self) -> None:
+        if self.read_only:
+            raise OSError(errno.EROFS, "the image is open for reading only", self.path)
 
     def _wrote(self, offset: int, length: int) -> None:
         """These bytes are in their blocks now: formats that know it of each sector note it."""
@@ -247,11 +260,11 @@ class SparseImage(Image):
             return
         if kind is Kind.PACKED:
             self.file.pwritev([memoryview(self._unpack(block))[start:end]], host + start)
-        elif self.backing is not None:
+        elif self._has_below():
             buffer = memoryview(bytearray(min(_COPY, end - start)))
             while start < end:
                 piece = buffer[: end - start]
-                read_backing(self.backing, [piece], block * self.block_size + start)
+                self._read_below([piece], block * self.block_size + start)
                 self.file.pwritev([piece], host + start)
                 start += len(piece)
 
@@ -289,11 +302,12 @@ class SparseImage(Image):
             runs = list(self._runs(offset, length))
         finally:
             self._lock.__exit__(None, None, None)
-        if len(runs) != 1 or runs[0].kind is Kind.PACKED or (runs[0].kind is Kind.ABSENT and self.backing is not None):
+        if len(runs) != 1 or runs[0].kind is Kind.PACKED or (runs[0].kind is Kind.ABSENT and self._has_below()):
             return None
         return runs[0]
 
     def discard(self, offset: int, length: int) -> None:
+        self._must_be_writable()
         with self._lock:
             runs = list(self._runs(offset, length))
         for kind, n, host in runs:
@@ -301,6 +315,7 @@ class SparseImage(Image):
                 self.file.discard(host, n)
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self._must_be_writable()
         while length:
             block, start = divmod(offset, self.block_size)
             n = min(self.block_size - start, length)
@@ -312,7 +327,7 @@ class SparseImage(Image):
             for kind, part, host in runs:
                 if kind is Kind.DATA:
                     self.file.write_zeroes(host, part, unmap)
-                elif kind is Kind.PACKED or (kind is Kind.ABSENT and self.backing is not None):
+                elif kind is Kind.PACKED or (kind is Kind.ABSENT and self._has_below()):
                     for done in range(0, part, _COPY):
                         self.pwritev([_ZEROES[: min(_COPY, part - done)]], at + done)
                 at += part

@@ -122,6 +122,11 @@ class Table:
             for unit in sorted(units):
                 yield offset + unit * size, bytes(page[unit * size : (unit + 1) * size])
 
+    def drop(self, page: int) -> None:
+        """``where`` says something else of the page from now on."""
+        self._pages.pop(page, None)
+        self._hot = -1
+
     def landed(self) -> None:
         """The commit's changes are in the file."""
         width = self._entry.size

@@ -196,6 +196,7 @@ class VhdxImage(SectorImage):
 
     def _begin_writing(self) -> None:
         """Say in the header that file and disk change, and under which GUID the log will be (2.2.2.1), durably."""
+        self._must_be_writable()
         with self._flushing:
             if not self._writing:
                 guids = {name: os.urandom(16) for name in ("file_write", "data_write", "log")}
