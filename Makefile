@@ -14,7 +14,7 @@ DISK ?= debian.img
 RUN_PACKAGES := python3 python3-venv
 ROOT_PACKAGES := debootstrap e2fsprogs
 TEST_PACKAGES := $(RUN_PACKAGES) $(ROOT_PACKAGES) acpica-tools binutils cpio dmidecode gdb linux-perf lz4 openssl qemu-user \
-    qemu-utils socat sqlite3 tcc xz-utils zstd
+    gcc libc6-dev qemu-utils socat sqlite3 tcc xz-utils zstd
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev qemu-system-x86
 
 BIN := .venv/bin
