@@ -4,9 +4,12 @@ stopping them all."""
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterable
 
 import pytest
 
+from skep.engine.contract import Vcpu
 from skep.engine.translate import TranslateEngine
 from skep.engine.translate.vcpu import TranslateVcpu
 from tests.engine.tiny import Tiny
@@ -342,3 +345,109 @@ def test_stopped_ten_thousand_times() -> None:
         assert moved > 10
         alone = sum(guest.load(0x140000 + (i << 12)) for i in range(CPUS))
         assert alone == guest.load(0x180000)
+
+
+def until_frozen(vcpus: Iterable[Vcpu]) -> None:
+    end = time.monotonic() + 30
+    for vcpu in vcpus:
+        while not vcpu.frozen():
+            assert time.monotonic() < end
+            time.sleep(0.0001)
+
+
+def test_the_state_of_frozen_vcpus() -> None:
+    """It is whole, and the same until the thaw; what runs has lost nothing."""
+    text = """
+        start: xor r12d, r12d
+        xor ebx, ebx
+        lea rbp, [rdi * 8 + 0x180000]
+        again: inc r12
+        movq xmm7, r12
+        mov r10, r12
+        mov [rbp], r12
+        inc rbx
+        test r12d, 0xfff
+        jne over
+        in al, 0x80
+        over: cmp dword [0x181000], 0
+        je again
+        hlt
+    """
+    with Tiny(TranslateEngine(), text, cpus=CPUS) as guest:
+        everyone = [guest.vcpu, *guest.others]
+        ran = threading.Thread(target=guest.run_together, args=(120,))
+        ran.start()
+        try:
+            started = time.monotonic() + 30
+            while not all(guest.load(0x180000 + 8 * i) for i in range(CPUS)):
+                assert time.monotonic() < started
+            last = [0] * CPUS
+            for _ in range(300):
+                guest.vm.freeze()
+                guest.vm.freeze()
+                until_frozen(everyone)
+                states = [vcpu.get_state() for vcpu in everyone]
+                for i, state in enumerate(states):
+                    count = state["r12"]
+                    assert last[i] <= count and guest.load(0x180000 + 8 * i) in (count, count - 1)
+                    assert state["rbx"] in (count, count - 1) and state["r10"] in (count, count - 1)
+                    xmm7 = int.from_bytes(state["xsave"][160 + 16 * 7 :][:16], "little")
+                    assert xmm7 in (count, count - 1) and state["rbp"] == 0x180000 + 8 * i
+                    assert guest.program["again"] <= state["rip"] <= guest.program["over"] + 16
+                    last[i] = count
+                assert [vcpu.get_state() for vcpu in everyone] == states
+                guest.vm.thaw()
+                assert not any(vcpu.frozen() for vcpu in everyone)
+        finally:
+            guest.vm.thaw()
+            guest.memory.store_u32(0x181000, 1)
+            ran.join()
+        assert all(vcpu.get_state()["rbx"] == vcpu.get_state()["r12"] for vcpu in everyone)
+        assert sum(last) > 1000
+
+
+def test_an_interrupt_that_was_acknowledged_before_the_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no longer the interrupt controller's, so it must be in the state."""
+    text = "start: sti\nagain: jmp again\nhandler: hlt"
+    with Tiny(TranslateEngine(), text, handlers={0x40: "handler"}) as guest:
+        acknowledge = guest.interrupts.acknowledge
+
+        def and_freeze() -> int | None:
+            vector = acknowledge()
+            guest.vm.freeze()
+            return vector
+
+        monkeypatch.setattr(guest.interrupts, "acknowledge", and_freeze)
+        guest.interrupts.raise_vector(0x40)
+        ran = threading.Thread(target=guest.run)
+        ran.start()
+        try:
+            until_frozen([guest.vcpu])
+            assert guest.reg("rip") == guest.program["handler"] and not guest.state["rflags"] & 0x200
+        finally:
+            guest.vm.thaw()
+            ran.join()
+
+
+def test_an_instruction_that_python_finishes_is_finished_before_the_freeze() -> None:
+    """A device was asked already, and it is not asked twice."""
+    text = "start: mov eax, 5\nmov ebx, MMIO\nadd [rbx], eax\nagain: cmp dword [0x181000], 0\nje again\nhlt"
+    with Tiny(TranslateEngine(), text) as guest:
+        read = guest.io.mmio_read
+
+        def freeze_and_read(gpa: int, size: int) -> int:
+            guest.vm.freeze()
+            return read(gpa, size)
+
+        guest.io.mmio_read = freeze_and_read  # type: ignore[method-assign]
+        ran = threading.Thread(target=guest.run)
+        ran.start()
+        try:
+            until_frozen([guest.vcpu])
+            assert [kind for kind, *_ in guest.io.log] == ["read", "write"]
+            assert int.from_bytes(guest.io.device[:4], "little") == 5
+            assert guest.reg("rip") == guest.program["again"]
+        finally:
+            guest.vm.thaw()
+            guest.memory.store_u32(0x181000, 1)
+            ran.join()

@@ -399,7 +399,7 @@ static void on_trap(int number, siginfo_t *info, void *context)
     for (int i = 0; i < 8; i++)
         if (*rip == (greg_t)patched[i].code + 1) {
             --*rip; /* again, until the instruction is there */
-            sched_yield();
+            usleep(1000);
             return;
         }
     wrong("signal %d at %llx", number, *rip);

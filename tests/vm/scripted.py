@@ -49,6 +49,9 @@ class ScriptedVcpu:
     def request_exit(self) -> None:
         self.wanted.set()
 
+    def frozen(self) -> bool:
+        return False
+
     def get_state(self) -> dict[str, Any]:
         return dict(self.state)
 
@@ -75,6 +78,12 @@ class ScriptedVm:
         return vcpu
 
     def answer_ports(self, constants: object) -> None: ...
+
+    def freeze(self) -> None:
+        pass
+
+    def thaw(self) -> None:
+        pass
 
     def set_tsc_offset(self, offset: int) -> None:
         self.offsets.append(offset)

@@ -54,6 +54,10 @@ class Vcpu(Protocol):
     def request_exit(self) -> None:
         """From any thread: make ``run`` return KICKED soon. Never lost."""
 
+    def frozen(self) -> bool:
+        """Between the VM's ``freeze`` and ``thaw``, from any thread: whether it stands still in the middle of ``run``,
+        where its state may be read. False: ``run`` still has something to finish, or returns when it is asked to."""
+
     def get_state(self) -> dict[str, Any]:
         """Architectural names: rax.., rip, rflags, cr0.., efer, cs.. (selector, base, limit, attributes), gdtr, idtr,
         ldtr, tr, dr0.., xcr0, xsave (bytes, standard format), msrs {index: value}. Each machine says their exact shape:
@@ -69,6 +73,13 @@ class EngineVm(Protocol):
     max_vcpus: int
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> Vcpu: ...
+
+    def freeze(self) -> None:
+        """Keep all vCPUs out of guest code, from any thread, as far as the engine can without their threads'
+        cooperation; freezing twice is freezing once. What each still has to do :meth:`Vcpu.frozen` tells."""
+
+    def thaw(self) -> None:
+        """Guest code may run again."""
 
     def set_tsc_offset(self, offset: int) -> None:
         """The guest's TSC is the host's plus ``offset`` from now on. Called while no vCPU runs: at a thaw."""

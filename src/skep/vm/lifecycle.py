@@ -351,8 +351,7 @@ class Vm:
                 board.pause()
             case Step.THAW:
                 board.resume()
-                for processor in self._processors:
-                    processor.resume()
+                self._unpark()
             case Step.EXPLAIN:
                 self._explain(request)
             case Step.END:
@@ -385,6 +384,9 @@ class Vm:
         self._processors[0].begin(state)
 
     def _park(self) -> None:
+        """No processor runs guest code, and none does anything for it, until :meth:`_unpark`. Twice is once."""
+        if self._engine_vm is not None:
+            self._engine_vm.freeze()
         for processor in self._processors:
             processor.pause()
         # Twice: a processor may have been starting another one while it was asked.
@@ -392,13 +394,23 @@ class Vm:
             for processor in self._processors:
                 processor.wait_until_parked()
 
+    def _unpark(self) -> None:
+        for processor in self._processors:
+            processor.resume()
+        if self._engine_vm is not None:
+            self._engine_vm.thaw()
+
     def _processors_off(self) -> None:
         if self._processors:
             self._park()
             if self.settings.stats and self._engine_vm is not None:
                 self.statistics = self._engine_vm.statistics()
         for processor in self._processors:
-            processor.end()
+            processor.leave()
+        if self._engine_vm is not None:
+            self._engine_vm.thaw()
+        for processor in self._processors:
+            processor.join()
         self._processors = []
         if self._engine_vm is not None:
             self.board.clock.remove_offset_listener(self._engine_vm.set_tsc_offset)
@@ -526,8 +538,7 @@ class Vm:
         finally:
             if self.state is State.RUNNING:
                 self.board.resume()
-                for processor in self._processors:
-                    processor.resume()
+                self._unpark()
         if cause is not Cause.ASKED and (explanation.cause is not Cause.MUTE or explanation.findings):
             self._publish(explanation)
 
@@ -540,8 +551,7 @@ class Vm:
                 seen = processor.seen()
                 if seen.activity not in (Activity.NOT_STARTED, Activity.IDLE, Activity.HALTED):
                     places[processor.index] = (*places.get(processor.index, ()), seen.registers["rip"])
-            for processor in self._processors:
-                processor.resume()
+            self._unpark()
             time.sleep(_BETWEEN_LOOKS)
         return places
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,8 @@ PATIENCE = 30.0
 """Seconds after which a processor that does not answer is ours to explain."""
 LOOKS = 5
 """How often a processor is looked at to tell whether it spins."""
+_BETWEEN_LOOKS = 0.0005
+"""Seconds after which it is looked again whether the engine has frozen a processor."""
 _SPIN = 256
 """Bytes of code in which a processor spins that is never seen elsewhere."""
 
@@ -27,7 +30,8 @@ class Processor:
 
     The thread runs guest code; whatever else is wanted of it is a flag that somebody sets before waking it, and that it
     looks at in :meth:`_attend`, between two runs of the engine. A flag set while it runs is followed by a request to
-    the engine to come back, so that none is missed.
+    the engine to come back, so that none is missed. To pause it, its thread is not needed where it waits for an
+    interrupt, or where the engine has frozen it in the middle of a run.
     """
 
     def __init__(
@@ -58,6 +62,11 @@ class Processor:
         self._guard = threading.Lock()  # of pausing and parking, and of the thread's beginning
         self._paused = paused
         self._parked = threading.Event()
+        self._resting = False
+        """It waits to be woken, and looks at ``_paused`` before it does anything else."""
+        self._woken = False
+        """It was, while it was paused, and did not look what for."""
+        self._resumptions = 0
         self._errands: deque[Callable[[], None]] = deque()
         """To be done on its thread, between two runs of guest code, whatever else it waits for."""
         self._ending = False
@@ -105,14 +114,27 @@ class Processor:
             self._wake.set()
 
     def pause(self) -> None:
+        """Stand still, the engine having been frozen."""
         with self._guard:
             self._paused = True
-        self._interrupt()
+            if self._resting:
+                self._parked.set()
+                return
+        if not self._frozen():
+            self._interrupt()
 
     def wait_until_parked(self) -> None:
         """After ``pause``: no guest code runs, and none will."""
-        if self._thread is not None and not self._parked.wait(PATIENCE):
-            raise InternalError(f"processor {self.index} does not stop")
+        end = time.monotonic() + PATIENCE
+        while self._thread is not None and not self._parked.is_set():
+            if self._frozen():
+                self._parked.set()
+            elif not self._parked.wait(_BETWEEN_LOOKS) and time.monotonic() > end:
+                raise InternalError(f"processor {self.index} does not stop")
+
+    def _frozen(self) -> bool:
+        vcpu = self._vcpu
+        return vcpu is not None and vcpu.frozen()
 
     def seen(self, places: tuple[int, ...] = ()) -> Seen:
         """What it is doing, while it is parked; ``places`` are where it was, at several moments, before."""
@@ -130,10 +152,14 @@ class Processor:
         return Seen(self.index, activity, registers, places, tuple(vcpu.exits.last()), vcpu.exits.refused())
 
     def resume(self) -> None:
+        """Go on when the engine is thawed, which comes next."""
         with self._guard:
             self._paused = False
             self._parked.clear()
-        self._wake.set()
+            self._resumptions += 1
+            woken, self._woken = self._woken, False
+        if woken:
+            self._wake.set()
 
     @property
     def doing(self) -> str:
@@ -154,6 +180,12 @@ class Processor:
 
         if self._thread is None or self._ending:
             return {}
+        resumptions = self._resumptions
+        if self._parked.is_set():  # its thread may be asleep
+            take()
+            if self._resumptions == resumptions:
+                return self._answered(answer.get())
+            answer.get()
         self._errands.append(take)
         self._interrupt()
         try:
@@ -162,15 +194,23 @@ class Processor:
             raise UserError(
                 f"processor {self.index} does not answer", self._name, "its thread's stack may say why"
             ) from None
+        return self._answered(state)
+
+    @staticmethod
+    def _answered(state: dict[str, Any] | Exception) -> dict[str, Any]:
         if isinstance(state, Exception):
             raise state
         return state
 
-    def end(self) -> None:
-        """The thread is over when it returns, the vCPU closed, and nothing of the engine is held any more."""
+    def leave(self) -> None:
+        """Run no more guest code, and end."""
         with self._guard:
             self._ending = True
         self._interrupt()
+
+    def join(self) -> None:
+        """After ``leave``, with the engine thawed: the thread is over when it returns, the vCPU closed, and nothing of
+        the engine is held any more."""
         if self._thread is not None:
             self._thread.join(PATIENCE)
             if self._thread.is_alive():
@@ -204,9 +244,10 @@ class Processor:
             while self._errands:
                 self._errands.popleft()()
             with self._guard:
-                if self._paused:
+                paused = self._woken = self._paused
+                if paused:
                     self._parked.set()
-            if self._paused:
+            if paused:
                 pass
             elif self._held:
                 if self._next_state is not None:
@@ -215,8 +256,12 @@ class Processor:
             elif self._halted is None or self._board.wakes(self.index, self._halted):
                 self._halted, self.hopeless, self._sleeping = None, False, False
                 return self._vcpu
+            with self._guard:
+                self._resting = True
             self._wake.wait()
             self._wake.clear()
+            with self._guard:
+                self._resting = False
         return None
 
     def _set_going(self) -> None:

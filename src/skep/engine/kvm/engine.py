@@ -130,6 +130,12 @@ class KvmVm:
         self._vcpus.append(vcpu)
         return vcpu
 
+    def freeze(self) -> None:
+        """Each vCPU's thread has to come back from the kernel."""
+
+    def thaw(self) -> None:
+        """Nothing was held."""
+
     def set_tsc_offset(self, offset: int) -> None:
         self._tsc_offset = offset
         for vcpu in self._vcpus:

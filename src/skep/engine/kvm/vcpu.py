@@ -102,6 +102,9 @@ class KvmVcpu:
             if self._thread is not None and self._thread != threading.get_ident():
                 signal.pthread_kill(self._thread, KICK_SIGNAL)
 
+    def frozen(self) -> bool:
+        return False
+
     def request_exit(self) -> None:
         self._exit_requested = True
         self.kick()

@@ -75,11 +75,6 @@ class Alone(Access, ABC):
     def state_changed(self) -> None:
         """As :meth:`port.CpuPort.state_changed`."""
 
-    def wait(self) -> None:
-        """The world was stopped when guest code was to be entered: until it no longer is."""
-        with self.cache.world.lock:
-            pass
-
     def _emulate(self, translated: bool = False) -> bool:
         """The instruction at rip is Python's, or (``translated``) was when its block was made. True: it was HLT."""
         st = self.st
@@ -182,6 +177,9 @@ class Alone(Access, ABC):
             st.single = 1
             start = st.rip
             self._enter_at()
+            if st.kind == Kind.STOPPED:  # while others wait for this instruction's end, perhaps: it is begun
+                with self.cache.world.alone(st):
+                    self._enter_at()
             st.single = 0
             kind = st.kind
             if kind == Kind.JUMP:
@@ -213,8 +211,6 @@ class Alone(Access, ABC):
                 raise self._host_fault(st.rip - st.page)
             elif kind == Kind.BREAK:
                 return False
-            elif kind == Kind.STOPPED:
-                self.wait()
 
     def _operand_is_ram(self) -> bool:
         """Whether the access in ``st.desc`` reaches RAM and nothing else."""

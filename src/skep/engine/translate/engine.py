@@ -56,6 +56,12 @@ class TranslateVm:
         self.vcpus.append(vcpu)
         return vcpu
 
+    def freeze(self) -> None:
+        self.cache.world.freeze()
+
+    def thaw(self) -> None:
+        self.cache.world.thaw()
+
     def set_tsc_offset(self, offset: int) -> None:
         self.shared.tsc_offset = offset
         for vcpu in self.vcpus:

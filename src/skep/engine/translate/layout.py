@@ -24,7 +24,7 @@ _FIELDS = (
     "brk",
     "where",  # 1 while in guest code or in a routine called from it, else 0; a futex
     "stop",  # 1 while the vCPU must not be in guest code; a futex
-    "parked",  # 1 while it waits for `stop` to end, in machine code
+    "parked",  # 1 while it waits for `stop` to end, in machine code, with everything in this block
     "inject",  # 0x100 | vector of an interrupt to deliver on the way in, or 0
     "iflag",  # RFLAGS.IF: 0 or 0x200
     "irq",  # 1 while there may be an interrupt for us: STI looks here
@@ -179,7 +179,7 @@ class Kind:
     EXCEPTION = 5  # deliver #PF with error code w_error, address va, at rip, in Python
     SPAN = 7  # a block on two pages whose second is not in the TLB, or is another now
     PORT = 8  # IN or OUT: info is lower.port_info; rip is behind it
-    STOPPED = 9  # the vCPU was to enter guest code while it must not
+    STOPPED = 9  # the vCPU was to enter guest code for one instruction while it must not
     SEGMENT = 11  # an access outside its segment: exception `info` with error code 0
     DELIVER = 10  # the interrupt in `inject` is for Python to deliver
     PLAIN = 12  # the plain twin of the block at rip is wanted

@@ -23,7 +23,6 @@ EXITS = {
     Kind.SPAN: "blocks on two pages",
     Kind.PAIR: "operands on two pages",
     Kind.PLAIN: "checks that cannot be shared",
-    Kind.STOPPED: "another vCPU's work on translations",
     Kind.DELIVER: "interrupts that Python delivers",
 }
 WITHOUT_EXIT = {

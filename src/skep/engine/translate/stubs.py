@@ -94,6 +94,7 @@ class Stubs:
         self._routines = routines
         self._labels: dict[str, Label] = {}
         a = self.asm = Assembler()
+        self._park = a.label()
         self._enter(a)
         self._exits(a)
         self._slow(a)
@@ -111,21 +112,35 @@ class Stubs:
         return label
 
     def _enter(self, a: Assembler) -> None:
-        """``void enter(void)``: run guest code from st.rip until something leaves it; ``enter_at``: from st.target."""
-        here, refused, nowhere = a.label(), a.label(), a.label()
+        """``void enter(void)``: run guest code from st.rip until something leaves it, as soon as nobody keeps the vCPU
+        out; ``enter_at``: from st.target, or not at all."""
+        here, refused, waits, resume, decided, nowhere = (a.label() for _ in range(6))
         for name in ("enter", "enter_at"):
             self._begin(name)
             for reg in (RBX, RBP, R12, R13, R14, R15):
                 a.push(reg)
             a.mov(field("host_rsp"), RSP)
             a.stmxcsr(field("host_mxcsr"))
-            say_in(a, refused)
-            if name == "enter":
-                self._call(a, "resume")
-                a.test(RAX, RAX)
-                a.jcc(Cond.E, nowhere)
-                a.mov(field("target"), RAX)
-                a.jmp(here)
+            say_in(a, waits if name == "enter" else refused)
+            a.jmp(resume if name == "enter" else here)
+        a.bind(waits)
+        a.cmp(field("inject"), 0)
+        a.mov(field("kind"), Kind.DELIVER)  # no part of the state: first it is delivered
+        a.jcc(Cond.NE, nowhere)
+        # Everything is in the state block, for whoever freezes the VM to see.
+        a.bind(self._park)
+        park(a)
+        a.cmp(field("brk"), 0, size=16)
+        a.jcc(Cond.E, resume)
+        a.mov(field("kind"), Kind.BREAK)
+        self._attend(a)
+        a.jmp(decided)
+        a.bind(resume)
+        self._call(a, "resume")
+        a.bind(decided)
+        a.test(RAX, RAX)
+        a.jcc(Cond.E, nowhere)
+        a.mov(field("target"), RAX)
         a.bind(here)
         a.mov(RAX, 7)
         a.xor(RDX, RDX, size=32)
@@ -155,24 +170,16 @@ class Stubs:
 
     def _exits(self, a: Assembler) -> None:
         self._begin("brk_exit")
-        attend, go = a.label(), a.label()
+        attend = a.label()
         a.mov(field("rip"), R10)
         a.mov(field("kind"), Kind.BREAK)
         self._save(a)
         a.cmp(field("stop"), 0, size=32)
         a.jcc(Cond.E, attend)
-        park(a)
-        a.cmp(field("brk"), 0, size=16)
-        a.jcc(Cond.E, go)
+        self._save_rest(a)
+        a.jmp(self._park)
         a.bind(attend)
-        self._timestamp(a)
-        self._call(a, "attend")
-        a.mov(field("target"), RAX)
-        self._set_tick(a)
-        a.mov(RAX, field("target"))
-        self._finish(a)
-        a.bind(go)
-        self._call(a, "resume")
+        self._attend(a)
         self._finish(a)
         for name, kind in (
             ("emu_exit", Kind.EMULATE),
@@ -200,18 +207,7 @@ class Stubs:
         a.jmp(self._exit_saved())
         self._begin("exit_saved")
         a.bind(self._exit_label)
-        wide = a.label()
-        a.test(field("mode"), Mode.NARROW, size=8)
-        a.jcc(Cond.E, wide)
-        a.mov(RAX, field("rip"), size=32)
-        a.mov(field("rip"), RAX)
-        a.bind(wide)
-        for name, reg in CALLEE_SAVED.items():
-            a.mov(field(name), reg)
-        a.cld()
-        a.mov(RAX, 7)
-        a.xor(RDX, RDX, size=32)
-        a.xsave64(gs(XSAVE_AREA))
+        self._save_rest(a)
         a.vzeroupper()
         a.fninit()
         a.ldmxcsr(field("host_mxcsr"))
@@ -236,6 +232,30 @@ class Stubs:
         go_all(a)
         self._begin("watch_ticks")
         watch_ticks(a)
+
+    @staticmethod
+    def _save_rest(a: Assembler) -> None:
+        """After ``_save``: what routines leave alone, to the state block. Uses rax and rdx."""
+        wide = a.label()
+        a.test(field("mode"), Mode.NARROW, size=8)
+        a.jcc(Cond.E, wide)
+        a.mov(RAX, field("rip"), size=32)
+        a.mov(field("rip"), RAX)
+        a.bind(wide)
+        for name, reg in CALLEE_SAVED.items():
+            a.mov(field(name), reg)
+        a.cld()
+        a.mov(RAX, 7)
+        a.xor(RDX, RDX, size=32)
+        a.xsave64(gs(XSAVE_AREA))
+
+    def _attend(self, a: Assembler) -> None:
+        """rax = where to enter, or 0 to leave, for a vCPU that somebody wants."""
+        self._timestamp(a)
+        self._call(a, "attend")
+        a.mov(field("target"), RAX)
+        self._set_tick(a)
+        a.mov(RAX, field("target"))
 
     @staticmethod
     def _timestamp(a: Assembler) -> None:

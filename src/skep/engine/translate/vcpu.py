@@ -119,6 +119,13 @@ class TranslateVcpu(Alone):
         self._exit_requested = True
         self.kick()
 
+    def frozen(self) -> bool:
+        if self._closed or not self._world.frozen or not self.st.parked:
+            return False
+        self.interrupts.settle()
+        self._loan.rest()
+        return True
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
@@ -188,8 +195,6 @@ class TranslateVcpu(Alone):
                     raise self._host_fault()
                 elif kind == Kind.PLAIN:
                     self._translate_plain()
-                elif kind == Kind.STOPPED:
-                    self.wait()
                 elif kind == Kind.DELIVER:
                     self._deliver()
             except GuestFault as fault:

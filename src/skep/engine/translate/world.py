@@ -35,10 +35,13 @@ class World:
         self._roster = (ctypes.c_uint64 * 0)()
         self._stopped = _Stopped(self)
         self._depth = 0
+        self.frozen = False
 
     def add(self, st: StateBlock) -> None:
         with self.lock:
             self.empty_jumps(st)
+            if self._depth:
+                self._keep_out(st)
             self.blocks.append(st)
             self._enrol()
 
@@ -60,7 +63,31 @@ class World:
         with self._stopped:
             st.stop = 0
             st.bytes[BRK_STOP] = 0
-            yield
+            try:
+                yield
+            finally:
+                if self._depth > 1:
+                    self._keep_out(st)
+
+    def freeze(self) -> None:
+        """No vCPU is in guest code when it returns, and none will be until :meth:`thaw`, but to finish the one
+        instruction that its thread is at. Meanwhile nobody holds the lock. Twice is once."""
+        with self.lock:
+            if not self.frozen:
+                self.stop()
+                self.frozen = True
+
+    def thaw(self) -> None:
+        with self.lock:
+            if self.frozen:
+                self.frozen = False
+                self.go()
+
+    @staticmethod
+    def _keep_out(st: StateBlock) -> None:
+        """As stop_all, for a vCPU that is not in guest code."""
+        st.stop = 1
+        st.bytes[BRK_STOP] = 1
 
     def stop(self) -> None:
         """The lock is held. Returns when no vCPU is in guest code."""
