@@ -38,6 +38,16 @@ def _qcow(*versions: int) -> Callable[[Ends], bool]:
     return lambda ends: ends.head[:4] == b"QFI\xfb" and int.from_bytes(ends.head[4:8], "big") in versions
 
 
+def _vhd(ends: Ends) -> bool:
+    if ends.head[:8] == b"conectix":
+        return True
+    if ends.tail[:8] != b"conectix":
+        return False
+    from skep.block.vhd import is_footer
+
+    return is_footer(ends.tail)
+
+
 def _vmdk(ends: Ends) -> bool:
     return ends.head[:4] in (b"KDMV", b"COWD") or b"# Disk DescriptorFile" in ends.head[:_SECTOR]
 
@@ -45,6 +55,7 @@ def _vmdk(ends: Ends) -> bool:
 FORMATS: Mapping[str, Format] = {
     "raw": Format("skep.block.raw", "RawImage", lambda ends: True),
     "vmdk": Format("skep.block.vmdk.image", "VmdkImage", _vmdk),
+    "vpc": Format("skep.block.vhd", "VhdImage", _vhd),
     "vhdx": Format("skep.block.vhdx.image", "VhdxImage", lambda ends: ends.head[:8] == b"vhdxfile"),
 }
 """By the names that `qemu-img` has for them."""

@@ -25,6 +25,10 @@ class SectorImage(SparseImage):
         """The block's bitmap counts, under the lock."""
         raise NotImplementedError
 
+    def _noted(self, block: int) -> bool:
+        """What is written to the block is noted in its bitmap, under the lock."""
+        return self._mapped(block)
+
     def _bit(self, block: int) -> int:
         """The number of the bit of a block's first sector; a multiple of 8."""
         raise NotImplementedError
@@ -120,7 +124,7 @@ class SectorImage(SparseImage):
             while length:
                 block, start = divmod(offset, self.block_size)
                 n = min(self.block_size - start, length)
-                if self._mapped(block):
+                if self._noted(block):
                     self._set_bits(block, start, n)
                 offset += n
                 length -= n

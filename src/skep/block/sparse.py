@@ -398,8 +398,12 @@ class SparseImage(Image):
                     yield Owned(block, 0, 0, e.strerror)
                     kind = Kind.ABSENT
             if kind is Kind.DATA:
-                yield Owned(block, host, self._block_length(block))
+                yield Owned(block, *self._footprint(block, host))
             block += 1
+
+    def _footprint(self, block: int, host: int) -> tuple[int, int]:
+        """Offset and length of what a block takes in the file."""
+        return host, self._block_length(block)
 
     def _forget(self, block: int) -> None:
         """Its entry is to say that it is not there, under the lock."""
