@@ -56,6 +56,7 @@ FORMATS: Mapping[str, Format] = {
     "raw": Format("skep.block.raw", "RawImage", lambda ends: True),
     "vmdk": Format("skep.block.vmdk.image", "VmdkImage", _vmdk),
     "vpc": Format("skep.block.vhd", "VhdImage", _vhd),
+    "vdi": Format("skep.block.vdi", "VdiImage", lambda ends: ends.head[64:68] == b"\x7f\x10\xda\xbe"),
     "vhdx": Format("skep.block.vhdx.image", "VhdxImage", lambda ends: ends.head[:8] == b"vhdxfile"),
 }
 """By the names that `qemu-img` has for them."""

@@ -321,7 +321,9 @@ class SparseImage(Image):
             n = min(self.block_size - start, length)
             whole = n == self._block_length(block)
             with self._lock:
-                bound = whole and self._find(block)[0] in (Kind.ABSENT, Kind.PACKED) and self._bind_zero(block)
+                kind = self._find(block)[0]
+                elsewhere = kind is Kind.PACKED or (kind is Kind.ABSENT and self._has_below())
+                bound = whole and elsewhere and self._bind_zero(block)
                 runs = [] if bound else list(self._runs(offset, n))
             at = offset
             for kind, part, host in runs:
