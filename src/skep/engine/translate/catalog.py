@@ -120,7 +120,10 @@ class Catalog:
             t = lowering.emulated_template
         else:
             t = lowering.template(ins, data[index : index + n], live, None, form.open)
-        form.templates[1 if live else 0] = t
+        if live:
+            form.live = t
+        else:
+            form.dead = t
         return t
 
     def placed(self, form: Form, lowering: Lowering, data: bytes, index: int, at: int, n: int) -> Template:

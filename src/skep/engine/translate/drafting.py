@@ -232,7 +232,7 @@ class Drafting:
         return (pa2 if n > room else None), data
 
     def needs(self, draft: Draft) -> tuple[list[bool], int]:
-        """For each instruction, last first, whether flags must survive its checks; and which flags the block reads.
+        """For each instruction whether flags must survive its checks; and which flags the block reads.
 
         What the targets of jumps read is looked up only where a check lies between the jump and the flags' origin.
         """
@@ -274,4 +274,5 @@ class Drafting:
         if live != ALL_FLAGS:
             for target in open_:
                 live |= self.live_at(page, target, mode)
+        needs.reverse()
         return needs, live

@@ -12,7 +12,7 @@ from iced_x86 import Decoder
 from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, Reg, gs
 from skep.engine.translate.catalog import Catalog
 from skep.engine.translate.drafting import Draft, Known
-from skep.engine.translate.forms import TLB_MASK, Ends, home
+from skep.engine.translate.forms import TLB_MASK, Ends, Form, home
 from skep.engine.translate.layout import JC, JC_ARRAY, OFFSETS, SLOTS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
 from skep.engine.translate.lower import Lowering
 from skep.engine.translate.narrow import Narrow
@@ -22,8 +22,6 @@ from skep.engine.translate.stubs import restore_flags, save_flags
 
 _i32 = struct.Struct("<i").pack_into
 _u64 = struct.Struct("<Q").pack_into
-_NOPS = (b"", b"\x90", b"\x66\x90", b"\x0f\x1f\x00")
-
 
 
 def _frag(build: Callable[[Assembler], None]) -> bytes:
@@ -45,9 +43,12 @@ _SLOW_CALL = _frag(lambda a: a.call(state("slow")))
 _LOAD_PAGE = _frag(lambda a: a.mov(R10, state("page")))
 _BRK_JUMP = _frag(lambda a: a.jmp(state("brk_exit")))
 _RESTORE = _frag(restore_flags)
+_PAGE_PLUS = _LOAD_PAGE + b"\x4d\x8d\x92"  # r10 = the page's address + the 32 bits that follow
+_BREAK = struct.Struct(f"<{len(_PAGE_PLUS)}si{len(_BRK_JUMP)}s").pack
 _SLOW = struct.Struct(f"<Bi{len(_SLOW_CALL)}sBi")
+_SLOW_CODE = _SLOW.pack(0x68, 0, _SLOW_CALL, 0xE9, 0)
+"""push descriptor; call slow; jmp back"""
 _SLOW_SIZE = _SLOW.size
-_slow_pack = _SLOW.pack
 # Looking names up in a class costs more than the rest of a step of the loops below.
 _NO, _JCC, _JMP, _CALL, _LOOP, _MODE, _LOOK = Ends.NO, Ends.JCC, Ends.JMP, Ends.CALL, Ends.LOOP, Ends.MODE, Ends.LOOK
 _LEA = [
@@ -57,16 +58,34 @@ _LEA = [
 """r10 = a guest register plus the 32 bits that follow."""
 _KEEP = [_frag(lambda a, i=i: a.mov(state(f"slot{i}"), R10)) for i in range(SLOTS)]  # type: ignore[misc]
 _TAKE = [_frag(lambda a, i=i: a.mov(R10, state(f"slot{i}"))) for i in range(SLOTS)]  # type: ignore[misc]
-_JCC_CODE = tuple(bytes((0x0F, 0x80 | cc)) for cc in range(16))
+_Jumps = tuple[bytes, bytes, bytes, bytes]
+
+
+def _jumps(opcode: bytes) -> _Jumps:
+    """A jump with a displacement of 32 bits, by the low bits of the offset where it is put, behind as many bytes of NOP
+    as align the displacement, so that it may be patched."""
+    nops = b"", b"\x90", b"\x66\x90", b"\x0f\x1f\x00"
+    first, second, third, fourth = (nops[-(at + len(opcode)) & 3] + opcode + bytes(4) for at in range(4))
+    return first, second, third, fourth
+
+
+_JCC_CODE = [bytes((0x0F, 0x80 | cc, 0, 0, 0, 0)) for cc in range(16)]
+_JCC_JUMPS = [_jumps(bytes((0x0F, 0x80 | cc))) for cc in range(16)]
+_JMP_JUMPS = _jumps(b"\xe9")
 _LINK = struct.Struct(f"<2sQ{len(_LINK_CALL)}si")
 _LINK_SITE = 10 + len(_LINK_CALL)
 LINK_KEY = 2
 """Where in a link's stub the target's key stands."""
-_CHECK_DEAD = _frag(lambda a: a.cmp(gs(OFFSETS["brk"]), 0, size=32)) + b"\x0f\x85"  # jne rel32
+_CHECK_DEAD = _frag(lambda a: a.cmp(gs(OFFSETS["brk"]), 0, size=32)) + b"\x0f\x85" + bytes(4)  # jne rel32
 # the same without touching flags:
 # mov r11, rcx; mov ecx, brk; jrcxz over; mov rcx, r11; jmp rel32; over: mov rcx, r11
-_CHECK_LIVE = b"\x49\x89\xcb" + _frag(lambda a: a.mov(RCX, gs(OFFSETS["brk"]), size=32)) + b"\xe3\x08\x4c\x89\xd9\xe9"
-_CHECK_LIVE_END = b"\x4c\x89\xd9"
+_CHECK_LIVE = (
+    b"\x49\x89\xcb"
+    + _frag(lambda a: a.mov(RCX, gs(OFFSETS["brk"]), size=32))
+    + b"\xe3\x08\x4c\x89\xd9\xe9"
+    + bytes(4)
+    + b"\x4c\x89\xd9"
+)
 
 
 class Emitted(NamedTuple):
@@ -81,6 +100,27 @@ class Emitted(NamedTuple):
     """Jumps within the page: offset of the displacement, of the stub that links it, and the target's key."""
     copies: list[tuple[int, int, int]]
     """Constants of 4 and 8 bytes that the code only copies: offset in the code, in the block's bytes, bytes."""
+
+
+class _Block:
+    """A block that is being written."""
+
+    __slots__ = ("breaks", "draft", "entry", "far", "links", "out", "own", "page", "wide")
+
+    def __init__(self, draft: Draft, out: bytearray) -> None:
+        self.draft = draft
+        self.out = out
+        self.entry = len(out)
+        self.page = draft.pa & ~4095
+        self.wide = draft.lowering.wide
+        self.own = -1 if draft.plain or draft.pa2 is not None else draft.pa << Mode.BITS | draft.mode
+        """The key for which jumps go to this block's plain entry."""
+        self.links: list[tuple[int, int]] = []
+        """Jumps within the page: the displacement's position, and the target's key."""
+        self.breaks: list[tuple[int, int]] = []
+        """Ways out when somebody wants the vCPU: the displacement's position, and the offset to go on at."""
+        self.far: list[tuple[int, int, int, bool]] = []
+        """Jumps to other pages: the displacement's position, the target, the branch's offset, is it narrow"""
 
 
 class Emission:
@@ -108,182 +148,183 @@ class Emission:
 
     def emit(self, draft: Draft, needs: list[bool], live: int, start: int) -> Emitted:
         """The code of ``draft`` for offset ``start`` of the buffer; ``needs`` and ``live`` are Drafting.needs'."""
-        pa, mode, lowering, data = draft.pa, draft.mode, draft.lowering, draft.data
-        offset = pa & 4095
-        page = pa - offset
-        blocks = self._known
+        mode, lowering, data = draft.mode, draft.lowering, draft.data
+        offset = draft.pa & 4095
         rx = self._executable + start
         prologue, fix_second, fix_brk, fix_page = self._prologue(mode, bool(live))
         out = bytearray(prologue)
         _i32(out, fix_second, self._second[mode & 3] - (rx + fix_second + 4))
         _i32(out, fix_brk, self._brk_exit - (rx + fix_brk + 4))
         _i32(out, fix_page, -offset)
-        entry = len(out)
-        extend = out.extend
+        block = _Block(draft, out)
         slow: list[tuple[int, int, int, int]] = []
-        links: list[tuple[int, int]] = []  # (position of a displacement, key)
-        fixed: list[tuple[int, int, int]] = []
         copies: list[tuple[int, int, int]] = []
-        breaks: list[tuple[int, int]] = []  # (position of a displacement, offset to go on at)
-        far: list[tuple[int, int, int, bool]] = []  # (position of a displacement, target, at, narrow)
-        wide = lowering.wide
-        shared = shares(draft.items, data, offset) if wide and not draft.plain else {}
+        items = draft.items
+        shared = shares(items, data, offset) if block.wide and not draft.plain else [None] * len(items)
         held = -1  # the range whose start is in r10
         marks = array("H")
         mark = marks.append
-        own = -1 if draft.plain else pa << Mode.BITS | mode
         shadow = draft.shadow
         if draft.pa2 is not None:
             self._span(out, mode, offset, draft.pa2)
-
-        def direct(prefix: bytes, target: int, mode_: int) -> None:
-            """A jump within the page whose displacement may be patched: it is aligned."""
-            extend(_NOPS[-(len(out) + len(prefix)) & 3])
-            extend(prefix)
-            key = (page | target) << Mode.BITS | mode_
-            here = len(out)
-            extend(b"\0\0\0\0")
-            if key == own and draft.pa2 is None:
-                _i32(out, here, entry - (here + 4))
-            else:
-                links.append((here, key))
-
-        def leave(target: int, looks: bool, mode_: int, at: int = -1, narrow: bool = False) -> None:
-            """Go to ``target``, unconditionally: by the branch at offset ``at``, or (-1) behind an instruction."""
-            if 0 <= target < 4096 and (wide or lowering.near(target, at, narrow)):
-                if looks:
-                    if self._live_at(page, target, mode_):
-                        extend(_CHECK_LIVE)
-                        breaks.append((len(out), target))
-                        extend(b"\0\0\0\0" + _CHECK_LIVE_END)
-                    else:
-                        extend(_CHECK_DEAD)
-                        breaks.append((len(out), target))
-                        extend(b"\0\0\0\0")
-                direct(b"\xe9", target, mode_)
-            else:
-                extend(self.long(lowering, target, at, narrow))
-
-        i = len(draft.items)
-        for form, at, n, extra in draft.items:
-            i -= 1
+        for (form, at, n, extra), flags, share in zip(items, needs, shared, strict=True):
             base = len(out)
             mark(base)
             mark(at)
             e = form.ends
-            if e == _JCC:
-                cc = form.cond
-                if not 0 <= extra < 4096 or not (wide or lowering.near(extra, at, form.narrow)):
-                    extend(_JCC_CODE[cc] + b"\0\0\0\0")
-                    far.append((base + 2, extra, at, form.narrow))
-                elif at < extra and not shadow:
-                    direct(_JCC_CODE[cc], extra, mode)
-                else:
-                    extend(_JCC_CODE[cc ^ 1] + b"\0\0\0\0")
-                    skip = len(out)
-                    leave(extra, True, mode, at, form.narrow)
-                    _i32(out, skip - 4, len(out) - skip)
-                continue
-            if e == _LOOP and form.loop:
-                extend(form.loop)
-                skip = len(out)
-                leave(at + n, True, mode)
-                _i32(out, skip - 4, len(out) - skip)
-                leave(extra, True, mode, at, form.narrow)
-                continue
-            if e == _LOOP:
-                extend(data[at - offset : at - offset + n - 1] + b"\0")
-                skip = len(out)
-                leave(at + n, True, mode)
-                out[skip - 1] = len(out) - skip
-                leave(extra, True, mode)
-                continue
-            if e == _JMP:
-                leave(extra, extra <= at or shadow, mode, at, form.narrow)
+            if e >= _JCC:
+                self._branch(block, form, at, n, extra)
                 continue
             place = 0
-            share = shared.get(len(marks) - 2 >> 1) if shared else None
             if share is None:
-                t = form.templates[needs[i]]
+                t = form.live if flags else form.dead
                 if t is None:
-                    t = self._catalog.template(form, lowering, data, at - offset, at, n, needs[i])
+                    t = self._catalog.template(form, lowering, data, at - offset, at, n, flags)
                 if not t.keeps:
                     held = -1
             else:
                 slot, place, lead = share
                 if lead is not None:
                     register, disp, length, write = lead
-                    extend(_LEA[register])
-                    extend(disp.to_bytes(4, "little", signed=True))
+                    out += _LEA[register]
+                    out += disp.to_bytes(4, "little", signed=True)
                     base = len(out)
-                    code, jump = lowering.range_check(write, needs[i], register == 4)
-                    extend(code)
+                    code, jump = lowering.range_check(write, flags, register == 4)
+                    out += code
                     _i32(out, base + jump - 6, 4096 - length)
                     desc = 1 << 30 | (mode & 3) << 24 | write << 22 | length << 12 | at
                     stack = 0
                     if register == 4:
                         stack = 6 if e or form.step is not None else 2
-                    slow.append((base + jump, len(out), desc, needs[i] | stack))
-                    extend(_KEEP[slot])
+                    slow.append((base + jump, len(out), desc, flags | stack))
+                    out += _KEEP[slot]
+                    base = len(out)
                 elif held != slot:
-                    extend(_TAKE[slot])
-                base = len(out)
+                    out += _TAKE[slot]
+                    base = len(out)
                 t = form.placed
                 if t is None:
                     t = self._catalog.placed(form, lowering, data, at - offset, at, n)
                 held = slot if t.keeps else -1
-            extend(t.code)
+            out += t.code
             if t.open:
                 for jump, back, desc, saved in t.checks:
                     slow.append((base + jump, base + back, desc | at, saved))
                 for hole, what, add in t.holes:
-                    value = at if what == 0 else at + n if what == 1 else extra if what == 2 else place
+                    value = place if what == 3 else at if what == 0 else at + n if what == 1 else extra
                     _i32(out, base + hole, add + value)
                 for to, of, k in t.copies:
+                    to += base
                     of += at - offset
                     if k > 1 and form.step is None:
-                        copies.append((base + to, of, k))
-                    out[base + to : base + to + k] = data[of : of + k]
+                        copies.append((to, of, k))
+                    out[to : to + k] = data[of : of + k]
             if e:
                 if e == _CALL:
-                    leave(extra, extra <= at or shadow, mode, at, form.narrow)
+                    self._leave(block, extra, extra <= at or shadow, mode, at, form.narrow)
                 elif e == _MODE:
-                    leave(at + n, False, mode & ~Mode.AC | form.cond)
+                    self._leave(block, at + n, False, mode & ~Mode.AC | form.cond, -1, False)
                 elif e == _LOOK:
-                    leave(at + n, True, mode)
+                    self._leave(block, at + n, True, mode, -1, False)
         if draft.ends == _NO or draft.ends == _JCC:
-            leave(offset + draft.size, shadow, mode)
+            self._leave(block, offset + draft.size, shadow, mode, -1, False)
         # What is rarely run
         for jump, back, desc, saved in slow:
             here = len(out)
+            code, again = self._tail(lowering, desc, saved)
+            out += code
+            end = len(out)
             _i32(out, jump, here - jump - 4)
-            if saved & 2:
-                size = desc >> 12 & 1023
-                code, jump = lowering.fallback(size, desc >> 22 & 3 != 0, saved & 4 != 0)
-                extend(code)
-                if saved & 1:
-                    extend(_RESTORE)
-                extend(b"\xe9")
-                extend((back - len(out) - 4).to_bytes(4, "little", signed=True))
-                _i32(out, here + jump, len(out) - here - jump - 4)
-                here = len(out)
-            if saved & 1:
-                extend(_RESTORE)
-                here += len(_RESTORE)
-            extend(_slow_pack(0x68, desc, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))
-        for site, key in links:
+            if again:
+                _i32(out, here + again, back - (here + again + 4))
+            _i32(out, end - _SLOW_SIZE + 1, desc)
+            _i32(out, end - 4, back - end)
+        links: list[tuple[int, int, int]] = []
+        for site, key in block.links:
             here = len(out)
-            known = blocks.get(key)
+            known = self._known.get(key)
             _i32(out, site, (here if known is None else known.entry - start) - site - 4)
-            fixed.append((site, here, key))
-            extend(_LINK.pack(b"\x49\xbb", key, _LINK_CALL, site - (here + _LINK_SITE)))
-        for site, target in breaks:
+            links.append((site, here, key))
+            out += _LINK.pack(b"\x49\xbb", key, _LINK_CALL, site - (here + _LINK_SITE))
+        for site, target in block.breaks:
             _i32(out, site, len(out) - site - 4)
-            extend(_LOAD_PAGE + b"\x4d\x8d\x92" + target.to_bytes(4, "little") + _BRK_JUMP)
-        for site, target, at, narrow in far:
+            out += _BREAK(_PAGE_PLUS, target, _BRK_JUMP)
+        for site, target, at, narrow in block.far:
             _i32(out, site, len(out) - site - 4)
-            extend(self.long(lowering, target, at, narrow))
-        return Emitted(out, entry, marks, fixed, copies)
+            out += self.long(lowering, target, at, narrow)
+        return Emitted(out, block.entry, marks, links, copies)
+
+    def _branch(self, block: _Block, form: Form, at: int, n: int, target: int) -> None:
+        """A Jcc, JMP or LOOP of ``n`` bytes at offset ``at``."""
+        out = block.out
+        draft = block.draft
+        mode = draft.mode
+        e = form.ends
+        if e == _JMP:
+            self._leave(block, target, target <= at or draft.shadow, mode, at, form.narrow)
+        elif e == _LOOP:
+            if form.loop:
+                out += form.loop
+            else:
+                first = at - (draft.pa & 4095)
+                out += draft.data[first : first + n - 1] + b"\0"
+            skip = len(out)
+            self._leave(block, at + n, True, mode, -1, False)
+            if form.loop:
+                _i32(out, skip - 4, len(out) - skip)
+                self._leave(block, target, True, mode, at, form.narrow)
+            else:
+                out[skip - 1] = len(out) - skip
+                self._leave(block, target, True, mode, -1, False)
+        elif not 0 <= target < 4096 or not (block.wide or draft.lowering.near(target, at, form.narrow)):
+            block.far.append((len(out) + 2, target, at, form.narrow))
+            out += _JCC_CODE[form.cond]
+        elif at < target and not draft.shadow:
+            self._direct(block, _JCC_JUMPS[form.cond], target, mode)
+        else:
+            out += _JCC_CODE[form.cond ^ 1]
+            skip = len(out)
+            self._leave(block, target, True, mode, at, form.narrow)
+            _i32(out, skip - 4, len(out) - skip)
+
+    def _direct(self, block: _Block, jumps: _Jumps, target: int, mode: int) -> None:
+        """A jump within the page."""
+        out = block.out
+        out += jumps[len(out) & 3]
+        site = len(out) - 4
+        key = (block.page | target) << Mode.BITS | mode
+        if key == block.own:
+            _i32(out, site, block.entry - (site + 4))
+        else:
+            block.links.append((site, key))
+
+    def _leave(self, block: _Block, target: int, looks: bool, mode: int, at: int, narrow: bool) -> None:
+        """Go to ``target``, unconditionally: by the branch at offset ``at``, or (-1) behind an instruction."""
+        out = block.out
+        if 0 <= target < 4096 and (block.wide or block.draft.lowering.near(target, at, narrow)):
+            if looks:
+                if self._live_at(block.page, target, mode):
+                    out += _CHECK_LIVE
+                    block.breaks.append((len(out) - 7, target))
+                else:
+                    out += _CHECK_DEAD
+                    block.breaks.append((len(out) - 4, target))
+            self._direct(block, _JMP_JUMPS, target, mode)
+        else:
+            out += self.long(block.draft.lowering, target, at, narrow)
+
+    def _tail(self, lowering: Lowering, desc: int, saved: int) -> tuple[bytes, int]:
+        """Where a check with the descriptor ``desc`` goes on when it fails: ends in _SLOW_CODE. With it, where another
+        displacement of a jump back stands, or 0."""
+        restore = _RESTORE if saved & 1 else b""
+        if not saved & 2:
+            return restore + _SLOW_CODE, 0
+        size = desc >> 12 & 1023
+        code, jump = lowering.fallback(size, desc >> 22 & 3 != 0, saved & 4 != 0)
+        out = bytearray(code + restore + b"\xe9" + bytes(4))
+        again = len(out) - 4
+        _i32(out, jump, len(out) - jump - 4)
+        return bytes(out + restore + _SLOW_CODE), again
 
     def unplaced(self, emitted: Emitted, mode: int, live: int) -> bytes:
         """A block's code without what depends on its place, and on which other blocks there are."""
@@ -314,7 +355,7 @@ class Emission:
             a.mov(R10, state("page"))
             a.lea(R10, Mem(R10, R11))
             return a.code(0) + lowering.dispatch_code
-        return _LOAD_PAGE + b"\x4d\x8d\x92" + (target & 0xFFFFFFFF).to_bytes(4, "little") + lowering.dispatch_code
+        return _PAGE_PLUS + (target & 0xFFFFFFFF).to_bytes(4, "little") + lowering.dispatch_code
 
     def _prologue(self, mode: int, live: bool) -> tuple[bytes, int, int, int]:
         """The checked entry, and where it wants the displacements of `second`, `brk` and the block's negated offset."""
@@ -417,7 +458,7 @@ class Emission:
         n32 = offset + ins.len
 
         def leave(to: int) -> bytes:
-            return _LOAD_PAGE + b"\x4d\x8d\x92" + (to & 0xFFFFFFFF).to_bytes(4, "little") + done
+            return _PAGE_PLUS + (to & 0xFFFFFFFF).to_bytes(4, "little") + done
 
         if form.ends == Ends.JCC:
             other = leave(n32)

@@ -6,8 +6,8 @@ instructions that are not simply copied. Numbers of general registers are those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
+from typing import Final, cast
 
 from iced_x86 import (
     Code,
@@ -39,15 +39,16 @@ where the operand lies in the range that was checked."""
 class Ends:
     """How an instruction ends its block."""
 
-    NO = 0
-    YES = 1  # the template leaves by itself
-    JCC = 2
-    JMP = 3
-    CALL = 4  # the template pushes the return address; the block goes on at the target
-    LOOP = 5  # LOOP, LOOPcc, JCXZ: short forms only, that touch no flag
-    SHADOW = 6  # STI: one more instruction, then look for interrupts
-    MODE = 7  # STAC, CLAC: goes on in the mode with AC, which `cond` is, or without
-    LOOK = 8  # POPF: goes on behind itself after looking for interrupts
+    NO: Final = 0
+    YES: Final = 1  # the template leaves by itself
+    CALL: Final = 2  # the template pushes the return address; the block goes on at the target
+    SHADOW: Final = 3  # STI: one more instruction, then look for interrupts
+    MODE: Final = 4  # STAC, CLAC: goes on in the mode with AC, which `cond` is, or without
+    LOOK: Final = 5  # POPF: goes on behind itself after looking for interrupts
+    # There is no template for these:
+    JCC: Final = 6
+    JMP: Final = 7
+    LOOP: Final = 8  # LOOP, LOOPcc, JCXZ: short forms only, that touch no flag
 
 
 @dataclass(slots=True)
@@ -106,7 +107,9 @@ class Form:
     """General registers that become something else."""
     placed: Template | None = None
     """With its operand in a range that was checked."""
-    templates: list[Template | None] = field(default_factory=lambda: [None, None])
+    live: Template | None = None
+    """Where flags must survive its checks."""
+    dead: Template | None = None
 
 
 class Legality:

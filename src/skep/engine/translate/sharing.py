@@ -28,15 +28,15 @@ Share = tuple[int, int, Lead | None]
 _Range = list[Any]
 """Low, high, is it written, and the operands: (instruction's index, offset from the origin, base register, how far the
 register is from the origin)"""
-_NONE: dict[int, Share] = {}
 
 
-def shares(items: list[tuple[Form, int, int, int]], data: bytes, offset: int) -> dict[int, Share]:
-    """By the index of its instruction in ``items``, the operands that share a check. ``data``, from ``offset`` of its
+def shares(items: list[tuple[Form, int, int, int]], data: bytes, offset: int) -> list[Share | None]:
+    """For each of ``items`` how its operand, if it has one, shares a check. ``data``, from ``offset`` of its
     page on, are the instructions' bytes."""
+    found: list[Share | None] = [None] * len(items)
     members = [i for i, item in enumerate(items) if item[0].reach is not None]
     if len(members) < 2:
-        return _NONE
+        return found
     first = members[0]
     origins: dict[int, tuple[int, int]] = {}  # of registers that changed: whose first value, how far
     fresh = 16
@@ -83,7 +83,6 @@ def shares(items: list[tuple[Form, int, int, int]], data: bytes, offset: int) ->
         for number in form.spoils:
             origins[number] = (fresh, 0)
             fresh += 1
-    found: dict[int, Share] = {}
     slot = 0
     for low, high, write, operands in ranges:
         if len(operands) > 1:
