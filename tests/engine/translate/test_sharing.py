@@ -26,7 +26,8 @@ def shared(text: str) -> dict[int, tuple[int, int, tuple[int, int, int, bool] | 
         guest.memory.write(0x140000, code)
         drafting: Drafting = cache._drafting
         draft = drafting.draft(0x140000, vcpu.st.mode & ~Mode.USER, lambda: 0)  # type: ignore[attr-defined]
-        return shares(draft.items, draft.data, 0)
+        found = shares(draft.items, draft.data, 0)
+        return {i: share for i, share in enumerate(found) if share is not None}
 
 
 def test_pushes_and_pops() -> None:

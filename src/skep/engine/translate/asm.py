@@ -27,7 +27,22 @@ from dataclasses import dataclass
 class Reg(enum.IntEnum):
     """A general register, by the number that encodes it."""
 
-    RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15 = range(16)
+    RAX = 0
+    RCX = 1
+    RDX = 2
+    RBX = 3
+    RSP = 4
+    RBP = 5
+    RSI = 6
+    RDI = 7
+    R8 = 8
+    R9 = 9
+    R10 = 10
+    R11 = 11
+    R12 = 12
+    R13 = 13
+    R14 = 14
+    R15 = 15
 
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15 = Reg
@@ -36,8 +51,27 @@ RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15 = R
 class Cond(enum.IntEnum):
     """A condition, by the number that encodes it (SDM 1, appendix B)."""
 
-    O, NO, B, AE, E, NE, BE, A, S, NS, P, NP, L, GE, LE, G = range(16)  # noqa: E741  (the manual's names)
-    C, NC, Z, NZ = 2, 3, 4, 5  # other names of B, AE, E, NE
+    O = 0  # noqa: E741  (the manual's name)
+    NO = 1
+    B = 2
+    AE = 3
+    E = 4
+    NE = 5
+    BE = 6
+    A = 7
+    S = 8
+    NS = 9
+    P = 10
+    NP = 11
+    L = 12
+    GE = 13
+    LE = 14
+    G = 15
+    # other names of B, AE, E, NE
+    C = 2
+    NC = 3
+    Z = 4
+    NZ = 5
 
     @property
     def inverse(self) -> Cond:

@@ -115,13 +115,13 @@ class Form:
 class Legality:
     """Bits of the legality class (Mode.CLASS_SHIFT): which CR0, CR4 and XCR0 settings code was translated for."""
 
-    X87 = 1  # CR0.EM and CR0.TS clear
-    SSE = 2  # and CR4.OSFXSR set
-    AVX = 4  # CR0.TS clear, CR4.OSXSAVE set with SSE and AVX in XCR0
-    TSC = 8  # CR4.TSD clear: RDTSC is the user's too
-    OSXSAVE = 16
-    INNER = 32  # CPL 1 or 2: the supervisor's pages, but not its instructions
-    WATCHED = 64  # breakpoints are armed for data: each access has to make its check
+    X87: Final = 1  # CR0.EM and CR0.TS clear
+    SSE: Final = 2  # and CR4.OSFXSR set
+    AVX: Final = 4  # CR0.TS clear, CR4.OSXSAVE set with SSE and AVX in XCR0
+    TSC: Final = 8  # CR4.TSD clear: RDTSC is the user's too
+    OSXSAVE: Final = 16
+    INNER: Final = 32  # CPL 1 or 2: the supervisor's pages, but not its instructions
+    WATCHED: Final = 64  # breakpoints are armed for data: each access has to make its check
 
 
 _NAMES = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{i}" for i in range(8, 16)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 GPRS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
@@ -151,21 +151,21 @@ class Mode:
     The number above them, from CLASS_SHIFT on, names a set of CR0/CR4/XCR0 bits that change legality.
     """
 
-    USER = 1
-    AC = 2  # supervisor with RFLAGS.AC, which is all that SMAP looks at
-    CODE32 = 4
-    CODE16 = 8
-    NARROW = CODE32 | CODE16
-    SEGMENTED = 16  # CS, DS, ES or SS is not flat: bases are added, limits checked. All 16-bit code is taken so
-    STACK16 = 32  # SS.B is clear
-    REAL = 64  # real or virtual-8086 mode: a selector is a paragraph's number
-    PLAIN = 128  # only in a block's key: no checks are shared (sharing.py)
-    SHAPE = 0xFF
-    CLASS_SHIFT = 8
-    BITS = 16  # a block's key is its physical address above its mode
-    ALL = (1 << BITS) - 1
-    TAGGED = 0xFC  # what jump-cache tags tell apart; USER and AC have arrays of their own
-    TAG_SHIFT = 56
+    USER: Final = 1
+    AC: Final = 2  # supervisor with RFLAGS.AC, which is all that SMAP looks at
+    CODE32: Final = 4
+    CODE16: Final = 8
+    NARROW: Final = CODE32 | CODE16
+    SEGMENTED: Final = 16  # CS, DS, ES or SS is not flat: bases are added, limits checked. All 16-bit code is taken so
+    STACK16: Final = 32  # SS.B is clear
+    REAL: Final = 64  # real or virtual-8086 mode: a selector is a paragraph's number
+    PLAIN: Final = 128  # only in a block's key: no checks are shared (sharing.py)
+    SHAPE: Final = 0xFF
+    CLASS_SHIFT: Final = 8
+    BITS: Final = 16  # a block's key is its physical address above its mode
+    ALL: Final = (1 << BITS) - 1
+    TAGGED: Final = 0xFC  # what jump-cache tags tell apart; USER and AC have arrays of their own
+    TAG_SHIFT: Final = 56
 
 
 class Kind:

@@ -8,6 +8,7 @@ flags must survive the checks) and then copied.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from iced_x86 import (
     Code,
@@ -73,7 +74,7 @@ _INDIRECT = (Code.JMP_RM32, Code.CALL_RM32, Code.JMP_RM16, Code.CALL_RM16)
 class Lowering(Special):
     """Makes the forms and templates of one mode."""
 
-    near_kinds: tuple[int, ...] = (OpKind.NEAR_BRANCH64,)
+    near_kinds: ClassVar[tuple[int, ...]] = (OpKind.NEAR_BRANCH64,)
 
     def __init__(self, mode: int) -> None:
         super().__init__(mode)

@@ -13,6 +13,8 @@ before it commits anything, and what fails that is done again by Python, with al
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from iced_x86 import Code, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register
 
 from skep.engine.amd64.registers import Vector
@@ -54,7 +56,7 @@ _PARAGRAPHS = (Register.DS, Register.ES, Register.FS, Register.GS)
 class Narrow(Lowering):
     """Makes the forms and templates of one mode of 16- or 32-bit code."""
 
-    near_kinds = (OpKind.NEAR_BRANCH16, OpKind.NEAR_BRANCH32)
+    near_kinds: ClassVar[tuple[int, ...]] = (OpKind.NEAR_BRANCH16, OpKind.NEAR_BRANCH32)
 
     def __init__(self, mode: int) -> None:
         self.segmented = bool(mode & Mode.SEGMENTED)
