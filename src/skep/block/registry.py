@@ -55,6 +55,13 @@ def _vmdk(ends: Ends) -> bool:
 FORMATS: Mapping[str, Format] = {
     "raw": Format("skep.block.raw", "RawImage", lambda ends: True),
     "vmdk": Format("skep.block.vmdk.image", "VmdkImage", _vmdk),
+    "qcow": Format("skep.block.qcow", "QcowImage", _qcow(1)),
+    "parallels": Format(
+        "skep.block.parallels",
+        "ParallelsImage",
+        lambda ends: ends.head[:16] in (b"WithoutFreeSpace", b"WithouFreSpacExt"),
+    ),
+    "dmg": Format("skep.block.dmg", "DmgImage", lambda ends: ends.tail[:4] == b"koly"),
     "vpc": Format("skep.block.vhd", "VhdImage", _vhd),
     "vdi": Format("skep.block.vdi", "VdiImage", lambda ends: ends.head[64:68] == b"\x7f\x10\xda\xbe"),
     "vhdx": Format("skep.block.vhdx.image", "VhdxImage", lambda ends: ends.head[:8] == b"vhdxfile"),
