@@ -26,6 +26,8 @@ class Order(enum.IntEnum):
     """Every register of every device of one VM; vCPU threads, timers and backends' callbacks take it."""
     BLOCK = 30
     """A disk's queue of requests."""
+    IMAGE_FLUSH = 31
+    """Taken by one flush of an image after the other, while it writes."""
     IMAGE = 32
     """An image format's tables. Held while they are read from the image's file, so never taken by who must not wait."""
     FILE = 34

@@ -96,3 +96,12 @@ def read_at(storage: BlockBackend, offset: int, length: int) -> bytearray:
 def write_at(storage: BlockBackend, offset: int, data: bytes | bytearray | memoryview) -> None:
     if data:
         storage.pwritev([memoryview(data)], offset)
+
+
+def split(buffers: Buffers, n: int) -> tuple[list[memoryview], list[memoryview]]:
+    """The first ``n`` bytes, and the rest."""
+    for i, buffer in enumerate(buffers):
+        if n < len(buffer):
+            return [*buffers[:i], buffer[:n]] if n else list(buffers[:i]), [buffer[n:], *buffers[i + 1 :]]
+        n -= len(buffer)
+    return list(buffers), []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from skep.block.backend import Buffers, Extent
+from skep.block.backend import Buffers, Extent, split
 from skep.block.locking import lock_image
 from skep.errors import HostError, UserError
 from skep.locks import Lock, Order
@@ -98,6 +98,8 @@ class HostFile:
         if begun < self._slow_until:
             return False
         _transfer(os.pwritev, self._fd, buffers, offset)
+        if (end := offset + sum(map(len, buffers))) > self.size:
+            self._grown(end)
         ended = time.monotonic_ns()
         if ended - begun > _SLOW_NS:
             self._slow_until = ended + _WARY_NS
@@ -171,6 +173,10 @@ class HostFile:
             self._lost = e
             raise
 
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -198,7 +204,7 @@ class HostFile:
         rest = list(buffers)
         with mmap.mmap(-1, _BOUNCE + self.alignment) as page, memoryview(page) as bounce:
             while rest:
-                piece, rest = _split(rest, _BOUNCE - offset % self.alignment)
+                piece, rest = split(rest, _BOUNCE - offset % self.alignment)
                 n = sum(map(len, piece))
                 first = offset % self.alignment
                 with bounce[: -(-(first + n) // self.alignment) * self.alignment] as part:
@@ -342,14 +348,5 @@ def _transfer(move: Callable[[int, Buffers, int], int], fd: int, buffers: Buffer
         n = move(fd, rest if len(rest) <= _IOV_MAX else rest[:_IOV_MAX], offset)
         if n == 0:
             raise OSError(errno.EIO, _SHORT)
-        rest = _split(rest, n)[1]
+        rest = split(rest, n)[1]
         offset += n
-
-
-def _split(buffers: Buffers, n: int) -> tuple[list[memoryview], list[memoryview]]:
-    """The first n bytes, and the rest."""
-    for i, buffer in enumerate(buffers):
-        if n < len(buffer):
-            return [*buffers[:i], buffer[:n]] if n else list(buffers[:i]), [buffer[n:], *buffers[i + 1 :]]
-        n -= len(buffer)
-    return list(buffers), []

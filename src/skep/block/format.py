@@ -219,6 +219,11 @@ class Image(ABC):
         return None
 
     @property
+    def corrupted(self) -> bool:
+        """Somebody found it damaged and marked it; it is to be repaired before anything is written."""
+        return False
+
+    @property
     def encrypted(self) -> bool:
         return False
 

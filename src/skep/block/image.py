@@ -169,6 +169,8 @@ def open_disk(options: BlockOptions) -> BlockBackend:
     )
     try:
         _check_size(image, options)
+        if image.corrupted and not image.read_only:
+            raise ImageError("the image is marked as corrupt", options.path, "skep image check -r all mends it")
         if image.file.alignment > (unit := options.block.logical):
             alignment = image.file.alignment
             todo = f"say sectorsize={alignment}, or leave nocache out"

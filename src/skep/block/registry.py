@@ -53,6 +53,7 @@ def _vmdk(ends: Ends) -> bool:
 
 
 FORMATS: Mapping[str, Format] = {
+    "qcow2": Format("skep.block.qcow2.image", "Qcow2Image", _qcow(2, 3)),
     "raw": Format("skep.block.raw", "RawImage", lambda ends: True),
     "vmdk": Format("skep.block.vmdk.image", "VmdkImage", _vmdk),
     "qcow": Format("skep.block.qcow", "QcowImage", _qcow(1)),

@@ -1,0 +1,356 @@
+"""Counting all references of an image, comparing them with its refcounts, and mending what differs."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from skep.block.backend import read_at, write_at
+from skep.block.format import CheckResult, DamagedImage, ImageError
+from skep.block.qcow2 import snapshots
+from skep.block.qcow2.header import MOST_REFCOUNT_TABLE_BYTES, Incompatible
+from skep.block.qcow2.refcounts import Packing, from_big_endian, to_big_endian
+from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET, ZERO
+
+if TYPE_CHECKING:
+    from skep.block.qcow2.image import Qcow2Image
+
+_PIECE = 256
+"""Counts that are kept together: an image may be large, and may refer to few of its clusters."""
+
+
+class Tally:
+    """References found, by cluster of the file."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, bytearray] = {}
+        self._more: dict[int, int] = {}
+        """What a byte cannot hold."""
+
+    def add(self, index: int) -> int:
+        """One more; returns how many there are now."""
+        number, at = divmod(index, _PIECE)
+        piece = self._pieces.get(number)
+        if piece is None:
+            piece = self._pieces[number] = bytearray(_PIECE)
+        if piece[at] < 255:
+            piece[at] += 1
+            return piece[at]
+        self._more[index] = self._more.get(index, 255) + 1
+        return self._more[index]
+
+    def __getitem__(self, index: int) -> int:
+        piece = self._pieces.get(index // _PIECE)
+        if piece is None:
+            return 0
+        count = piece[index % _PIECE]
+        return count if count < 255 else self._more.get(index, 255)
+
+    def numbers(self, start: int, stop: int) -> Iterator[int]:
+        """Clusters from ``start`` to ``stop`` that have a reference, in order."""
+        first, last = start // _PIECE, -(-stop // _PIECE)
+        sparse = last - first > len(self._pieces)
+        for number in sorted(n for n in self._pieces if first <= n < last) if sparse else range(first, last):
+            piece = self._pieces.get(number)
+            if piece is not None:
+                for at, count in enumerate(piece):
+                    if count and start <= number * _PIECE + at < stop:
+                        yield number * _PIECE + at
+
+    @property
+    def end(self) -> int:
+        """Behind the last cluster with a reference."""
+        if not self._pieces:
+            return 0
+        last = max(self._pieces)
+        return next((i + 1 for i in self.numbers_backwards(last)), 0)
+
+    def numbers_backwards(self, number: int) -> Iterator[int]:
+        piece = self._pieces[number]
+        for at in reversed(range(_PIECE)):
+            if piece[at]:
+                yield number * _PIECE + at
+
+
+class Checker:
+    """One look at all tables; ``fix`` drops entries that lead nowhere."""
+
+    def __init__(self, image: Qcow2Image, *, fix: bool = False) -> None:
+        self.image = image
+        self.result = CheckResult()
+        self.tally = Tally()
+        self.broken = False
+        """The refcount structure itself is not to be trusted."""
+        self._fix = fix
+        self._cluster = image.cluster_size
+        self._end = -(-image.file.size // self._cluster)
+        self._seen_tables: set[int] = set()
+        self._next = 0
+
+    def look(self) -> None:
+        image, header = self.image, self.image.header
+        self._refer(0, 1, "header")
+        self._span(header.l1_table_offset, header.l1_size * 8, "L1 table")
+        self._tree(image.l1(), active=True)
+        if header.nb_snapshots:
+            self._snapshots()
+        try:
+            for index in image.tracker.clusters():
+                self._refer(index, 1, "bitmap")
+        except DamagedImage as error:
+            self.result.corrupt(str(error))
+        counts = image.refcounts
+        self._span(counts.table_offset, len(counts.table) * 8, "refcount table")
+        for number, offset in enumerate(counts.table):
+            if offset:
+                self._refcount_block(number, offset)
+        self.result.clusters = -(-image.size // self._cluster)
+        self.result.end = self._cluster * max(self.tally.end, self._counted_end())
+
+    def _refcount_block(self, number: int, offset: int) -> None:
+        index, odd = divmod(offset, self._cluster)
+        if odd or index >= self._end:
+            self.result.corrupt(f"refcount block {number} is at {offset:#x}")
+            self.broken = True
+            if self._fix:
+                self.result.corruptions_fixed += 1
+            self.image.refcounts.table[number] = 0
+        elif self.tally.add(index) > 1:
+            self.result.corrupt(f"refcount block {number} at {offset:#x} lies over something else")
+            self.broken = True
+            if self._fix:
+                self.result.corruptions_fixed += 1
+
+    def _snapshots(self) -> None:
+        image = self.image
+        try:
+            entries, size = snapshots.read(image), snapshots.table_size(image)
+        except DamagedImage as error:
+            self.result.corrupt(str(error))
+            return
+        self._span(image.header.snapshots_offset, size, "snapshot table")
+        for entry in entries:
+            self._span(entry.l1_offset, entry.l1_size * 8, f"L1 table of snapshot {entry.snapshot.id}")
+            l1 = from_big_endian(read_at(image.file, entry.l1_offset, entry.l1_size * 8))
+            self._tree(l1, active=False)
+
+    def _span(self, offset: int, size: int, what: str) -> None:
+        if size:
+            first = offset // self._cluster
+            self._refer(first, -(-(offset + size) // self._cluster) - first, what)
+
+    def _refer(self, first: int, count: int, what: str) -> bool:
+        if first + count > self._end + (1 if what == "data cluster" else 0):
+            self.result.corrupt(f"{what} beyond the end of the file, at {first * self._cluster:#x}")
+            return False
+        for index in range(first, first + count):
+            self.tally.add(index)
+        return True
+
+    def _tree(self, l1: array[int], *, active: bool) -> None:
+        for i, entry in enumerate(l1):
+            offset = entry & OFFSET
+            if not offset:
+                continue
+            if offset % self._cluster:
+                self.result.corrupt(f"L1 entry {i} leads to {offset:#x}")
+                self._drop_l1(i, active)
+            elif not self._refer(offset // self._cluster, 1, f"L2 table of L1 entry {i}"):
+                self._drop_l1(i, active)
+            else:
+                self._table(i, offset, active)
+
+    def _drop_l1(self, index: int, active: bool) -> None:
+        if self._fix and active:
+            self.image.change_l1(index, 0)
+            self.result.corruptions_fixed += 1
+
+    def _table(self, l1_index: int, offset: int, active: bool) -> None:
+        image, cluster, result = self.image, self._cluster, self.result
+        words = from_big_endian(read_at(image.file, offset, cluster))
+        step = 2 if image.header.extended_l2 else 1
+        bad = []
+        for at in range(0, len(words), step):
+            word = words[at]
+            if word & COMPRESSED:
+                host, size = image.packed_extent(word)
+                if active:
+                    result.allocated += 1
+                    result.compressed += 1
+                    result.fragmented += 1
+                first = host // cluster
+                if word & COPIED or not self._refer(first, (host + size - 1) // cluster - first + 1, "data cluster"):
+                    if word & COPIED:
+                        result.corrupt(f"a compressed cluster at {host:#x} has the flag COPIED")
+                    bad.append(at)
+            elif word & OFFSET or (word & COPIED and image.has_data_file):
+                host = word & OFFSET
+                if word & ZERO and (image.header.version < 3 or step == 2):
+                    result.corrupt(f"L2 entry {word:#x}")
+                    bad.append(at)
+                    continue
+                if active:
+                    result.allocated += 1
+                    if self._next and host != self._next:
+                        result.fragmented += 1
+                    self._next = host + cluster
+                if image.has_data_file:
+                    if host % cluster:
+                        result.corrupt(f"a data cluster at {host:#x} of the data file")
+                        bad.append(at)
+                elif host % cluster:
+                    result.corrupt(f"a data cluster is at {host:#x}")
+                    bad.append(at)
+                elif not self._refer(host // cluster, 1, "data cluster"):
+                    bad.append(at)
+            elif step == 2 and words[at + 1] & 0xFFFF_FFFF:
+                result.corrupt(f"subclusters {words[at + 1]:#x} of no cluster")
+                bad.append(at)
+        if bad and self._fix and active:
+            for at in bad:
+                write_at(image.file, offset + at * 8, bytes(8 * step))
+            image.file.flush()
+            result.corruptions_fixed += len(bad)
+
+    def _counted_end(self) -> int:
+        """Behind the last cluster that has a count."""
+        counts = self.image.refcounts
+        for number in reversed(range(len(counts.table))):
+            if counts.table[number]:
+                first = number * counts.per_block
+                for index in reversed(range(first, first + counts.per_block)):
+                    if counts.get(index):
+                        return index + 1
+        return 0
+
+    def differences(self) -> Iterator[tuple[int, int, int]]:
+        """(cluster, its count, references found) wherever the two are not the same."""
+        counts = self.image.refcounts
+        for number, offset in enumerate(counts.table):
+            first = number * counts.per_block
+            last = first + counts.per_block
+            if offset:
+                for at, count in enumerate(counts.values(number)):
+                    if count or self.tally[first + at]:
+                        found = self.tally[first + at]
+                        if count != found:
+                            yield first + at, count, found
+            else:
+                for index in self.tally.numbers(first, last):
+                    yield index, 0, self.tally[index]
+        beyond = len(counts.table) * counts.per_block
+        for index in self.tally.numbers(beyond, max(beyond, self.tally.end)):
+            yield index, 0, self.tally[index]
+
+    def compare(self) -> None:
+        for index, count, found in self.differences():
+            if count > found:
+                self.result.leak(f"cluster {index} refcount={count} reference={found}")
+            else:
+                self.result.corrupt(f"cluster {index} refcount={count} reference={found}")
+
+    def flags(self) -> None:
+        """COPIED is to say that a cluster has one reference."""
+        image = self.image
+        for i, entry in enumerate(image.l1()):
+            table = entry & OFFSET
+            if not table or table % self._cluster or table // self._cluster >= self._end:
+                continue
+            if bool(entry & COPIED) != (image.count_of(table // self._cluster) == 1):
+                self.result.corrupt(f"OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x}")
+            if image.has_data_file:
+                continue
+            words = from_big_endian(read_at(image.file, table, self._cluster))
+            for word in words[:: 2 if image.header.extended_l2 else 1]:
+                host = word & OFFSET
+                if word & COMPRESSED or not host or host % self._cluster or host // self._cluster > self._end:
+                    continue
+                if bool(word & COPIED) != (image.count_of(host // self._cluster) == 1):
+                    self.result.corrupt(f"OFLAG_COPIED data cluster: l2_entry={word:x}")
+
+
+def check(image: Qcow2Image) -> CheckResult:
+    checker = Checker(image)
+    try:
+        checker.look()
+        checker.compare()
+        checker.flags()
+    except DamagedImage as error:
+        checker.result.corrupt(str(error))
+    return checker.result
+
+
+def repair(image: Qcow2Image, leaks_only: bool) -> CheckResult:
+    """Set the counts to what was found, drop what leads nowhere, and set the flags by the counts."""
+    if image.read_only:
+        raise ImageError("an image that is only read cannot be repaired", image.path)
+    before = check(image)
+    if leaks_only and (before.corruptions or before.errors):
+        checker = Checker(image)
+        checker.look()
+        if not checker.broken:
+            _set(image, [(i, found) for i, count, found in checker.differences() if count > found])
+        before.leaks_fixed = before.leaks
+        return before
+    if before.corruptions or before.leaks:
+        checker = Checker(image, fix=True)
+        checker.look()
+        image.forget_tables()
+        if checker.broken:
+            _rebuild(image, checker)
+        else:
+            _set(image, [(i, found) for i, _, found in checker.differences()])
+        snapshots.set_flags(image)
+        image.settle()
+        before.corruptions_fixed, before.leaks_fixed = before.corruptions, before.leaks
+    marks = Incompatible.DIRTY | Incompatible.CORRUPT
+    if image.header.incompatible & marks:
+        image.header.incompatible &= ~marks
+        image.write_header()
+        image.flush()
+    return before
+
+
+def _set(image: Qcow2Image, wanted: list[tuple[int, int]]) -> None:
+    with image.tables_lock:
+        most = image.refcounts.most
+        # Higher ones first: a new block may take only what is free for sure.
+        for index, found in sorted(wanted, key=lambda one: -one[1]):
+            image.refcounts.set(index, min(found, most))
+    image.settle()
+
+
+def _rebuild(image: Qcow2Image, checker: Checker) -> None:
+    """A new refcount table and new blocks, behind everything else."""
+    cluster, header = image.cluster_size, image.header
+    packing = Packing(1 << header.refcount_order)
+    per_block = cluster * 8 // packing.bits
+    fresh = Checker(image)
+    fresh.image.refcounts.table = array("Q")
+    fresh.look()
+    tally, start = fresh.tally, max(fresh.tally.end, -(-image.file.size // cluster))
+    blocks = table = 0
+    while True:
+        end = start + blocks + table
+        needed = -(-end // per_block)
+        needed_table = -(-needed * 8 // cluster)
+        if (needed, needed_table) == (blocks, table):
+            break
+        blocks, table = needed, needed_table
+    if table * cluster > MOST_REFCOUNT_TABLE_BYTES:
+        raise ImageError("the image is too large for its refcounts to be made anew", image.path)
+    for index in range(start, end):
+        tally.add(index)
+    entries = array("Q", [(start + table + i) * cluster for i in range(blocks)])
+    for i in range(blocks):
+        values = packing.several(0, per_block)
+        for index in tally.numbers(i * per_block, (i + 1) * per_block):
+            values[index - i * per_block] = min(tally[index], packing.most)
+        write_at(image.file, entries[i], packing.pack(values))
+    write_at(image.file, start * cluster, to_big_endian(entries).ljust(table * cluster, b"\0"))
+    image.file.flush()
+    header.refcount_table_offset, header.refcount_table_clusters = start * cluster, table
+    write_at(image.file, 0, header.pack())
+    image.file.flush()
+    image.reload()
