@@ -35,7 +35,7 @@ def test_bhyves_keys() -> None:
         ({}, "must be given"),
         ({"path": "a", "sektorsize": "512"}, "pci.0.3.0.sectorsize"),
         ({"path": "a", "ro": "perhaps"}, "neither true"),
-        ({"path": "a", "format": "qcow2"}, "not one of raw"),
+        ({"path": "a", "format": "qcow9"}, "not one of"),
         ({"path": "a", "sectorsize": "513"}, "power of 2"),
         ({"path": "a", "sectorsize": "4096/512"}, "smaller than"),
         ({"path": "a", "sectorsize": "9" * 5000}, "power of 2"),
