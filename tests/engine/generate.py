@@ -31,6 +31,7 @@ from iced_x86 import (
 from tests.engine.assemble import CODES, IMPLICIT, REGISTERS, Imm, Mem, Operand, Reg, build, encode, memory_size, named
 from tests.engine.forms import HOST, Form, forms, gathers
 from tests.engine.place import (
+    AC,
     ARITHMETIC,
     CODE,
     DATA,
@@ -134,6 +135,8 @@ class Generator:
         self.offered = offered
         self.supervisor = supervisor
         """The sequence will run at CPL 0, where POPF reaches more and selectors differ from the host process's."""
+        self.alignment = 0.04
+        """How many of the user's sequences run with alignment checked."""
         self.groups = forms(offered)
         self.rng = random.Random(seed)
         self._count = 0
@@ -167,6 +170,8 @@ class Generator:
         self.gs_base = DATA + rng.randrange(FIRST_DATA, FIRST_DATA + 0x800) & ~7
         registers = tuple(self.known[r] for r in _GPR64)
         flags = 0x202 | rng.getrandbits(12) & ARITHMETIC | (0x400 if rng.random() < 0.05 else 0)
+        if not self.supervisor and rng.random() < self.alignment:
+            flags |= AC
         xsave = self._xsave()
         self.theme = rng.choices(("mixed", "integer", "sse", "avx", "x87"), (30, 40, 10, 10, 10))[0]
         while self.budget > 0:

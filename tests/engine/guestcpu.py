@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from skep.engine.amd64.registers import Pte
+from skep.engine.amd64.registers import Cr0, Pte
 from skep.engine.contract import Engine
 from tests.engine.place import (
     CODE,
@@ -38,6 +38,7 @@ class GuestCpu:
     def __init__(self, engine: Engine, *, supervisor: bool = False, cpu_model: str = "host") -> None:
         self.tiny = Tiny(engine, "hlt", ist=dict.fromkeys(range(256), 1), cpu_model=cpu_model, base=KERNEL)
         self.supervisor = supervisor
+        self.tiny.set(cr0=self.tiny.state["cr0"] | Cr0.AM)  # as Linux has it
         user = 0 if supervisor else Pte.US
         for offset in range(0, CODE_SIZE, PAGE):
             self.tiny.map(CODE + offset, CODE_GPA + offset, user)

@@ -52,6 +52,7 @@ ARITHMETIC = 0x8D5
 """CF, PF, AF, ZF, SF, OF."""
 DF = 0x400
 RF = 0x10000
+AC = 0x40000
 
 GPRS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
 XSAVE_SIZE = 832

@@ -616,3 +616,90 @@ def test_system_segments_with_a_base_that_is_not_canonical(boot: Boot, text: str
     guest.run()
     frame = guest.exception
     assert frame is not None and (frame.vector, frame.error, frame.rip) == (13, 0x30, guest.program["last"])
+
+
+MISALIGNED = [
+    "mov eax, [rbx + 2]",
+    "mov [rbx + 1], cx",
+    "add [rbx + 4], rcx",
+    "push qword [rbx + 2]",
+    "lock inc dword [rbx + 62]",
+    "fld tbyte [rbx + 4]",
+    "movsd xmm0, [rbx + 4]",
+    "fldcw [rbx + 1]",
+    "lea rdi, [rbx + 2]\nlast: stosd",
+    "lea rsi, [rbx + 2]\nmov ecx, 2\nlast: rep lodsd",
+    "lea rsp, [rbx + 4]\nlast: push rax",
+    "lea rsp, [rbx + 4]\nlast: popfq",
+    "lea rsp, [rbx + 4]\nlast: call last",
+    "lea rsp, [rbx + 4]\nlast: enter 16, 0",
+    "mov rbx, 0x7ff000000002\nlast: mov eax, [rbx]",  # nothing is mapped there
+]
+
+
+class TestAlignment:
+    """#AC (SDM 3, 6.15); test_differential.py has every instruction."""
+
+    @staticmethod
+    def boot(boot: Boot, text: str, **options: object) -> Tiny:
+        guest = boot(f"lea rbx, [rip + data]\n{text}\nud2\nalign 64\ndata: space 256", user=True, **options)
+        guest.set(cr0=guest.state["cr0"] | Cr0.AM, rflags=0x40002)
+        return guest
+
+    @pytest.mark.parametrize("text", MISALIGNED)
+    def test_the_user_asked_for_it(self, boot: Boot, text: str) -> None:
+        guest = self.boot(boot, text if "last:" in text else f"last: {text}")
+        frame = fault(guest)
+        assert (frame.vector, frame.error, frame.rip) == (17, 0, guest.program["last"])
+        assert frame.rflags & 0x40000
+
+    @pytest.mark.parametrize(
+        "text", ["mov eax, [rbx + 4]", "movups xmm0, [rbx + 1]", "fnstenv [rbx + 4]", "clflush [rbx + 1]"]
+    )
+    def test_these_are_aligned_enough(self, boot: Boot, text: str) -> None:
+        assert fault(self.boot(boot, text)).vector == 6
+
+    def test_nobody_asked(self, boot: Boot) -> None:
+        for change in ({"rflags": 2}, {"cr0": 0x80010033}):
+            guest = self.boot(boot, "mov eax, [rbx + 2]")
+            guest.set(**change)
+            assert fault(guest).vector == 6
+        guest = boot("mov rbx, STACK - 64\nmov eax, [rbx + 2]\nhlt")
+        guest.set(cr0=guest.state["cr0"] | Cr0.AM, rflags=0x40002)
+        at_end(guest)
+
+    @pytest.mark.parametrize("address", ["0x800000000001", "rbx"])
+    def test_other_exceptions_come_first(self, boot: Boot, address: str) -> None:
+        text = f"mov rax, {address}\nlast: mov ecx, [rax]" if address != "rbx" else "last: movaps xmm0, [rbx + 4]"
+        guest = self.boot(boot, text)
+        frame = fault(guest)
+        assert (frame.vector, frame.rip) == (13, guest.program["last"])
+
+    @pytest.mark.parametrize("back", ["iretq", "sysretq"])
+    def test_a_kernel_in_between_is_not_checked(self, boot: Boot, back: str) -> None:
+        """Interrupts, system calls and their returns change what is checked, on the way in and on the way out."""
+        kernel = "mov [rip + kept + 1], rax\nmov rdx, [rip + kept + 1]\n"
+        if back == "iretq":
+            text = f"int 0x80\nlast: mov eax, [rbx + 2]\nud2\nkernel: {kernel}iretq\nkept: space 16"
+            guest = self.boot(boot, text, handlers={0x80: "kernel"})
+        else:
+            text = f"mov eax, 1\nsyscall\nlast: mov eax, [rbx + 2]\nud2\nkernel: {kernel}sysretq\nkept: space 16"
+            guest = self.boot(boot, text)
+            guest.set(msrs={0xC0000081: 0x10 << 32 | 0x20 << 48, 0xC0000082: guest.program["kernel"], 0xC0000084: 0})
+        frame = fault(guest)
+        assert (frame.vector, frame.rip) == (17, guest.program["last"])
+        assert guest.reg("rdx") == guest.load(guest.program["kept"] + 1)
+
+    def test_a_program_asks_and_asks_no_more(self, boot: Boot) -> None:
+        """The same code in turn with the check and without it."""
+        text = """
+            again: pushfq
+            xor dword [rsp], 0x40000
+            popfq
+            inc ecx
+            last: mov eax, [rbx + 2]
+            jmp again
+        """
+        guest = self.boot(boot, text)
+        frame = fault(guest)
+        assert (frame.vector, frame.rip, guest.reg("rcx")) == (17, guest.program["last"], 2)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from iced_x86 import Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register
 
 from skep.contracts.interrupts import LocalInterrupts
-from skep.engine.amd64.registers import Cr0, Cr4, Rflags, Vector
+from skep.engine.amd64.registers import Cr0, Cr4, Rflags, Vector, canonical
 from skep.engine.translate import allowed, breakpoints, delivery
 from skep.engine.translate.access import WRITE, Access, Unsupported
 from skep.engine.translate.blocks import Cache
@@ -206,7 +206,7 @@ class Alone(Access, ABC):
             elif kind == Kind.EXCEPTION:
                 raise GuestFault(Vector.PF, st.w_error, st.va)
             elif kind == Kind.SEGMENT:
-                raise GuestFault(st.info, 0)
+                raise self.refused()
             elif kind == Kind.FAULT:
                 raise self._host_fault(st.rip - st.page)
             elif kind == Kind.BREAK:
@@ -248,6 +248,15 @@ class Alone(Access, ABC):
         if number == 0 and any(ins.op_kind(i) == OpKind.MEMORY for i in range(ins.op_count)):
             return operand_segment(ins) == Register.SS
         return bool(ins.is_stack_instruction)
+
+    def refused(self) -> GuestFault:
+        """Translated code has refused an operand's address: it is outside its segment, or not aligned. That it is not
+        canonical would come first."""
+        st = self.st
+        vector = st.info
+        if vector == Vector.AC and not st.mode & Mode.NARROW and not canonical(st.va):
+            vector = Vector.SS if self._stack_access(0) else Vector.GP
+        return GuestFault(vector, 0)
 
     def _finish_access(self) -> None:
         """An operand lies in a device, in code, or nowhere. Code is forgotten and the instruction goes on by itself,

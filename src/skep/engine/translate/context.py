@@ -185,11 +185,15 @@ class Context:
         offset = self.offset(i) + plus & MASK[self.address_size(i)]
         return self.linear(SEGMENT_NAME[operand_segment(i)], offset, size, write=write)
 
-    def read(self, i: Instruction, size: int, plus: int = 0) -> bytes:
-        return self.cpu.read(self.address(i, size, plus=plus), size)
+    def read(self, i: Instruction, size: int) -> bytes:
+        address = self.address(i, size)
+        segments.check_alignment(self.st, address, size)
+        return self.cpu.read(address, size)
 
-    def write(self, i: Instruction, data: bytes, plus: int = 0) -> None:
-        self.cpu.write(self.address(i, len(data), write=True, plus=plus), data)
+    def write(self, i: Instruction, data: bytes) -> None:
+        address = self.address(i, len(data), write=True)
+        segments.check_alignment(self.st, address, len(data))
+        self.cpu.write(address, data)
 
     def string_index(self, i: Instruction, operand: int) -> tuple[int, int]:
         """(register number, address size) of a string operand."""
@@ -208,11 +212,13 @@ class Context:
             return M64
         return M32 if self.st.ss_attr & Attr.D else 0xFFFF
 
-    def push(self, data: bytes) -> None:
-        """Store ``data`` below the stack pointer and move it: one push, or several as one."""
+    def push(self, data: bytes, size: int = 0) -> None:
+        """Store ``data`` below the stack pointer and move it: one push, or several of ``size`` bytes as one."""
         st, mask = self.st, self.stack_mask
         below = st.rsp - len(data) & mask
-        self.cpu.write(self.linear("ss", below, len(data), write=True), data)
+        address = self.linear("ss", below, len(data), write=True)
+        segments.check_alignment(st, address, size or len(data))
+        self.cpu.write(address, data)
         st.rsp = st.rsp & ~mask | below
 
     # Checks and flags

@@ -382,6 +382,7 @@ class Stack:
         else:
             in_limit(self._segment, offset, size)
             address = (self._segment.base + offset) & M32
+        segments.check_alignment(self._cpu.st, address, size)
         value = int.from_bytes(self._cpu.read(address, size), "little")
         self.skip(size)
         return value

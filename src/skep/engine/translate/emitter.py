@@ -34,8 +34,10 @@ from iced_x86 import (
     RegisterExt,
 )
 
+from skep.engine.amd64.registers import Vector
 from skep.engine.translate.asm import R9, R10, R11, Assembler, Cond, Mem, Reg, gs
 from skep.engine.translate.forms import (
+    ANYWHERE,
     BORROWED,
     GPR,
     GPR_BY_SIZE,
@@ -78,6 +80,7 @@ from skep.engine.translate.layout import (
     TLB_WRITE,
     Mode,
 )
+from skep.engine.translate.segments import ALIGNMENT
 from skep.engine.translate.stubs import field as state
 from skep.engine.translate.stubs import jump_set, restore_flags, save_flags
 
@@ -98,7 +101,9 @@ class Emitter:
         self.wide = self.bits == 64
         self.legality = mode >> Mode.CLASS_SHIFT
         self.kernel = not self.user and not self.legality & Legality.INNER
-        self.shape = mode & (Mode.SHAPE | (Legality.INNER | Legality.WATCHED) << Mode.CLASS_SHIFT)
+        self.aligns = bool(self.legality & Legality.ALIGNED)
+        told_apart = Legality.INNER | Legality.WATCHED | Legality.ALIGNED
+        self.shape = mode & (Mode.SHAPE | told_apart << Mode.CLASS_SHIFT)
         """What tells apart modes that general instructions are lowered differently in."""
         self.info = InstructionInfoFactory()
         self.encoder = Encoder(64)
@@ -174,8 +179,9 @@ class Emitter:
             return m in VEX_ALIGNED
         return (m in SSE and self.size(ins) == 16 and m not in UNALIGNED) or m == Mnemonic.CMPXCHG16B
 
-    def check(self, size: int, access: int, aligned: bool = False) -> None:
-        """r10: guest address to host address of ``size`` bytes that may be read or written."""
+    def check(self, size: int, access: int, aligned: bool = False, anywhere: bool = False) -> None:
+        """r10: guest address to host address of ``size`` bytes that may be read or written. ``anywhere``: it is never
+        #AC."""
         if self.is_placed:
             return
         a = self.a
@@ -188,6 +194,8 @@ class Emitter:
             return
         if self.bounce is not None:
             self.on_stack = 0
+        if self.aligns and not aligned and not anywhere and size in ALIGNMENT:
+            self._aligned_or_leave(ALIGNMENT[size])
         key = (size, bool(access), self.live, self.on_stack > 0)
         known = self._checks.get(key)
         if known is None:
@@ -197,6 +205,24 @@ class Emitter:
         descriptor = aligned << 29 | number << 26 | self.array << 24 | access << 22 | size << 12
         self.checks.append((start + known[1], len(a), descriptor, self.live | SAVED_STACK[self.on_stack]))
         self.on_stack = 0
+
+    def _aligned_or_leave(self, alignment: int) -> None:
+        """#AC where the address in r10 is no multiple of ``alignment``."""
+        a = self.a
+        fine = a.label()
+        if self.live:
+            save_flags(a)
+        a.test(R10, alignment - 1, size=32)
+        a.jcc(Cond.E, fine)
+        if self.live:
+            restore_flags(a)
+        a.mov(state("va"), R10)
+        a.mov(state("info"), Vector.AC)
+        self.page_plus(R10, HOLE_IP)
+        a.jmp(state("segment_exit"))
+        a.bind(fine)
+        if self.live:
+            restore_flags(a)
 
     def _check_code(self, size: int, write: bool, live: bool, on_stack: bool = False) -> tuple[bytes, int]:
         """The check, and where the displacement of its way out stands. For the stack it compares with the page that was
@@ -358,7 +384,7 @@ class Emitter:
             if waits(ins):
                 self.a.raw(b"\x9b")  # an exception that waits comes before what the operand raises
             self.address(ins)
-            self.check(self.size(ins), self._access(info), self._aligned(ins))
+            self.check(self.size(ins), self._access(info), self._aligned(ins), ins.mnemonic in ANYWHERE)
         self.reencode(ins, registers, memory)
 
     def _access(self, info: object) -> int:

@@ -8,6 +8,7 @@ from skep.engine.amd64.registers import Cr0, Rflags, Vector
 from skep.engine.translate import segments
 from skep.engine.translate.context import MASK, RBP, Context, Handler
 from skep.engine.translate.port import GuestFault
+from skep.engine.translate.segments import check_alignment
 
 _FRAME_SIZE = {
     Code.ENTERW_IMM16_IMM8: 2, Code.ENTERD_IMM16_IMM8: 4, Code.ENTERQ_IMM16_IMM8: 8,
@@ -93,8 +94,13 @@ def enter(e: Context, i: Instruction) -> None:
     allocated, level = i.immediate16, i.immediate8_2nd & 31
     mask = e.stack_mask
     frame = st.rsp - size & mask
-    sources = [e.linear("ss", st.q[RBP] - depth * size & mask, size) for depth in range(1, level)]
-    targets = [e.linear("ss", frame - n * size & mask, size, write=True) for n in range(level + 1)]
+    sources, targets = [], []
+    for n in range(level + 1):
+        if 0 < n < level:
+            sources.append(e.linear("ss", st.q[RBP] - n * size & mask, size))
+            check_alignment(st, sources[-1], size)
+        targets.append(e.linear("ss", frame - n * size & mask, size, write=True))
+        check_alignment(st, targets[-1], size)
     below = frame - level * size - allocated & mask
     for address in sources:
         e.cpu.read(address, size)
@@ -130,7 +136,7 @@ def ret(e: Context, i: Instruction) -> None:
 
 def pusha(e: Context, i: Instruction) -> None:
     size = -i.stack_pointer_increment // 8
-    e.push(b"".join((e.st.q[n] & MASK[size]).to_bytes(size, "little") for n in reversed(range(8))))
+    e.push(b"".join((e.st.q[n] & MASK[size]).to_bytes(size, "little") for n in reversed(range(8))), size)
 
 
 def popa(e: Context, i: Instruction) -> None:

@@ -30,6 +30,7 @@ from skep.engine.translate.context import (
 from skep.engine.translate.emulate_integer import subtract_flags
 from skep.engine.translate.emulate_system import check_port
 from skep.engine.translate.port import GuestFault
+from skep.engine.translate.segments import check_alignment
 
 MAX_ROUNDS = 256
 """How many elements or pages one step does (a few milliseconds), so that interrupts can come in between."""
@@ -47,11 +48,15 @@ class Element:
 
     def source(self, e: Context, length: int | None = None) -> int:
         offset = e.st.q[RSI] & MASK[self.address_size]
-        return e.linear(self.source_segment, offset, length or self.size)
+        address = e.linear(self.source_segment, offset, length or self.size)
+        check_alignment(e.st, address, self.size)
+        return address
 
     def destination(self, e: Context, *, write: bool = True, length: int | None = None) -> int:
         offset = e.st.q[RDI] & MASK[self.address_size]
-        return e.linear("es", offset, length or self.size, write=write)
+        address = e.linear("es", offset, length or self.size, write=write)
+        check_alignment(e.st, address, self.size)
+        return address
 
     def advance(self, e: Context, number: int, elements: int = 1) -> None:
         value = e.st.q[number] + self.step * elements & MASK[self.address_size]

@@ -81,7 +81,7 @@ def _far(e: Context, i: Instruction, size: int, *, call: bool) -> None:
         segments.mark_accessed(e.cpu, code)
     if call:
         mask = (1 << 8 * size) - 1
-        e.push((e.next_rip & mask | st.cs_sel << 8 * size).to_bytes(2 * size, "little"))
+        e.push((e.next_rip & mask | st.cs_sel << 8 * size).to_bytes(2 * size, "little"), size)
     _go_far(e, code, offset)
 
 
@@ -135,7 +135,7 @@ def _call_gate(e: Context, selector: int, *, call: bool) -> None:
         _call_inwards(e, cpl, slot, gate >> 32 & 0x1F)
     elif call:
         mask = (1 << 8 * slot) - 1
-        e.push((e.next_rip & mask | st.cs_sel << 8 * slot).to_bytes(2 * slot, "little"))
+        e.push((e.next_rip & mask | st.cs_sel << 8 * slot).to_bytes(2 * slot, "little"), slot)
     st.cpl = cpl
     _go_far(e, code.with_rpl(cpl), offset)
 

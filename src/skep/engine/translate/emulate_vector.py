@@ -13,6 +13,7 @@ from skep.engine.amd64.cpuid import Feature
 from skep.engine.amd64.registers import Cr0, Cr4, Vector, Xcr0
 from skep.engine.translate.context import GENERAL, M64, MASK, SEGMENT_NAME, Context, Handler, operand_segment
 from skep.engine.translate.port import GuestFault
+from skep.engine.translate.segments import check_alignment
 
 
 def require_avx(e: Context, feature: Feature = Feature.AVX) -> None:
@@ -48,7 +49,7 @@ def vmaskmov(e: Context, i: Instruction) -> None:
         return
     result = bytearray(len(mask))
     for at in chosen:
-        result[at : at + size] = e.read(i, size, plus=at)
+        result[at : at + size] = e.cpu.read(e.address(i, size, plus=at), size)
     e.put_vector(i.op0_register, bytes(result))
 
 
@@ -70,6 +71,7 @@ def maskmov(e: Context, i: Instruction) -> None:
     if i.mnemonic == Mnemonic.MASKMOVQ:
         e.enter_mmx()
     addresses = [e.linear(segment, start + n & MASK[address_size], 1, write=True) for n in range(len(mask))]
+    check_alignment(e.st, addresses[0], 8)
     for address in addresses:
         e.cpu.check_write(address, 1)
     for n, address in enumerate(addresses):

@@ -122,6 +122,7 @@ class Legality:
     OSXSAVE: Final = 16
     INNER: Final = 32  # CPL 1 or 2: the supervisor's pages, but not its instructions
     WATCHED: Final = 64  # breakpoints are armed for data: each access has to make its check
+    ALIGNED: Final = 128  # CPL 3 with RFLAGS.AC and CR0.AM: a misaligned operand is #AC
 
 
 _NAMES = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{i}" for i in range(8, 16)))
@@ -208,6 +209,8 @@ UNALIGNED = frozenset(
 VEX_ALIGNED = frozenset(
     getattr(Mnemonic, n) for n in "VMOVAPS VMOVAPD VMOVDQA VMOVNTPS VMOVNTPD VMOVNTDQ VMOVNTDQA".split()
 )
+ANYWHERE = (Mnemonic.VCVTPH2PS, Mnemonic.VCVTPS2PH)
+"""Their operands are never #AC (SDM 2, exceptions of type 11)."""
 FLUSHES = (Mnemonic.CLFLUSH, Mnemonic.CLFLUSHOPT, Mnemonic.CLWB)
 SHIFTS = frozenset(BY_CL)
 """Their count decides which flags they change."""

@@ -180,7 +180,7 @@ class Kind:
     SPAN = 7  # a block on two pages whose second is not in the TLB, or is another now
     PORT = 8  # IN or OUT: info is lower.port_info; rip is behind it
     STOPPED = 9  # the vCPU was to enter guest code for one instruction while it must not
-    SEGMENT = 11  # an access outside its segment: exception `info` with error code 0
+    SEGMENT = 11  # an access outside its segment, or (at `va`) not aligned: exception `info` with error code 0
     DELIVER = 10  # the interrupt in `inject` is for Python to deliver
     PLAIN = 12  # the plain twin of the block at rip is wanted
     PAIR = 6  # map the frames of tag `info` side by side, then run the instruction at rip again

@@ -100,7 +100,7 @@ class Lowering(Special):
         if self._is_python(ins):
             return self.emulated
         form = Form(relative=relative, open=open_)
-        if self.wide:
+        if self.wide and not self.aligns:
             self._describe(form, ins)
         form.memory = self.memory_operand(ins) or ins.is_stack_instruction or ins.is_string_instruction
         modified: int = ins.rflags_modified
@@ -314,7 +314,7 @@ class Lowering(Special):
         if m in STRINGS:
             if not ins.is_string_instruction:
                 return bool(self.legality & Legality.SSE)  # MOVSD, CMPSD of SSE2
-            if not self.wide or self._address_size(ins) != 8:
+            if not self.wide or self.aligns or self._address_size(ins) != 8:
                 return False
             op, _ = STRINGS[m]
             if op in ("CMPS", "SCAS"):

@@ -87,7 +87,7 @@ class Narrow(Lowering):
         if m in (Mnemonic.PUSH, Mnemonic.POP) and ins.op0_kind == OpKind.REGISTER and ins.op0_register in SREG_FIELD:
             return m == Mnemonic.PUSH or (self.real and ins.op0_register in _PARAGRAPHS)
         if m in STRINGS and ins.is_string_instruction:
-            return True
+            return not self.aligns
         if m == Mnemonic.LEAVE:
             return True
         if m in PUSH_FLAGS:
@@ -104,11 +104,11 @@ class Narrow(Lowering):
         if self.segmented or register in (Register.CS, Register.FS, Register.GS):
             self._at = SREG_FIELD[register][:2]
 
-    def check(self, size: int, access: int, aligned: bool = False) -> None:
+    def check(self, size: int, access: int, aligned: bool = False, anywhere: bool = False) -> None:
         name, self._at = self._at, None
         if name is not None and not (self.bounce is not None and self.count in self.bounce):
             self._within(name, size, bool(access))
-        super().check(size, access, aligned)
+        super().check(size, access, aligned, anywhere)
 
     def _within(self, name: str, size: int, write: bool) -> None:
         """r10: offset in a segment, if all of the operand is in it, to linear address."""

@@ -32,6 +32,7 @@ from skep.engine.translate.compiler import (
     st32,
     st64,
 )
+from skep.engine.translate.forms import Legality
 from skep.engine.translate.layout import (
     BRK,
     BRK_STI,
@@ -66,7 +67,7 @@ from skep.engine.translate.layout import (
     Mode,
 )
 
-WP, PG = Cr0.WP, Cr0.PG
+WP, AM, PG = Cr0.WP, Cr0.AM, Cr0.PG
 PSE, PAE, PGE, PCIDE, SMEP, SMAP = Cr4.PSE, Cr4.PAE, Cr4.PGE, Cr4.PCIDE, Cr4.SMEP, Cr4.SMAP
 SCE, LMA, NXE = Efer.SCE, Efer.LMA, Efer.NXE
 TF, IF, NT, RF, VM, AC = Rflags.TF, Rflags.IF, Rflags.NT, Rflags.RF, Rflags.VM, Rflags.AC
@@ -84,6 +85,7 @@ ALIGNED = 1 << 29  # in a descriptor: the operand's alignment is checked first
 RANGE = 1 << 30  # in a descriptor: of a range that several operands share
 STRING = 1 << 28  # in a descriptor: a REP string instruction's
 SUPERVISOR, USER, SUPERVISOR_AC = 0, 1, 2
+ALIGNING = Legality.ALIGNED << Mode.CLASS_SHIFT
 STACK = OFFSETS["stack0_page"]
 ATTR_CODE64 = 0xA09B
 ATTR_UNUSABLE = 0x10000
@@ -657,7 +659,7 @@ def deliver(vector: int, error: int, has_error: int, rip: int) -> int:
     0 and nothing changed where anything is unusual; Python's delivery.py then does the same with every check and every
     nested fault.
     """
-    if st.efer & LMA == 0 or vector * 16 + 15 > st.idt_limit:
+    if st.efer & LMA == 0 or st.mode & ALIGNING or vector * 16 + 15 > st.idt_limit:
         return 0
     gate = supervisor_pointer(st.idt_base + vector * 16, 16, 0)
     if gate == 0:
@@ -943,6 +945,8 @@ def interrupt_return(rip: int) -> int:
     ss = ld64(frame + 32) & 0xFFFF
     if flags & (TF | VM | NT) or sar(new_rip, 47) + 1 > 1 or (flags & RF and st.watch_code):
         return 0
+    if cs & 3 and flags & AC and st.cr0 & AM:  # legality classes are Python's to change
+        return 0
     code = descriptor_at(cs)
     rpl = cs & 3
     if rpl == 0:
@@ -987,7 +991,7 @@ def interrupt_return(rip: int) -> int:
 
 def system_call(rip: int) -> int:
     """SYSCALL at ``rip`` in 64-bit code (SDM 2, SYSCALL)."""
-    if st.efer & SCE == 0:
+    if st.efer & SCE == 0 or st.mode & ALIGNING:
         st.rip = rip
         st.kind = Kind.EMULATE
         return 0
@@ -1016,7 +1020,7 @@ def system_return(rip: int) -> int:
     """SYSRET to 64-bit code (SDM 2, SYSRET)."""
     target = st.rcx
     flags = st.r11
-    if sar(target, 47) + 1 > 1 or flags & TF or st.efer & SCE == 0:
+    if sar(target, 47) + 1 > 1 or flags & TF or st.efer & SCE == 0 or (flags & AC and st.cr0 & AM):
         st.rip = rip
         st.kind = Kind.EMULATE
         return 0

@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skep.engine.amd64.registers import Attr, Cr0, Efer, Rflags, SystemType, Vector, canonical
+from skep.engine.translate.forms import Legality
 from skep.engine.translate.layout import SEGMENTS, Mode, StateBlock
 from skep.engine.translate.port import CpuPort, GuestFault
 
 FLAT = 0xFFFF_FFFF
+ALIGNMENT = {2: 2, 4: 4, 6: 4, 8: 8, 10: 8, 14: 2, 28: 4, 94: 2, 108: 4, 512: 4, 576: 4, 832: 4}
+"""What an operand's address has to be a multiple of, by its size, where alignment is checked (SDM 3, table 6-7): x87's
+environments and states by their fields. Others go by a rule of their own, #GP, or by none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +232,12 @@ def check_register(cpu: CpuPort, name: str, selector: int) -> Loaded:
         segment = check_data(cpu, selector)
     mark_accessed(cpu, segment)
     return segment
+
+
+def check_alignment(st: StateBlock, address: int, size: int) -> None:
+    """#AC for an operand of a program that asked for it (SDM 3, 6.15): Mode has whether it did."""
+    if st.mode >> Mode.CLASS_SHIFT & Legality.ALIGNED and address & ALIGNMENT.get(size, 1) - 1:
+        raise GuestFault(Vector.AC, 0)
 
 
 def check_system(cpu: CpuPort, selector: int, types: tuple[int, ...], ext: int = 0) -> tuple[Loaded, int]:

@@ -186,7 +186,7 @@ class TranslateVcpu(Alone):
                 elif kind == Kind.EXCEPTION:
                     raise GuestFault(Vector.PF, st.w_error, st.va)
                 elif kind == Kind.SEGMENT:
-                    raise GuestFault(st.info, 0)
+                    raise self.refused()
                 elif kind == Kind.PAIR:
                     self.pairs.map(st.info, self._world)
                 elif kind == Kind.SPAN:
@@ -361,6 +361,8 @@ class TranslateVcpu(Alone):
             legality |= Legality.INNER
         if st.watch:
             legality |= Legality.WATCHED
+        if st.cpl == 3 and st.sysfl & Rflags.AC and cr0 & Cr0.AM:
+            legality |= Legality.ALIGNED
         mode = legality << Mode.CLASS_SHIFT
         attributes = st.cs_attr
         if not (efer & Efer.LMA and attributes & Attr.L):
