@@ -43,6 +43,8 @@ CONTEXT = 0x2000_0200_0000
 STUBS = 0x2000_0201_0000
 ALTERNATE_STACK = 0x2000_0300_0000
 ALTERNATE_SIZE = 1 << 18
+OWN = ((CONTEXT, 0x4000), (STUBS, PAGE), (ALTERNATE_STACK, ALTERNATE_SIZE))
+"""What a case reaches here that no guest has."""
 
 # offsets in the context page
 START, RFLAGS, FS_BASE, GS_BASE = 0x80, 0x88, 0x90, 0x98  # the GPRs stand at 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from iced_x86 import Code, Decoder, Instruction
 
-from skep.engine.translate.forms import NOTHING_OPEN, Form, Open, Template, near_branch
+from skep.engine.translate.forms import HOMES, NOTHING_OPEN, Form, Open, Template, near_branch
 from skep.engine.translate.layout import Mode
 from skep.engine.translate.lower import Lowering
 from skep.engine.translate.narrow import Narrow
@@ -124,6 +124,25 @@ class Catalog:
             form.live = t
         else:
             form.dead = t
+        return t
+
+    def renamed(
+        self, form: Form, lowering: Lowering, data: bytes, index: int, at: int, n: int, live: bool, placed: bool,
+        homes: tuple[int | None, ...],
+    ) -> Template:  # fmt: skip
+        """As template or placed, with guest registers in the host registers ``homes``."""
+        name = (live, placed, homes[9], homes[10], homes[11])
+        t = form.renamed.get(name)
+        if t is None:
+            ins = Decoder(lowering.bits, data[index : index + n], ip=at).decode()
+            instruction = data[index : index + n]
+            lowering.homes = homes
+            if placed:
+                t = lowering.placed(ins, instruction, form.open)
+            else:
+                t = lowering.template(ins, instruction, live, None, form.open)
+            lowering.homes = HOMES
+            form.renamed[name] = t
         return t
 
     def placed(self, form: Form, lowering: Lowering, data: bytes, index: int, at: int, n: int) -> Template:

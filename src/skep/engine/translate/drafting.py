@@ -41,6 +41,8 @@ class Draft(NamedTuple):
     data: bytes
     plain: bool
     """No checks are shared."""
+    loop: int
+    """How many instructions there are up to the last one that jumps back to the first, and may be followed; 0: none."""
 
 
 LOOK = 3
@@ -166,6 +168,7 @@ class Drafting:
         pa2: int | None = None
         ends = _NO
         shadow = False
+        loop = 0
         while at < end:
             decode(ins)
             n = ins.len
@@ -194,6 +197,8 @@ class Drafting:
             items.append((form, offset + at, n, extra))
             at += n
             if ends:
+                if extra == offset and (ends == _JCC or ends == _JMP) and form.wrap:
+                    loop = len(items)
                 if ends == _JCC and branches < MAX_BRANCHES and not shadow:
                     branches += 1
                     ends = _NO
@@ -211,7 +216,9 @@ class Drafting:
                     break
             if shadow or pa2 is not None or len(items) >= MAX_INSTRUCTIONS:
                 break
-        return Draft(pa, mode, at, items, ends, shadow, pa2, lowering, data, plain)
+        if plain or shadow or pa2 is not None or bits != 64:
+            loop = 0
+        return Draft(pa, mode, at, items, ends, shadow, pa2, lowering, data, plain, loop)
 
     def _with_second_page(
         self, data: bytes, room: int, bits: int, offset: int, next_page: Callable[[], int]

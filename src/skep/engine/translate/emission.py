@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 from iced_x86 import Decoder
 
-from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, Reg, gs
+from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
 from skep.engine.translate.catalog import Catalog
 from skep.engine.translate.drafting import Draft, Known
-from skep.engine.translate.forms import TLB_MASK, Ends, Form, home
+from skep.engine.translate.forms import HOMES, IN_STATE, TLB_MASK, Ends, Form
 from skep.engine.translate.layout import JC, JC_ARRAY, OFFSETS, SLOTS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
 from skep.engine.translate.lower import Lowering
 from skep.engine.translate.narrow import Narrow
+from skep.engine.translate.renaming import rename
 from skep.engine.translate.sharing import shares
 from skep.engine.translate.stubs import field as state
 from skep.engine.translate.stubs import restore_flags, save_flags
@@ -31,11 +32,11 @@ def _frag(build: Callable[[Assembler], None]) -> bytes:
 
 
 def _range_start(a: Assembler, number: int) -> None:
-    register = home(number)
+    register = HOMES[number]
     if register is None:
         a.mov(R10, gs(number * 8))
         register = R10
-    a.lea(R10, Mem(Reg(register), disp=0x11111111))
+    a.lea(R10, Mem(register, disp=0x11111111))
 
 
 _LINK_CALL = _frag(lambda a: a.call(state("link")))
@@ -49,6 +50,7 @@ _SLOW = struct.Struct(f"<Bi{len(_SLOW_CALL)}sBi")
 _SLOW_CODE = _SLOW.pack(0x68, 0, _SLOW_CALL, 0xE9, 0)
 """push descriptor; call slow; jmp back"""
 _SLOW_SIZE = _SLOW.size
+_SLOW_PUSH = b"\x68"
 # Looking names up in a class costs more than the rest of a step of the loops below.
 _NO, _JCC, _JMP, _CALL, _LOOP, _MODE, _LOOK = Ends.NO, Ends.JCC, Ends.JMP, Ends.CALL, Ends.LOOP, Ends.MODE, Ends.LOOK
 _LEA = [
@@ -56,6 +58,8 @@ _LEA = [
     for n in range(16)
 ]
 """r10 = a guest register plus the 32 bits that follow."""
+_LEA_HOST = [_frag(lambda a, n=n: a.lea(R10, Mem(n, disp=0x11111111)))[:-4] for n in range(16)]  # type: ignore[misc]
+"""The same for a host register."""
 _KEEP = [_frag(lambda a, i=i: a.mov(state(f"slot{i}"), R10)) for i in range(SLOTS)]  # type: ignore[misc]
 _TAKE = [_frag(lambda a, i=i: a.mov(R10, state(f"slot{i}"))) for i in range(SLOTS)]  # type: ignore[misc]
 _Jumps = tuple[bytes, bytes, bytes, bytes]
@@ -69,6 +73,9 @@ def _jumps(opcode: bytes) -> _Jumps:
     return first, second, third, fourth
 
 
+_MOVED = 8
+"""With what is said of a check in a template: registers are renamed there."""
+_IN_STATE = sum(1 << n for n in IN_STATE)
 _JCC_CODE = [bytes((0x0F, 0x80 | cc, 0, 0, 0, 0)) for cc in range(16)]
 _JCC_JUMPS = [_jumps(bytes((0x0F, 0x80 | cc))) for cc in range(16)]
 _JMP_JUMPS = _jumps(b"\xe9")
@@ -105,7 +112,9 @@ class Emitted(NamedTuple):
 class _Block:
     """A block that is being written."""
 
-    __slots__ = ("breaks", "draft", "entry", "far", "links", "out", "own", "page", "wide")
+    __slots__ = (
+        "breaks", "draft", "entry", "far", "homes", "links", "out", "outs", "own", "page", "top", "undo", "wide",
+    )  # fmt: skip
 
     def __init__(self, draft: Draft, out: bytearray) -> None:
         self.draft = draft
@@ -119,6 +128,14 @@ class _Block:
         """Jumps within the page: the displacement's position, and the target's key."""
         self.breaks: list[tuple[int, int]] = []
         """Ways out when somebody wants the vCPU: the displacement's position, and the offset to go on at."""
+        self.top = 0
+        """Where jumps back to the first instruction go, which look for somebody there; 0: there are none."""
+        self.homes: tuple[int | None, ...] | None = None
+        """While a loop's body with renamed registers is written: where they are."""
+        self.undo = b""
+        """What puts them back (renaming.py)."""
+        self.outs: list[tuple[int, int, int]] = []
+        """Jumps out of the body: the displacement's position, the target, the branch's offset."""
         self.far: list[tuple[int, int, int, bool]] = []
         """Jumps to other pages: the displacement's position, the target, the branch's offset, is it narrow"""
 
@@ -167,7 +184,15 @@ class Emission:
         shadow = draft.shadow
         if draft.pa2 is not None:
             self._span(out, mode, offset, draft.pa2)
+        loop = draft.loop
+        redo = self._loop(block, live) if loop else b""
+        homes = block.homes
+        moved = _MOVED if redo else 0
         for (form, at, n, extra), flags, share in zip(items, needs, shared, strict=True):
+            if moved and len(marks) == 2 * loop:
+                out += block.undo
+                homes = block.homes = None
+                moved = 0
             base = len(out)
             mark(base)
             mark(at)
@@ -178,7 +203,9 @@ class Emission:
             place = 0
             if share is None:
                 t = form.live if flags else form.dead
-                if t is None:
+                if homes is not None and form.uses & _IN_STATE:
+                    t = self._catalog.renamed(form, lowering, data, at - offset, at, n, flags, False, homes)
+                elif t is None:
                     t = self._catalog.template(form, lowering, data, at - offset, at, n, flags)
                 if not t.keeps:
                     held = -1
@@ -186,7 +213,8 @@ class Emission:
                 slot, place, lead = share
                 if lead is not None:
                     register, disp, length, write = lead
-                    out += _LEA[register]
+                    host = None if homes is None else homes[register]
+                    out += _LEA[register] if host is None else _LEA_HOST[host]
                     out += disp.to_bytes(4, "little", signed=True)
                     base = len(out)
                     code, jump = lowering.range_check(write, flags, register == 4)
@@ -196,20 +224,22 @@ class Emission:
                     stack = 0
                     if register == 4:
                         stack = 6 if e or form.step is not None else 2
-                    slow.append((base + jump, len(out), desc, flags | stack))
+                    slow.append((base + jump, len(out), desc, flags | stack | moved))
                     out += _KEEP[slot]
                     base = len(out)
                 elif held != slot:
                     out += _TAKE[slot]
                     base = len(out)
                 t = form.placed
-                if t is None:
+                if homes is not None and form.uses & _IN_STATE:
+                    t = self._catalog.renamed(form, lowering, data, at - offset, at, n, False, True, homes)
+                elif t is None:
                     t = self._catalog.placed(form, lowering, data, at - offset, at, n)
                 held = slot if t.keeps else -1
             out += t.code
             if t.open:
                 for jump, back, desc, saved in t.checks:
-                    slow.append((base + jump, base + back, desc | at, saved))
+                    slow.append((base + jump, base + back, desc | at, saved | moved))
                 for hole, what, add in t.holes:
                     value = place if what == 3 else at if what == 0 else at + n if what == 1 else extra
                     _i32(out, base + hole, add + value)
@@ -227,18 +257,29 @@ class Emission:
                 elif e == _LOOK:
                     self._leave(block, at + n, True, mode, -1, False)
         if draft.ends == _NO or draft.ends == _JCC:
+            if moved:
+                out += block.undo
             self._leave(block, offset + draft.size, shadow, mode, -1, False)
         # What is rarely run
         for jump, back, desc, saved in slow:
             here = len(out)
+            _i32(out, jump, here - jump - 4)
+            if saved & _MOVED:
+                out += _RESTORE if saved & 1 else b""
+                out += block.undo + _SLOW_PUSH + desc.to_bytes(4, "little") + _SLOW_CALL + redo + b"\xe9"
+                out += (back - len(out) - 4).to_bytes(4, "little", signed=True)
+                continue
             code, again = self._tail(lowering, desc, saved)
             out += code
             end = len(out)
-            _i32(out, jump, here - jump - 4)
             if again:
                 _i32(out, here + again, back - (here + again + 4))
             _i32(out, end - _SLOW_SIZE + 1, desc)
             _i32(out, end - 4, back - end)
+        for site, target, at in block.outs:
+            _i32(out, site, len(out) - site - 4)
+            out += block.undo
+            self._leave(block, target, target <= at, mode, at, False)
         links: list[tuple[int, int, int]] = []
         for site, key in block.links:
             here = len(out)
@@ -248,11 +289,27 @@ class Emission:
             out += _LINK.pack(b"\x49\xbb", key, _LINK_CALL, site - (here + _LINK_SITE))
         for site, target in block.breaks:
             _i32(out, site, len(out) - site - 4)
+            if 0 < site - block.top < len(_CHECK_LIVE):  # it is the loop's, the only one in its body
+                out += block.undo
             out += _BREAK(_PAGE_PLUS, target, _BRK_JUMP)
         for site, target, at, narrow in block.far:
             _i32(out, site, len(out) - site - 4)
             out += self.long(lowering, target, at, narrow)
         return Emitted(out, block.entry, marks, links, copies)
+
+    def _loop(self, block: _Block, live: int) -> bytes:
+        """Where jumps back to the block's start go. Returns what renames registers, none if none are."""
+        draft, out = block.draft, block.out
+        renaming = rename(draft.items[: draft.loop])
+        redo = b""
+        if renaming is not None:
+            block.homes, redo, block.undo = renaming
+            out += redo
+        top = len(out)
+        out += _CHECK_LIVE if live else _CHECK_DEAD
+        block.breaks.append((len(out) - (7 if live else 4), draft.pa & 4095))
+        block.top = top
+        return redo
 
     def _branch(self, block: _Block, form: Form, at: int, n: int, target: int) -> None:
         """A Jcc, JMP or LOOP of ``n`` bytes at offset ``at``."""
@@ -260,7 +317,13 @@ class Emission:
         draft = block.draft
         mode = draft.mode
         e = form.ends
-        if e == _JMP:
+        if block.top and target == draft.pa & 4095 and e != _LOOP:
+            out += b"\xe9\0\0\0\0" if e == _JMP else _JCC_CODE[form.cond]
+            _i32(out, len(out) - 4, block.top - len(out))
+        elif block.homes is not None:
+            out += _JCC_CODE[form.cond]
+            block.outs.append((len(out) - 4, target, at))
+        elif e == _JMP:
             self._leave(block, target, target <= at or draft.shadow, mode, at, form.narrow)
         elif e == _LOOP:
             if form.loop:

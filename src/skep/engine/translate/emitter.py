@@ -39,11 +39,13 @@ from skep.engine.translate.asm import R9, R10, R11, Assembler, Cond, Mem, Reg, g
 from skep.engine.translate.forms import (
     ANYWHERE,
     BORROWED,
+    FULL_REGISTERS,
     GPR,
     GPR_BY_SIZE,
     HIGH_BYTES,
     HOLE_IP,
     HOLE_TARGET,
+    HOMES,
     INTEGER,
     MOFFS,
     NARROW_CODES,
@@ -64,7 +66,6 @@ from skep.engine.translate.forms import (
     Legality,
     Open,
     Template,
-    home,
     sign_extend,
     waits,
 )
@@ -109,6 +110,8 @@ class Emitter:
         self.encoder = Encoder(64)
         self._checks: dict[tuple[int, bool, bool, bool], tuple[bytes, int]] = {}
         self._fallbacks: dict[tuple[int, bool, bool], tuple[bytes, int]] = {}
+        self.homes = HOMES
+        """Where guest registers are; others than forms.HOMES while a template for a loop is made."""
         self.begin(b"", False, None, NOTHING_OPEN)
 
     def begin(self, data: bytes, live: bool, bounce: dict[int, int] | None, open_: Open) -> None:
@@ -295,7 +298,7 @@ class Emitter:
 
     def load(self, reg: int, number: int) -> None:
         """``reg`` = a guest register."""
-        h = home(number)
+        h = self.homes[number]
         if h is None:
             self.a.mov(reg, gs(number * 8))
         else:
@@ -350,11 +353,11 @@ class Emitter:
                 found.append(None)
                 continue
             number = GPR[register][0]
-            if home(number) is None:
+            if self.homes[number] is None:
                 self.a.mov(temporary, gs(number * 8))
                 found.append(temporary)
             else:
-                found.append(home(number))
+                found.append(self.homes[number])
         return found[0], found[1]
 
     def segment(self, ins: Instruction) -> None:
@@ -372,7 +375,7 @@ class Emitter:
             for i in range(ins.op_count)
             if ins.op_kind(i) == OpKind.REGISTER and ins.op_register(i) in GPR
         ]
-        moved = [(i, r) for i, r in registers if home(GPR[r][0]) != GPR[r][0]]
+        moved = [(i, r) for i, r in registers if self.homes[GPR[r][0]] != GPR[r][0]]
         if not memory and not moved and self.wide:
             if self.open.imm_size:
                 self.copies.append((len(self.a) + self.open.imm, self.open.imm, self.open.imm_size))
@@ -412,7 +415,7 @@ class Emitter:
         place: dict[int, int] = {}
         store: list[tuple[int, int]] = []
         exchange: int | None = None
-        rex = memory or any(home(GPR[r][0]) != GPR[r][0] for _, r in registers)
+        rex = memory or any(self.homes[GPR[r][0]] != GPR[r][0] for _, r in registers)
         used = {RegisterExt.full_register(u.register) for u in info.used_registers()}
         replaced = {GPR[r][0] for i, r in registers if info.op_access(i) == OpAccess.WRITE and GPR[r][1] >= 4}
         replaced -= {GPR[r][0] for i, r in registers if info.op_access(i) not in (OpAccess.WRITE, OpAccess.NONE)}
@@ -438,7 +441,7 @@ class Emitter:
                     exchange = number
                     y.set_op_register(i, HIGH_BYTES[r])
                 continue
-            h = home(number)
+            h = self.homes[number]
             if h is not None:
                 y.set_op_register(i, GPR_BY_SIZE[h, size])
                 continue
@@ -446,7 +449,7 @@ class Emitter:
                 if temporaries:
                     t = temporaries.pop(0)
                 else:
-                    t = next(b for b in BORROWED if REGISTERS_64[b] not in used and b not in place.values())
+                    t = self._borrow(used, place)
                     spill = f"t{len(borrowed)}"
                     a.mov(state(spill), Reg(t))
                     borrowed.append((t, spill))
@@ -470,8 +473,12 @@ class Emitter:
         for t, spill in borrowed:
             a.mov(Reg(t), state(spill))
 
-    @staticmethod
-    def _in_state(y: Instruction, registers: list[tuple[int, Register_]], info: InstructionInfo) -> int:
+    def _borrow(self, used: set[Register_], place: dict[int, int]) -> int:
+        """A host register that an instruction which uses the guest registers ``used`` does not."""
+        taken = {self.homes[FULL_REGISTERS[r]] for r in used if r in FULL_REGISTERS} | set(place.values())
+        return next(b for b in BORROWED if REGISTERS_64[b] not in used and b not in taken)
+
+    def _in_state(self, y: Instruction, registers: list[tuple[int, Register_]], info: InstructionInfo) -> int:
         """The operand of an instruction without memory operand that can stay in the state block, -1 if none can. ``y``
         becomes the encoding that has memory there. What is narrower is not written there, as a whole register would
         be slow to read behind it, and a write of 32 bits changes 64."""
@@ -481,7 +488,7 @@ class Emitter:
         for i, r in registers:
             number, size = GPR[r]
             access = info.op_access(i)
-            if home(number) is not None or numbers.count(number) > 1:
+            if self.homes[number] is not None or numbers.count(number) > 1:
                 continue
             if access != OpAccess.READ and not (access in WRITES and size == 8):
                 continue

@@ -6,7 +6,7 @@ instructions that are not simply copied. Numbers of general registers are those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, cast
 
 from iced_x86 import (
@@ -78,6 +78,8 @@ class Open:
 
 
 NOTHING_OPEN = Open()
+FIXED = 1 << 16
+"""In Form.uses: registers must be where they always are, because the host may fault in it or others look at them."""
 
 
 @dataclass(slots=True)
@@ -105,11 +107,15 @@ class Form:
     stands, bytes)"""
     spoils: tuple[int, ...] = ()
     """General registers that become something else."""
+    uses: int = 0
+    """General registers that it touches in any way, as bits; and FIXED"""
     placed: Template | None = None
     """With its operand in a range that was checked."""
     live: Template | None = None
     """Where flags must survive its checks."""
     dead: Template | None = None
+    renamed: dict[tuple[int | None, ...], Template] = field(default_factory=dict)
+    """The same with registers elsewhere (catalog.py)."""
 
 
 class Legality:
@@ -140,11 +146,8 @@ IN_STATE = (9, 10, 11)
 HOST_RSP = 9
 
 
-def home(number: int) -> int | None:
-    """The host register of a guest register, None for those in the state block."""
-    if number == 4:
-        return HOST_RSP
-    return None if number in IN_STATE else number
+HOMES = tuple(HOST_RSP if n == 4 else None if n in IN_STATE else n for n in range(16))
+"""The host registers of guest registers, None for those in the state block."""
 
 
 def mnemonics(names: frozenset[str]) -> frozenset[int]:

@@ -39,6 +39,7 @@ _FIELDS = (
     "host_rsp",
     "host_mxcsr",
     "t0", "t1", "t2", "t6", "t7",  # temporaries of one instruction
+    "swap0", "swap1", "swap2",  # registers that make room in a loop (renaming.py)
     *(f"slot{i}" for i in range(SLOTS)),  # host addresses of a block's checked ranges (sharing.py)
     *(f"{s}_sel" for s in SEGMENTS),
     *(f"{s}_base" for s in SEGMENTS),

@@ -28,6 +28,7 @@ from skep.engine.translate.forms import (
     AVX,
     BIT_TESTS,
     BY_CL,
+    FIXED,
     FULL_REGISTERS,
     FXRSTOR,
     FXSAVE,
@@ -102,6 +103,8 @@ class Lowering(Special):
         form = Form(relative=relative, open=open_)
         if self.wide and not self.aligns:
             self._describe(form, ins)
+        else:
+            form.uses = FIXED
         form.memory = self.memory_operand(ins) or ins.is_stack_instruction or ins.is_string_instruction
         modified: int = ins.rflags_modified
         if ins.is_string_instruction or (m in BY_CL and ins.op_kind(ins.op_count - 1) == OpKind.REGISTER):
@@ -145,6 +148,12 @@ class Lowering(Special):
         info = self.info.info(ins)
         full = {RegisterExt.full_register(used.register) for used in info.used_registers() if used.access in WRITES}
         spoils = {FULL_REGISTERS[r] for r in full if r in FULL_REGISTERS}
+        for used in info.used_registers():
+            number = FULL_REGISTERS.get(RegisterExt.full_register(used.register))
+            if number is not None:
+                form.uses |= 1 << number
+        if not self._may_be_moved(ins):
+            form.uses |= FIXED
         w = ins.stack_pointer_increment
         open_ = form.open
         if m in (Mnemonic.PUSH, Mnemonic.POP) and ins.op0_kind != OpKind.MEMORY:
@@ -172,6 +181,21 @@ class Lowering(Special):
         if m == Mnemonic.INVLPG:
             spoils.update(range(16))  # any page may be another from here on
         form.spoils = tuple(spoils)
+
+    def _may_be_moved(self, ins: Instruction) -> bool:
+        """Whether the instruction may run with other host registers than usual (renaming.py)."""
+        m = ins.mnemonic
+        if ins.is_jcc_short_or_near or ins.is_jmp_short_or_near or m in NO_OPERATION or m == Mnemonic.LEA:
+            return True
+        if m not in INTEGER or m in (Mnemonic.DIV, Mnemonic.IDIV) or ins.has_lock_prefix:
+            return False
+        memory = self.memory_operand(ins)
+        if memory and (m == Mnemonic.XCHG or self._aligned(ins)):
+            return False
+        if m == Mnemonic.MOV or (m in BIT_TESTS and not memory):
+            operands = [ins.op_register(i) for i in range(ins.op_count) if ins.op_kind(i) == OpKind.REGISTER]
+            return all(register in GPR for register in operands)
+        return m not in self._handlers and ins.flow_control == FlowControl.NEXT
 
     @staticmethod
     def _moves_pointer(form: Form, ins: Instruction) -> bool:

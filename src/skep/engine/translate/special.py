@@ -34,7 +34,6 @@ from skep.engine.translate.forms import (
     XRSTOR,
     XSAVE,
     Legality,
-    home,
     sign_extend,
 )
 from skep.engine.translate.layout import (
@@ -103,13 +102,13 @@ class Special(Emitter):
                 a.mov(Mem(R10), R11, size=16)
                 return
             number, size = GPR[ins.op0_register]
-            h = home(number)
+            h = self.homes[number]
             if h is None:
                 h = R10
                 if size == 2:
                     a.mov(R10, gs(number * 8))
             a.mov(h, state(name), size=16 if size == 2 else 64)
-            if home(number) is None:
+            if self.homes[number] is None:
                 a.mov(gs(number * 8), Reg(h))
             return
         if ins.op0_register == Register.CR3:
@@ -121,7 +120,7 @@ class Special(Emitter):
             return
         name = {Register.CR0: "cr0", Register.CR2: "cr2", Register.CR3: "cr3", Register.CR4: "cr4"}[source]
         number = GPR[ins.op0_register][0]
-        h = home(number)
+        h = self.homes[number]
         a.mov(R10 if h is None else h, state(name))
         if h is None:
             a.mov(gs(number * 8), R10)
@@ -149,13 +148,13 @@ class Special(Emitter):
         number, size = GPR[ins.op0_register]
         parts = [GPR[r][0] for r in (ins.memory_base, ins.memory_index) if r in GPR]
         relative = ins.memory_base in (Register.RIP, Register.EIP)
-        if self.wide and home(number) == number and all(home(n) == n for n in parts) and not relative:
+        if self.wide and self.homes[number] == number and all(self.homes[n] == n for n in parts) and not relative:
             if self.open.disp_size:
                 self.copies.append((len(a) + self.open.disp, self.open.disp, self.open.disp_size))
             a.raw(self.data)
             self.keeps = True
             return
-        h = home(number)
+        h = self.homes[number]
         part = ins.memory_base if ins.memory_base != Register.NONE else ins.memory_index
         if self.wide and part in GPR and GPR[part][1] == 8 and size >= 4:
             base, index = self.parts(ins)
@@ -200,7 +199,7 @@ class Special(Emitter):
             a.mov(self.operand, R11, size=w * 8)
         elif kind == OpKind.REGISTER:
             number = GPR[ins.op0_register][0]
-            h = home(number)
+            h = self.homes[number]
             if h is None:
                 a.mov(R11, gs(number * 8))
                 h = R11
@@ -216,7 +215,7 @@ class Special(Emitter):
         self.stack_at(0)
         self.check(w, READ)
         number = GPR[ins.op0_register][0]
-        h = home(number)
+        h = self.homes[number]
         if h is None:
             a.mov(R11, self.operand, size=w * 8)
             a.mov(gs(number * 8), R11)
@@ -425,7 +424,7 @@ class Special(Emitter):
         m = ins.mnemonic
         base = state("fs_base" if m in (Mnemonic.RDFSBASE, Mnemonic.WRFSBASE) else "gs_base")
         number, size = GPR[ins.op0_register]
-        h = home(number)
+        h = self.homes[number]
         offered = a.label()
         if self.live:
             a.pushfq()
