@@ -80,7 +80,7 @@ class TestEndlessLoops:
         """A computation that uses flags and all registers comes to the same result however often it is interrupted."""
         text = """
             start: sti
-            mov ecx, 3000000
+            mov ecx, 12000000
             xor eax, eax
             mov r9, 0x9e3779b97f4a7c15
             again: add rax, r9
