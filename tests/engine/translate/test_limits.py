@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from skep.engine.translate import TranslateEngine, blocks, catalog
+from skep.engine.translate.blocks import Cache
 from tests.engine.tiny import Tiny
 
 ROUNDS = 600
@@ -31,7 +32,6 @@ SUM = sum(i & 0xFF for i in range(ROUNDS))
     ("module", "name", "value"),
     [
         (blocks, "MAX_USED", 16),
-        (blocks, "MAX_BLOCKS", 8),
         (catalog, "MAX_FORMS", 4),
         (blocks, "MAX_SINGLES", 1),
         (blocks, "GIVE_UP", 3),
@@ -46,12 +46,19 @@ def test_small_bounds(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name:
         assert guest.reg("rbx") == SUM
 
 
-def test_a_small_code_buffer() -> None:
-    """Translations that do not fit are forgotten all at once."""
+@pytest.mark.parametrize("code", [False, True], ids=["descriptions", "code"])
+def test_a_small_code_buffer(monkeypatch: pytest.MonkeyPatch, code: bool) -> None:
+    """What was translated the longest time ago goes, a piece of the buffer at a time."""
+    if code:
+        monkeypatch.setattr(blocks, "CODE_SIZE", 2 << 20)
+        monkeypatch.setattr(blocks.Cache.__init__, "__defaults__", (2 << 20,))
+        monkeypatch.setattr(blocks, "LARGEST", 118 << 10)
+    else:
+        monkeypatch.setattr(blocks, "AVERAGE", 1 << 20)  # three blocks
     with Tiny(TranslateEngine(), TEXT) as guest:
-        cache = guest.vcpu.cache  # type: ignore[attr-defined]
-        cache.limit = cache.first + (66 << 10)
+        cache: Cache = guest.vcpu.cache  # type: ignore[attr-defined]
         guest.run()
-        cache.limit = blocks.CODE_SIZE
-        assert cache.generation > 0
         assert guest.reg("rbx") == SUM
+        assert cache.again >= 10
+        assert len(cache.blocks) == len(list(cache.blocks.values())) < 60
+        assert len(cache.stalls) == cache.again

@@ -49,44 +49,6 @@ class CodeMap:
         words[line] |= (1 << (pa + n - 1 & 63) + 1) - (1 << first)
         self.mask[pa >> 12] |= _lines(pa, n)
 
-    def clear_page(self, frame: int) -> None:
-        """Nothing of a page was translated."""
-        mask = self.mask[frame]
-        index = frame << 6
-        while mask:
-            bit = mask & -mask
-            self._bytes[index + bit.bit_length() - 1] = 0
-            mask ^= bit
-        self.mask[frame] = 0
-
-    def clear(self, pa: int, n: int) -> None:
-        """Nothing of [pa, pa + n), which lies in one page, was translated."""
-        words = self._bytes
-        end = pa + n
-        for line in range(pa >> 6, end + 63 >> 6):
-            start = line << 6
-            low, high = max(pa - start, 0), min(end - start, 64)
-            words[line] &= _ONES ^ (1 << high) - (1 << low)
-            if not words[line]:
-                self.mask[pa >> 12] &= ~(1 << (line & 63))
-
-    def mark_bits(self, frame: int, bits: int) -> None:
-        """As :meth:`mark` for the bytes of a page that ``bits`` names."""
-        words = self._bytes
-        line = 0
-        while bits:
-            skip = (bits & -bits).bit_length() - 1 >> 6
-            bits >>= 64 * skip
-            line += skip
-            words[(frame << 6) + line] |= bits & _ONES
-            self.mask[frame] |= 1 << line
-            bits &= ~_ONES
-
-    def clear_all(self) -> None:
-        """Nothing at all was translated."""
-        self._tables[0].madvise(mmap.MADV_DONTNEED)
-        self._tables[2].madvise(mmap.MADV_DONTNEED)
-
 
 def _lines(pa: int, n: int) -> int:
     """The code-mask bits of [pa, pa + n), which lies in one page."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from iced_x86 import Code, Decoder, DecoderError, Instruction
@@ -55,15 +55,25 @@ those constants stand (offset, bytes), which do not count."""
 class Known(Protocol):
     """A block that there is."""
 
-    entry: int
-    """Its plain entry's offset in the code buffer."""
+    @property
+    def entry(self) -> int:
+        """Its plain entry's offset in the code buffer."""
+        ...
+
+
+class KnownBlocks(Protocol):
+    """The blocks there are, by their keys."""
+
+    def __contains__(self, key: int) -> bool: ...
+
+    def get(self, key: int) -> Known | None: ...
 
 
 class Drafting:
     """Reads guest code."""
 
     def __init__(
-        self, memory: GuestMemory, catalog: Catalog, mark: Callable[[int, int], None], known: Mapping[int, Known]
+        self, memory: GuestMemory, catalog: Catalog, mark: Callable[[int, int], None], known: KnownBlocks
     ) -> None:
         """``mark``: told of bytes that a block rests on; ``known``: the blocks there are, by their keys."""
         self._memory = memory
@@ -73,24 +83,11 @@ class Drafting:
         self._peeks: dict[int, Peek] = {}
         self.looked: list[tuple[int, Peek]] = []
         """What has been looked at since ``draft``: page offsets, and what was seen there."""
-        self._peeked: dict[int, int] = {}
-        """By frame: the bytes that live_at looked at for blocks of the page, as bits."""
         self._ins = Instruction()
-
-    def forget(self) -> None:
-        self._peeks.clear()
-        self._peeked.clear()
 
     def changed(self) -> None:
         """Some page of code has changed: what was seen by looking ahead may be wrong now."""
         self._peeks.clear()
-
-    def peeked(self, frame: int) -> int:
-        """The bytes of a page that blocks rest on without containing them, as bits."""
-        return self._peeked.get(frame, 0)
-
-    def forget_page(self, frame: int) -> None:
-        self._peeked.pop(frame, None)
 
     def live_at(self, page: int, offset: int, mode: int) -> int:
         """The flags that code at ``offset`` of the page reads before it writes them, as far as a short look tells."""
@@ -135,15 +132,8 @@ class Drafting:
         self._peeks[key] = look
         if need != ALL_FLAGS:  # blocks rest on these bytes too
             self.looked.append((offset, look))
-            self.rest(pa, at)
+            self._mark(pa, at)
         return need
-
-    def rest(self, pa: int, at: int) -> None:
-        """Blocks of a page rest on ``at`` bytes of it without containing them."""
-        frame = pa >> 12
-        offset = pa & 4095
-        self._peeked[frame] = self._peeked.get(frame, 0) | (1 << at) - 1 << offset
-        self._mark(pa, min(at, 4096 - offset))
 
     def draft(self, pa: int, mode: int, next_page: Callable[[], int]) -> Draft:
         """The block at ``pa``. ``next_page``: the physical address of the page behind it for the guest, for an

@@ -11,7 +11,7 @@ from iced_x86 import Decoder
 
 from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
 from skep.engine.translate.catalog import Catalog
-from skep.engine.translate.drafting import Draft, Known
+from skep.engine.translate.drafting import Draft, KnownBlocks
 from skep.engine.translate.forms import HOMES, IN_STATE, TLB_MASK, Ends, Form
 from skep.engine.translate.layout import JC, JC_ARRAY, OFFSETS, SLOTS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
 from skep.engine.translate.lower import Lowering
@@ -106,7 +106,7 @@ class Emitted(NamedTuple):
     links: list[tuple[int, int, int]]
     """Jumps within the page: offset of the displacement, of the stub that links it, and the target's key."""
     copies: list[tuple[int, int, int]]
-    """Constants of 4 and 8 bytes that the code only copies: offset in the code, in the block's bytes, bytes."""
+    """Constants of 2, 4 and 8 bytes that the code only copies: offset in the code, in the block's bytes, bytes."""
 
 
 class _Block:
@@ -150,7 +150,7 @@ class Emission:
         catalog: Catalog,
         stubs: Mapping[str, int],
         live_at: Callable[[int, int, int], int],
-        known: Mapping[int, Known],
+        known: KnownBlocks,
     ) -> None:
         """``executable``: where the code buffer is executed; ``base``: host address of guest-physical 0; ``live_at``:
         :meth:`Drafting.live_at`; ``known``: the blocks there are, by their keys."""
@@ -389,24 +389,24 @@ class Emission:
         _i32(out, jump, len(out) - jump - 4)
         return bytes(out + restore + _SLOW_CODE), again
 
-    def unplaced(self, emitted: Emitted, mode: int, live: int) -> bytes:
-        """A block's code without what depends on its place, and on which other blocks there are."""
+    def unplaced(self, emitted: Emitted, mode: int, live: int, pa2: int | None) -> tuple[bytes, int, int, int, int]:
+        """A block's code without what depends on its place, and on which other blocks there are; and where it wants
+        the displacements of `second` and `brk`, and twice the host address of its second page."""
         code = bytearray(emitted.code)
-        _, second, brk, _ = self._prologue(mode, bool(live))
+        _, second, brk, page = self._prologue(mode & ~Mode.PLAIN, bool(live))
         _i32(code, second, 0)
         _i32(code, brk, 0)
-        for site, stub, _ in emitted.links:
+        for site, stub, key in emitted.links:
             _i32(code, site, stub - site - 4)
-            _u64(code, stub + LINK_KEY, 0)
-        return bytes(code)
-
-    def move(self, code: memoryview, start: int, offset: int, mode: int, live: int) -> None:
-        """Fit the checked entry of a block's code, made for another place, to ``start`` of the buffer."""
-        _, second, brk, page = self._prologue(mode, bool(live))
-        rx = self._executable + start
-        _i32(code, second, self._second[mode & 3] - (rx + second + 4))
-        _i32(code, brk, self._brk_exit - (rx + brk + 4))
-        _i32(code, page, -offset)
+            _u64(code, stub + LINK_KEY, key & (1 << Mode.BITS + 12) - 1)
+        spans = [0, 0]
+        if pa2 is not None:
+            address = (self._base + pa2).to_bytes(8, "little")
+            at = page
+            for i in range(2):
+                at = spans[i] = code.index(address, at)
+                _u64(code, at, 0)
+        return bytes(code), second, brk, spans[0], spans[1]
 
     def long(self, lowering: Lowering, target: int, at: int = -1, narrow: bool = False) -> bytes:
         """Go to another page: its address relative to this one's, through the jump cache."""

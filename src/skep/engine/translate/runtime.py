@@ -55,6 +55,7 @@ from skep.engine.translate.layout import (
     NO_STACK,
     OFFSETS,
     PDPTE,
+    TABLE_KEY,
     TLB,
     TLB_ARRAY,
     TLB_ENTRIES,
@@ -750,26 +751,11 @@ def find(key: int) -> int:
     while True:
         entry = st.hash + number * HASH_ENTRY
         have = ld64(entry)
-        if have == key:
+        if have == key + TABLE_KEY:
             return entry
         if have == 0:
             return 0
         number = (number + 1) & ((1 << HASH_BITS) - 1)
-
-
-def insert(key: int, checked: int, plain: int) -> int:
-    """Enter a block into the block table."""
-    number = (key * 0x9E3779B97F4A7C15) >> (64 - HASH_BITS)
-    while True:
-        entry = st.hash + number * HASH_ENTRY
-        have = ld64(entry)
-        if have < 2 or have == key:
-            break
-        number = (number + 1) & ((1 << HASH_BITS) - 1)
-    st64(entry, key)
-    st64(entry + 8, checked)
-    st64(entry + 16, plain)
-    return 0
 
 
 def fetch_page(va: int) -> int:
@@ -1285,7 +1271,7 @@ def down_elements(va: int, shift: int, most: int) -> int:
 ROUTINES = [
     forget_stacks, watched, walk, refused, walk_legacy, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags,
     enter_page, page_fault, fill, fill_range, to_python,
-    fill_crossing, supervisor_pointer, deliver, set_mode, find, insert, fetch_page, second_page, barrier, resume,
+    fill_crossing, supervisor_pointer, deliver, set_mode, find, fetch_page, second_page, barrier, resume,
     lookup, link, load_cr3, descriptor_at, interrupt_return, system_call, system_return, operand,
     interrupted, rep_store, mask_at_host, rep_move, rep_down,
     subtract_flags, rep_compare, element, down_elements, empty_entry, lines, is_code, mask_at, announce, jump_set,

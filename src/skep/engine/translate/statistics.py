@@ -49,10 +49,10 @@ def statistics(cache: Cache, vcpus: Iterable[TranslateVcpu]) -> dict[str, int | 
     told: dict[str, int | float] = {
         "blocks translated": cache.made,
         "blocks taken from the code cache": cache.store.adopted,
-        "blocks forgotten one by one": cache.killed,
-        "times that all were forgotten": cache.generation,
+        "blocks forgotten": cache.killed,
+        "pieces of the code buffer used again": cache.again,
         "instructions translated": cache.instructions,
-        "bytes of host code": cache.pos - cache.first,
+        "bytes of host code": cache.used,
     }
     for kind, name in EXITS.items():
         told[f"exits: {name}"] = sum(vcpu.counts[kind] for vcpu in vcpus)
@@ -68,6 +68,9 @@ def statistics(cache: Cache, vcpus: Iterable[TranslateVcpu]) -> dict[str, int | 
         running, guest = (sum(getattr(watch, name) for watch in watches) for name in ("running", "guest"))
         told["seconds in guest code"] = guest / 1e9
         told["seconds in Python"] = (running - guest) / 1e9
+    if cache.stalls:
+        most = sorted(cache.stalls)[len(cache.stalls) * 99 // 100]
+        told["milliseconds that using a piece again took, 99 %"] = most / 1e6
     told["seconds translating"] = cache.translating / 1e9
     if cache.instructions:
         told["microseconds a translated instruction"] = cache.translating / 1e3 / cache.instructions

@@ -2,7 +2,7 @@
 
 A *record* is a block's machine code without its place: what depends on where the block lies is listed beside it, and so
 are the bytes of the guest that it was made from and those it looked ahead at. Wherever a guest shows the same bytes at
-the same offset of a page in the same mode, the record is that block. Constants of 4 and 8 bytes that the code only
+the same offset of a page in the same mode, the record is that block. Constants of 2, 4 and 8 bytes that the code only
 copies are not compared: a kernel that was loaded at another address has others there.
 
 Records lie in *segments* (segment.py), which a VM writes when it ends. The name of a segment says which translator
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import iced_x86
 
 from skep.engine.translate.segment import MASKS, Draft, Name, Segment, abandoned, open_directory
+from skep.engine.translate.tables import COPY, RECORD, RUN, RUN_MASKED, RUN_SECOND, WHICH
 
 LIMIT = 256 << 20
 """Bytes of all segments; beyond, those that were not used longest go."""
@@ -30,126 +31,81 @@ MAX_SEGMENTS = 6
 """With more, all but the largest and what is new become one segment."""
 WORTH = 64
 """A segment with fewer records, or with less than a twentieth of what was adopted, is not written."""
-READ = 64
-"""Groups that are remembered."""
+MOST = 48 << 10
+"""Bytes of code of a block that is kept."""
+READ = 2 << 20
+"""Bytes of groups that are remembered."""
 SEEN_BITS = 17
 
 Group = tuple[int, int]
 """The number of a segment, and of a group in it."""
 
-_HEAD = struct.Struct("<IHHHHHBBHHH")
-"""Bytes in all, page offset, mode, guest bytes, code bytes, plain entry, flags that are live, how many links, copies,
-bytes of looks, marks"""
-_LINK = struct.Struct("<HHHB")  # displacement, its stub, target's page offset, SMAP's mode changes
-_COPY = struct.Struct("<HHB")  # in the code, in the guest's bytes, bytes
-_LOOK = struct.Struct("<HBB")  # page offset, bytes, bytes of the mask that follows them
+_HEAD = struct.Struct("<I17Hxx")
+_RUN = struct.Struct("<HHHxx")
+_COPY = struct.Struct("<HHH")
+assert (_HEAD.size, _RUN.size, _COPY.size) == (RECORD, RUN, COPY)
 _ENDBR = b"\xf3\x0f\x1e\xfa"
 _IMMEDIATE = frozenset(bytes((b,)) for b in (0x05, 0x0D, 0x25, 0x2D, 0x35, 0x3D, 0x68, 0xA9, *range(0xB8, 0xC0)))
 
 
-class Look(NamedTuple):
-    """Bytes that a block rests on without containing them."""
+class Run(NamedTuple):
+    """Bytes of the guest's that a block rests on."""
 
     offset: int
+    """In their page."""
     data: bytes
-    mask: bytes
+    mask: bytes = b""
     """Empty, or zeros where another constant is as good."""
+    second: bool = False
+    """They lie on the page behind."""
+
+    def pack(self) -> bytes:
+        how = (RUN_MASKED if self.mask else 0) | (RUN_SECOND if self.second else 0)
+        before, behind = bytes(self.offset & 7), bytes(-(self.offset + len(self.data)) & 7)
+        parts = [_RUN.pack(self.offset, len(self.data), how), before, self.data, behind]
+        if self.mask:
+            parts += [before, self.mask, behind]
+        return b"".join(parts)
 
 
 class Record(NamedTuple):
-    """A block without its place."""
+    """A block without its place, as block_runtime.adopt makes it one again."""
 
-    offset: int
-    mode: int
-    data: bytes
-    """The guest's bytes."""
-    code: bytes
-    entry: int
-    live: int
-    links: Sequence[tuple[int, int, int, bool]]
-    """Jumps within the page: the displacement's offset, its stub's, the target's offset in the page, in the other
-    mode of SMAP"""
-    copies: Sequence[tuple[int, int, int]]
-    """Constants that may differ: offset in the code, in ``data``, bytes"""
-    looks: Sequence[Look]
-    marks: array[int]
-
-    def pack(self) -> bytes:
-        looks = b"".join(_LOOK.pack(o, len(d), len(m)) + d + m for o, d, m in self.looks)
-        parts = [self.data, *(_LINK.pack(*x) for x in self.links), *(_COPY.pack(*x) for x in self.copies)]
-        body = b"".join((*parts, looks, self.marks.tobytes(), self.code))
-        counts = len(self.links), len(self.copies), len(looks), len(self.marks)
-        sizes = len(self.data), len(self.code), self.entry, self.live
-        return _HEAD.pack(_HEAD.size + len(body), self.offset, self.mode, *sizes, *counts) + body
-
-
-class Stored(NamedTuple):
-    """A record in its group, of which the code has not been looked at: where its parts stand."""
-
-    blob: bytes
     offset: int
     mode: int
     size: int
+    """Bytes of guest code."""
+    runs: Sequence[Run]
+    """The guest's bytes, first those of the block."""
+    code: bytes
     entry: int
     live: int
-    data: int
-    links: int
-    n_links: int
-    copies: int
-    n_copies: int
-    looks: int
-    marks: int
-    code: int
-    end: int
+    links: Sequence[int]
+    """Where in the code keys of blocks stand, without their page."""
+    copies: Sequence[tuple[int, int, int]]
+    """Constants that may differ: offset in the code, in the page, bytes"""
+    second: int
+    brk: int
+    span: tuple[int, int]
+    """Where the code wants its own place and its second page's: see tables.py"""
+    looked: tuple[int, int]
+    """Between these offsets of the page lie the runs but the first."""
+    marks: array[int]
 
-    def same(self, guest: memoryview) -> bool:
-        """Whether ``guest`` shows the record's bytes but for the constants that may differ."""
-        at = self.data
-        if guest == self.blob[at : at + self.size]:
-            return True
-        if not self.n_copies:
-            return False
-        theirs, ours = bytearray(guest), bytearray(self.blob[at : at + self.size])
-        for i in range(self.n_copies):
-            _, of, k = _COPY.unpack_from(self.blob, self.copies + i * _COPY.size)
-            theirs[of : of + k] = ours[of : of + k] = bytes(k)
-        return theirs == ours
-
-    def each_look(self) -> Iterator[Look]:
-        at = self.looks
-        while at < self.marks:
-            offset, n, m = _LOOK.unpack_from(self.blob, at)
-            at += _LOOK.size
-            yield Look(offset, self.blob[at : at + n], self.blob[at + n : at + n + m])
-            at += n + m
-
-    def each_link(self) -> Iterator[tuple[int, int, int, int]]:
-        yield from _LINK.iter_unpack(self.blob[self.links : self.copies])
-
-    def each_copy(self) -> Iterator[tuple[int, int, int]]:
-        yield from _COPY.iter_unpack(self.blob[self.copies : self.looks])
-
-
-def _stored(blob: bytes, at: int) -> Stored:
-    length, offset, mode, size, _, entry, live, links, copies, looks, marks = _HEAD.unpack_from(blob, at)
-    data = at + _HEAD.size
-    links_at = data + size
-    copies_at = links_at + links * _LINK.size
-    looks_at = copies_at + copies * _COPY.size
-    marks_at = looks_at + looks
-    return Stored(
-        blob, offset, mode, size, entry, live, data, links_at, links, copies_at, copies, looks_at, marks_at,
-        marks_at + 2 * marks, at + length,
-    )  # fmt: skip
-
-
-def matches(look: Look, guest: memoryview) -> bool:
-    if guest == look.data:
-        return True
-    if not look.mask:
-        return False
-    mask = int.from_bytes(look.mask, "little")
-    return int.from_bytes(guest, "little") & mask == int.from_bytes(look.data, "little") & mask
+    def pack(self) -> bytes:
+        code = self.code + bytes(len(self.code) & 1) + self.marks.tobytes()
+        code += bytes(-len(code) & 7)
+        parts = [run.pack() for run in self.runs]
+        parts += [_COPY.pack(*copy) for copy in self.copies]
+        parts.append(array("H", self.links).tobytes())
+        body = b"".join(parts)
+        body += bytes(-len(body) & 7) + code
+        head = _HEAD.pack(
+            RECORD + len(body), self.offset, self.mode, self.size, len(self.code), len(code) >> 3, self.entry,
+            self.live, len(self.marks), self.second, self.brk, *self.span, len(self.runs), len(self.copies),
+            len(self.links), *self.looked,
+        )  # fmt: skip
+        return head + body
 
 
 def _key(offset: int, mode: int, head: bytes) -> tuple[int, int]:
@@ -160,14 +116,20 @@ def _key(offset: int, mode: int, head: bytes) -> tuple[int, int]:
     return offset << 48 | mode << 32 | int.from_bytes(word, "little"), at
 
 
-def _name(record: Stored) -> Name:
-    data = record.blob[record.data : record.links]
-    key, at = _key(record.offset, record.mode, data)
-    mask = (1 << max(0, min(8, len(data) - at))) - 1
-    for _, of, k in record.each_copy():
-        for i in range(max(0, of - at), min(8, of + k - at)):
-            mask &= ~(1 << i)
-    return Name(key, int.from_bytes(data[at : at + 8], "little") & MASKS[mask], mask)
+def _name(data: bytes) -> Name:
+    """Of a packed record."""
+    offset, mode = struct.unpack_from("<HH", data, WHICH)
+    run, size, how = _RUN.unpack_from(data, RECORD)
+    words = (run + size + 7 >> 3) - (run >> 3)
+    start = RECORD + RUN + (run & 7)
+    guest = data[start : start + size]
+    key, at = _key(offset, mode, guest)
+    shown = guest[at : at + 8]
+    mask = (1 << len(shown)) - 1
+    if how & RUN_MASKED:
+        start += 8 * words + at
+        mask = sum(1 << i for i, byte in enumerate(data[start : start + len(shown)]) if byte)
+    return Name(key, int.from_bytes(shown, "little") & MASKS[mask], mask)
 
 
 def identity() -> str:
@@ -196,8 +158,9 @@ class Store:
         self._segments: list[Segment] = []
         self._used: list[bytearray] = []
         """By segment, by group: 1 where something of it was adopted."""
-        self._read: dict[Group, list[Stored]] = {}
+        self._read: dict[Group, bytes] = {}
         """The groups that were wanted last."""
+        self._bytes = 0
         self._new: list[tuple[int, Name, int, bytes]] | None = []
         """What is new, until it is worth a file."""
         self._draft: Draft | None = None
@@ -249,41 +212,37 @@ class Store:
             for group in segment.find(key, shown):
                 yield i, group
 
-    def records(self, group: Group) -> list[Stored]:
-        """What was made on one page together."""
-        records = self._read.pop(group, None)
-        if records is None:
+    def group(self, group: Group) -> bytes:
+        """The records that were made on one page together; nothing where they are spoiled."""
+        data = self._read.pop(group, None)
+        if data is None:
             segment, number = group
             try:
-                blob = self._segments[segment].group(number)
+                data = self._segments[segment].group(number)
             except (OSError, ValueError) as error:
                 self.problem = str(error)
                 self._segments[segment].forget()
                 self._remove(self._segments[segment].name)
-                return []
-            if len(self._read) >= READ:
-                del self._read[next(iter(self._read))]
-            records = []
-            at = 0
-            while at < len(blob):
-                records.append(_stored(blob, at))
-                at = records[-1].end
-        self._read[group] = records
-        return records
+                return b""
+            while self._read and self._bytes + len(data) > READ:
+                self._bytes -= len(self._read.pop(next(iter(self._read))))
+            self._bytes += len(data)
+        self._read[group] = data
+        return data
 
-    def use(self, group: Group) -> None:
-        """A record of a group was adopted."""
+    def use(self, group: Group, count: int) -> None:
+        """Of a group so many records were adopted."""
         self._used[group[0]][group[1]] = 1
-        self.adopted += 1
+        self.adopted += count
 
     # Keeping
 
     def put(self, page: int, record: Record) -> None:
         """A block was made that no record was. ``page`` is the same for all that are made on one page."""
-        if self._directory < 0 or len(record.code) >= 1 << 16 or len(record.links) >= 256:
+        if self._directory < 0 or len(record.code) > MOST:
             return
         data = record.pack()
-        name = _name(_stored(data, 0))
+        name = _name(data)
         check = zlib.crc32(data)
         number = check & (1 << SEEN_BITS) - 1
         if self._seen[number] == name.key ^ check << 32:
@@ -367,7 +326,7 @@ class Store:
     def _copy(draft: Draft, segment: Segment, group: int, page: int, others: list[Segment]) -> None:
         try:
             for check, record in segment.records(group):
-                name = _name(_stored(record, 0))
+                name = _name(record)
                 if not any(other.has(name.key, check) for other in others):
                     draft.add(page, name, check, record)
         except ValueError:

@@ -412,6 +412,21 @@ class Stubs:
             a.mov(Mem(R11, disp=JC + array * JC_ARRAY, gs=True), RAX)
             a.pop(RAX)
             a.jmp(miss)
+            # Its plain entry: the offset in the page is on the stack.
+            self._begin(f"away{array}")
+            a.mov(R10, field("page"))
+            a.pop(R11)
+            a.lea(R10, Mem(R10, R11))
+            jump_set(a)
+            a.jmp(Mem(R11, disp=JC + array * JC_ARRAY + 8, gs=True))
+        self._begin("away_narrow")
+        a.mov(R10, field("page"))
+        a.pop(R11)
+        a.lea(R10, Mem(R10, R11), size=32)
+        a.mov(field("rip"), R10)
+        self._save(a)
+        self._call(a, "resume")
+        self._finish(a)
 
     def _calls(self, a: Assembler) -> None:
         for name, routine in (("iret", "interrupt_return"), ("syscall", "system_call"), ("sysret", "system_return")):

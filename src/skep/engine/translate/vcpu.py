@@ -63,7 +63,7 @@ class TranslateVcpu(Alone):
         st.codemask = cache.map.mask_address
         st.codebytes = cache.map.bytes_address
         st.wmapped = cache.map.wmapped_address
-        st.hash = cache.hash_address
+        st.hash = cache.blocks.hash_address
         st.rw_delta = cache.buffer.rw - cache.buffer.rx
         st.constants = shared.constants
         st.pairs = self.pairs.address
@@ -294,7 +294,7 @@ class TranslateVcpu(Alone):
                 block = cache.blocks.get(pa << Mode.BITS | mode)
                 if block is not None and block.pa2 is not None and block.pa2 != self.second_page(va):
                     with self._world.stopped():
-                        cache.kill(block)
+                        cache.drop(block)
                     block = None
                 if block is None:
                     block = cache.translate(pa, mode, lambda: self.second_page(va))
@@ -336,7 +336,7 @@ class TranslateVcpu(Alone):
             block = None if pa is None else self.cache.blocks.get(pa << Mode.BITS | st.mode)
             if block is not None and block.pa2 != self.second_page(va):
                 with self._world.stopped():
-                    self.cache.kill(block)
+                    self.cache.drop(block)
 
     def _halted(self) -> Exit:
         return Exit(ExitReason.HALTED, {"interrupts": bool(self.st.iflag)})
