@@ -6,8 +6,9 @@ import pytest
 
 from skep.engine.amd64.registers import Pte
 from skep.engine.translate import TranslateEngine
+from skep.engine.translate.blocks import PIECES
 from skep.engine.translate.drafting import Drafting
-from skep.engine.translate.layout import Kind, Mode
+from skep.engine.translate.layout import TWINS, TWINS_MASK, Kind, Mode
 from skep.engine.translate.sharing import REACH, shares
 from tests.engine.assemble import assemble
 from tests.engine.place import PAGE
@@ -114,6 +115,24 @@ def test_a_range_on_two_pages(offset: int) -> None:
         assert guest.read(G, PAGE) + guest.read(H, PAGE) == bytes(before)
         assert guest.reg("r15") == total & (1 << 64) - 1
         assert bool(guest.vcpu.counts[Kind.PLAIN]) == (offset + 40 > PAGE)  # type: ignore[attr-defined]
+
+
+def test_the_way_to_the_twin_is_known() -> None:
+    """A range that goes on in the next page is not looked up each time; when code is dropped, so are the ways."""
+    with Tiny(TranslateEngine(), BODY.format(base=V + PAGE - 20).replace("ecx, 3", "ecx, 1000")) as guest:
+        guest.map(V, G)
+        guest.map(V + PAGE, H)
+        st, cache = guest.vcpu.st, guest.vcpu.cache  # type: ignore[attr-defined]
+        for _ in range(2):
+            before = st.n_fill
+            guest.set(rip=guest.program["start"], r15=0)
+            guest.run()
+            assert guest.exception is None
+            assert st.n_fill - before < 20
+            assert any(st.bytes[TWINS : TWINS + TWINS_MASK + 16])
+            for _ in range(PIECES):
+                cache._next_piece()
+            assert not any(st.bytes[TWINS : TWINS + TWINS_MASK + 16])
 
 
 @pytest.mark.parametrize(("second", "offset"), [(True, PAGE - 20), (False, 0), (False, PAGE - 20)])

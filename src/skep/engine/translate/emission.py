@@ -41,6 +41,7 @@ def _range_start(a: Assembler, number: int) -> None:
 
 _LINK_CALL = _frag(lambda a: a.call(state("link")))
 _SLOW_CALL = _frag(lambda a: a.call(state("slow")))
+_RANGE_CALL = _frag(lambda a: a.call(state("range")))
 _LOAD_PAGE = _frag(lambda a: a.mov(R10, state("page")))
 _BRK_JUMP = _frag(lambda a: a.jmp(state("brk_exit")))
 _RESTORE = _frag(restore_flags)
@@ -49,6 +50,7 @@ _BREAK = struct.Struct(f"<{len(_PAGE_PLUS)}si{len(_BRK_JUMP)}s").pack
 _SLOW = struct.Struct(f"<Bi{len(_SLOW_CALL)}sBi")
 _SLOW_CODE = _SLOW.pack(0x68, 0, _SLOW_CALL, 0xE9, 0)
 """push descriptor; call slow; jmp back"""
+_RANGE_CODE = _SLOW.pack(0x68, 0, _RANGE_CALL, 0xE9, 0)
 _SLOW_SIZE = _SLOW.size
 _SLOW_PUSH = b"\x68"
 # Looking names up in a class costs more than the rest of a step of the loops below.
@@ -73,6 +75,8 @@ def _jumps(opcode: bytes) -> _Jumps:
     return first, second, third, fourth
 
 
+_RANGE = 1 << 30
+"""In a descriptor: several operands share the check (runtime.fill_range)."""
 _MOVED = 8
 """With what is said of a check in a template: registers are renamed there."""
 _IN_STATE = sum(1 << n for n in IN_STATE)
@@ -220,7 +224,7 @@ class Emission:
                     code, jump = lowering.range_check(write, flags, register == 4)
                     out += code
                     _i32(out, base + jump - 6, 4096 - length)
-                    desc = 1 << 30 | (mode & 3) << 24 | write << 22 | length << 12 | at
+                    desc = _RANGE | (mode & 3) << 24 | write << 22 | length << 12 | at
                     stack = 0
                     if register == 4:
                         stack = 6 if e or form.step is not None else 2
@@ -266,7 +270,8 @@ class Emission:
             _i32(out, jump, here - jump - 4)
             if saved & _MOVED:
                 out += _RESTORE if saved & 1 else b""
-                out += block.undo + _SLOW_PUSH + desc.to_bytes(4, "little") + _SLOW_CALL + redo + b"\xe9"
+                out += block.undo + _SLOW_PUSH + desc.to_bytes(4, "little")
+                out += (_RANGE_CALL if desc & _RANGE else _SLOW_CALL) + redo + b"\xe9"
                 out += (back - len(out) - 4).to_bytes(4, "little", signed=True)
                 continue
             code, again = self._tail(lowering, desc, saved)
@@ -377,17 +382,18 @@ class Emission:
             out += self.long(block.draft.lowering, target, at, narrow)
 
     def _tail(self, lowering: Lowering, desc: int, saved: int) -> tuple[bytes, int]:
-        """Where a check with the descriptor ``desc`` goes on when it fails: ends in _SLOW_CODE. With it, where another
-        displacement of a jump back stands, or 0."""
+        """Where a check with the descriptor ``desc`` goes on when it fails: ends in _SLOW_CODE or
+        _RANGE_CODE. With it, where another displacement of a jump back stands, or 0."""
         restore = _RESTORE if saved & 1 else b""
+        call = _RANGE_CODE if desc & _RANGE else _SLOW_CODE
         if not saved & 2:
-            return restore + _SLOW_CODE, 0
+            return restore + call, 0
         size = desc >> 12 & 1023
         code, jump = lowering.fallback(size, desc >> 22 & 3 != 0, saved & 4 != 0)
         out = bytearray(code + restore + b"\xe9" + bytes(4))
         again = len(out) - 4
         _i32(out, jump, len(out) - jump - 4)
-        return bytes(out + restore + _SLOW_CODE), again
+        return bytes(out + restore + call), again
 
     def unplaced(self, emitted: Emitted, mode: int, live: int, pa2: int | None) -> tuple[bytes, int, int, int, int]:
         """A block's code without what depends on its place, and on which other blocks there are; and where it wants

@@ -92,13 +92,14 @@ _FIELDS = (
     "tag", "set",  # for a jump: host r10 and r11 at a checked entry (tag and set offset)
     "target",  # host address to enter at
     "room",  # elements of a string instruction that can be done together (narrow_runtime.py)
+    "failed",  # return address of a range's check that failed
     "spins",  # PAUSE instructions until the host's CPU is offered to others
     # by TLB array: a page that was last pushed to or popped from, writable, and host less guest address
     *(f"stack{i}_{n}" for i in range(3) for n in ("page", "delta")),
     "stack_offset",  # a temporary of the check that looks there
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
-    "slow", "link", "miss", "brk_exit", "emu_exit", "done_exit", "port_exit", "segment_exit",
+    "slow", "range", "link", "miss", "brk_exit", "emu_exit", "done_exit", "port_exit", "segment_exit",
     "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs", "rep_cmps", "yield_",
     "narrow_string", "span", "load_segment", "cpuid", "rdmsr", "wrmsr",
     # counters
@@ -126,6 +127,8 @@ LARGE_PAGES = 0x64000  # a byte per hashed 2 MiB region: some TLB entry may come
 LARGE_PAGES_SIZE = 0x1000
 IDENTITY = 0x65000  # CPUID's leaves (identity.py)
 IDENTITY_SIZE = 0x1000
+TWINS = 0x66000  # by return address: {where a range's check failed, the plain twin's entry there} (sharing.py)
+TWINS_MASK = 0x3FF0
 PAIR_SLOTS = 4096
 HASH_ENTRY = 32  # key + TABLE_KEY, checked entry, plain entry, the block's number (tables.py)
 TABLE_KEY = 2  # below: 0 where an entry is free, 1 where a block is no more

@@ -64,6 +64,8 @@ from skep.engine.translate.layout import (
     TLB_HOST,
     TLB_READ,
     TLB_WRITE,
+    TWINS,
+    TWINS_MASK,
     Kind,
     Mode,
 )
@@ -577,6 +579,9 @@ def fill_range(va: int, size: int, write: int, array: int, rip: int) -> int:
         entry = find((st.w_pa << Mode.BITS) | st.mode | Mode.PLAIN)
         if entry:
             st.target = ld64(entry + 16)
+            slot = st.self_ + TWINS + ((st.failed << 4) & TWINS_MASK)
+            st64(slot, st.failed)
+            st64(slot + 8, st.target)
             return 1
     st.kind = Kind.PLAIN
     return 0

@@ -7,8 +7,8 @@ temporaries, rsp is the host's stack.
 Templates reach a stub by ``call gs:[name]`` or ``jmp gs:[name]`` with these conventions:
 
 =====================  ==========================================================================
-slow                   ``push desc; call``: r10 is address ^ tag, r11 the TLB offset;
-                       returns with r10 the operand's host address
+slow, range            ``push desc; call``: r10 is address ^ tag, r11 the TLB offset;
+                       returns with r10 the operand's host address; ``range`` if several share the check
 link                   ``mov r11, key; call; dd site``: patch the jump whose displacement is
                        ``site`` bytes from that word, and go
 miss                   ``jmp``: r10 is the target's tag
@@ -51,7 +51,7 @@ from skep.engine.translate.asm import (
     Mem,
     gs,
 )
-from skep.engine.translate.layout import EMPTY_JC, JC, JC_ARRAY, OFFSETS, TLB, XSAVE_AREA, Kind, Mode
+from skep.engine.translate.layout import EMPTY_JC, JC, JC_ARRAY, OFFSETS, TLB, TWINS, TWINS_MASK, XSAVE_AREA, Kind, Mode
 from skep.engine.translate.parking import give_way, go_all, park, say_in, say_out, stop_all
 from skep.engine.translate.ticks import SYS_TIMERFD_SETTIME, watch_ticks
 
@@ -342,7 +342,7 @@ class Stubs:
         self._jump_out(a)
 
     def _slow(self, a: Assembler) -> None:
-        self._begin("slow")
+        slow = self._begin("slow")
         leave = a.label()
         self._save(a)
         a.mov(RSI, Mem(RSP, disp=8), size=32)
@@ -364,6 +364,31 @@ class Stubs:
         self._restore(a)
         a.ret(8)
         self._not_done(a, leave)
+
+        # A range of which the TLB has the page and which goes on in the next: into the plain twin where that was found
+        # from here before (runtime.fill_range), else as any.
+        self._begin("range")
+        save_flags(a)
+        other = a.label()
+        a.push(R10)
+        a.push(R11)
+        a.mov(R11, Mem(RSP, disp=16))
+        a.mov(field("failed"), R11)
+        a.cmp(R10, 4096)
+        a.jcc(Cond.AE, other)
+        a.mov(R10, R11)
+        a.shl(R11, 4, size=32)
+        a.and_(R11, TWINS_MASK, size=32)
+        a.cmp(R10, Mem(R11, disp=TWINS, gs=True))
+        a.jcc(Cond.NE, other)
+        a.lea(RSP, Mem(RSP, disp=32))
+        restore_flags(a)
+        a.jmp(Mem(R11, disp=TWINS + 8, gs=True))
+        a.bind(other)
+        a.pop(R11)
+        a.pop(R10)
+        restore_flags(a)
+        a.jmp(slow)
 
     def _jumps(self, a: Assembler) -> None:
         self._begin("link")

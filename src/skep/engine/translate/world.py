@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 
-from skep.engine.translate.layout import BRK_STOP, EMPTY_JC, JC, JC_ARRAY, JC_SETS, StateBlock
+from skep.engine.translate.layout import BRK_STOP, EMPTY_JC, JC, JC_ARRAY, JC_SETS, TWINS, TWINS_MASK, StateBlock
 from skep.locks import Lock, Order
 
 _Roster = Callable[[ctypes.Array[ctypes.c_uint64], int], None]
@@ -102,10 +102,12 @@ class World:
             self._go(self._roster, len(self.blocks))
 
     def empty_jumps(self, st: StateBlock) -> None:
-        """A jump cache without targets: every way leads to the stub that tries the next one."""
+        """A jump cache without targets: every way leads to the stub that tries the next one. Nor do failing checks know
+        a way."""
         for array, ways in enumerate(self._ways):
             at = JC + array * JC_ARRAY
             st.bytes[at : at + JC_ARRAY] = ways
+        st.bytes[TWINS : TWINS + TWINS_MASK + 16] = bytes(TWINS_MASK + 16)
 
 
 class _Stopped:
