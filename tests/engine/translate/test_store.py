@@ -129,6 +129,30 @@ def test_other_constants(tmp_path: Path) -> None:
     assert result == plain and adopted >= 6 and cache.made == 0
 
 
+@pytest.mark.parametrize("taken", [0, 1])
+def test_other_distances(tmp_path: Path, taken: int) -> None:
+    """Of what is addressed relative to RIP: in the block, and where it looked ahead."""
+    text = """
+        start: mov ecx, 5
+        mov r15, [rip + data]
+        cmp ecx, {taken}
+        ja far
+        add dword [rip + data], 0x01234567
+        far: mov ebx, [rip + data]
+        add ebx, 1
+        hlt
+        align 256
+        {pad}
+        data: dq 3
+    """.replace("{taken}", str(5 * taken))
+    for pad in ("", "dq 1, 2, 3", "db 1\ndb 2\n" * 300):
+        there = text.replace("{pad}", pad)
+        expected, _, _ = run(None, text=there)
+        result, adopted, cache = run(tmp_path / "code", text=there)
+        assert result == expected and expected["rbx"] == (4 if not taken else 0x01234567 + 4)
+        assert (adopted and cache.made == 0) or not pad
+
+
 def test_what_was_looked_at_counts(tmp_path: Path) -> None:
     """The block before a jump saves flags or not by what it saw behind the jump: other code there, another block."""
     text = """

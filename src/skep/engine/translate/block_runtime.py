@@ -18,6 +18,7 @@ from skep.engine.translate.tables import (
     COPIED,
     COPIES,
     COPY,
+    COPY_RELATIVE,
     DEAD,
     DESCRIPTION,
     DESCRIPTIONS,
@@ -72,6 +73,8 @@ WANTED = UPPER
 """What ``adopt`` returns where it must know the second page."""
 FRAME_SHIFT = Mode.BITS + 12
 PAGE_MASK = 0xFFF
+FARTHEST = (1 << 31) - 8192
+"""From here on a displacement relative to RIP may be one of more than 32 bits relative to the page."""
 
 
 def place_of(c: int, key: int) -> int:
@@ -183,6 +186,12 @@ def shown(c: int, record: int, page: int, second: int) -> int:
         if how & RUN_MASKED:
             run = run + words * 8
         left = left - 1
+    left = ld16(record + COPIES)
+    while left:
+        if ld16(run + 4) & COPY_RELATIVE and ld32(ld64(c + RAM) + page + ld16(run + 2)) - FARTHEST < 8192:
+            return 0
+        run = run + COPY
+        left = left - 1
     return 1
 
 
@@ -243,10 +252,10 @@ def put(c: int, record: int, page: int, second: int) -> int:
         size = ld16(run + 4)
         if size == 8:
             st64(code + ld16(run), ld64(source))
-        elif size == 4:
-            st32(code + ld16(run), ld32(source))
-        else:
+        elif size == 2:
             st16(code + ld16(run), ld16(source))
+        else:
+            st32(code + ld16(run), ld32(code + ld16(run)) + ld32(source))
         run = run + COPY
         left = left - 1
     left = ld16(record + LINKS)

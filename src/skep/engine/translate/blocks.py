@@ -284,9 +284,15 @@ class Cache:
         page = block.pa & ~4095
         offset = block.pa & 4095
         room = 4096 - offset
-        code, *places = self._emission.unplaced(emitted, block.mode, block.live, block.pa2)
-        copies = [] if block.pa2 is not None else [(to, offset + of, k) for to, of, k in emitted.copies]
-        runs = [Run(offset, data[:room], _mask(len(data), ((of, k) for _, of, k in emitted.copies) if copies else ()))]
+        unplaced, *places = self._emission.unplaced(emitted, block.mode, block.live, block.pa2)
+        code = bytearray(unplaced)
+        constants_ = () if block.pa2 is not None else emitted.copies
+        for to, of, k in constants_:
+            k &= 15
+            mine = int.from_bytes(code[to : to + k], "little") - int.from_bytes(data[of : of + k], "little")
+            code[to : to + k] = (mine & (1 << 8 * k) - 1).to_bytes(k, "little")
+        copies = [(to, offset + of, k) for to, of, k in constants_]
+        runs = [Run(offset, data[:room], _mask(len(data), ((of, k & 15) for _, of, k in constants_)))]
         if block.pa2 is not None:
             runs.append(Run(0, data[room:], second=True))
         looks = {at: (n, constants) for at, (_, n, constants) in self._drafting.looked}
@@ -296,7 +302,7 @@ class Cache:
         self.store.put(
             block.pa >> 12,
             Record(
-                offset, block.mode, block.size, runs, code, emitted.entry, block.live,
+                offset, block.mode, block.size, runs, bytes(code), emitted.entry, block.live,
                 [stub + LINK_KEY for _, stub, _ in emitted.links], copies, second, brk, (span[0], span[1]),
                 block.looked, emitted.marks,
             ),

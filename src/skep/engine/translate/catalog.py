@@ -96,6 +96,7 @@ class Catalog:
                 form = lowering.form(ins, relative, open_)
                 if not form.emulate:
                     form.wrap = target or (1 << lowering.bits - 1 if relative else 0)
+                    form.behind = len(key) - where.displacement_offset - 4 if relative else 0
                     if lowering.is_general(ins):
                         self._general[general] = form
             seen.shapes[name] = form

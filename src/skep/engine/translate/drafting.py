@@ -121,6 +121,8 @@ class Drafting:
             if constants.imm_size > 1:
                 other.append((at + constants.imm, constants.imm_size))
             at += n
+            if form.relative:
+                other.append((at - 4 - form.behind, 4))
             need |= open_ & form.reads
             open_ &= form.keeps
             if not open_ or form.ends:

@@ -85,6 +85,8 @@ _JCC_JUMPS = [_jumps(bytes((0x0F, 0x80 | cc))) for cc in range(16)]
 _JMP_JUMPS = _jumps(b"\xe9")
 _LINK = struct.Struct(f"<2sQ{len(_LINK_CALL)}si")
 _LINK_SITE = 10 + len(_LINK_CALL)
+RELATIVE = 4 | 1 << 8
+"""In place of bytes: the displacement of a RIP-relative operand."""
 LINK_KEY = 2
 """Where in a link's stub the target's key stands."""
 _CHECK_DEAD = _frag(lambda a: a.cmp(gs(OFFSETS["brk"]), 0, size=32)) + b"\x0f\x85" + bytes(4)  # jne rel32
@@ -110,7 +112,8 @@ class Emitted(NamedTuple):
     links: list[tuple[int, int, int]]
     """Jumps within the page: offset of the displacement, of the stub that links it, and the target's key."""
     copies: list[tuple[int, int, int]]
-    """Constants of 2, 4 and 8 bytes that the code only copies: offset in the code, in the block's bytes, bytes."""
+    """Constants of 2, 4 and 8 bytes that the code only copies: offset in the code, in the block's bytes, bytes; or
+    RELATIVE, where the code has the constant plus something."""
 
 
 class _Block:
@@ -182,6 +185,7 @@ class Emission:
         copies: list[tuple[int, int, int]] = []
         items = draft.items
         shared = shares(items, data, offset) if block.wide and not draft.plain else [None] * len(items)
+        sharing = any(shared)
         held = -1  # the range whose start is in r10
         marks = array("H")
         mark = marks.append
@@ -247,10 +251,12 @@ class Emission:
                 for hole, what, add in t.holes:
                     value = place if what == 3 else at if what == 0 else at + n if what == 1 else extra
                     _i32(out, base + hole, add + value)
+                    if what == 2 and form.relative:
+                        copies.append((base + hole, at - offset + n - 4 - form.behind, RELATIVE))
                 for to, of, k in t.copies:
                     to += base
                     of += at - offset
-                    if k > 1 and form.step is None:
+                    if k > 1 and (form.step is None or not sharing):
                         copies.append((to, of, k))
                     out[to : to + k] = data[of : of + k]
             if e:

@@ -91,6 +91,7 @@ class Form:
     ends: int = Ends.NO
     cond: int = 0
     relative: bool = False  # has a RIP-relative operand, blanked in the key
+    behind: int = 0  # bytes behind the displacement of that
     emulate: bool = False
     memory: bool = False  # may have checks
     narrow: bool = False  # a branch whose target has 16 bits

@@ -60,7 +60,8 @@ LOOKS = 34  # two u16
 RECORD = 40
 RUN = 8  # u16 offset in the page, u16 bytes, u16 RUN_MASKED | RUN_SECOND, u16 unused; words; masks of words
 RUN_MASKED, RUN_SECOND = 1, 2
-COPY = 6  # u16 offset in the code, u16 offset in the page, u16 bytes
+COPY = 6  # u16 offset in the code, u16 offset in the page, u16 bytes, COPY_RELATIVE; 4 bytes are added to what is there
+COPY_RELATIVE = 1 << 8  # it is relative to RIP, and there are displacements for which the sum would need more bits
 LINK = 2  # u16 offset in the code of a key that lacks its page
 
 _ON_DEMAND = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
