@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from skep.contracts.constantports import ConstantPorts
-from skep.engine.amd64.cpuid import SUBLEAVES, make
+from skep.engine.amd64.cpuid import INTEL_VENDOR, SUBLEAVES, host_vendor, make
 from skep.engine.amd64.registers import Cr4
 from skep.engine.translate.layout import Kind
 from skep.engine.translate.port import GuestFault
-from tests.engine.tiny import CODE64, DATA0, GDT, USER_DATA, Tiny
+from tests.engine.assemble import assemble
+from tests.engine.tiny import CODE32, CODE64, DATA0, GDT, SEGMENTS, USER_DATA, Tiny
 
 Boot = Callable[..., Tiny]
 ROUNDS = 20
@@ -256,3 +257,29 @@ def test_a_known_byte_read_in_single_steps_and_at_a_breakpoint(boot: Boot, const
     guest.set(dr0=0x42, dr7=0x20401, cr4=guest.state["cr4"] | Cr4.DE)
     guest.run()
     assert guest.reg("rbx") == guest.program["after"]
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_cpuid_tells_of_the_local_apic_while_it_is_enabled(boot: Boot, bits: int) -> None:
+    """SDM 3, 11.4.3. 32-bit code's CPUID is Python's, 64-bit code's machine code's."""
+    text = "mov eax, 1\ncpuid\nmov esi, edx\nmov ecx, 0x1b\nrdmsr\nbtc eax, 11\nwrmsr\nmov eax, 1\ncpuid\nhlt"
+    guest = boot(text) if bits == 64 else boot("hlt")
+    if bits == 32:
+        guest.memory.write(0x100000, assemble(text, 0x100000, bits=32).code)
+        guest.set(cs=SEGMENTS[CODE32], rip=0x100000)
+    for there in (True, False):
+        guest.set(rip=guest.program.address)
+        guest.run()
+        assert guest.exception is None
+        assert [guest.reg(name) >> 9 & 1 for name in ("rsi", "rdx")] == [there, not there]
+
+
+@pytest.mark.parametrize(("user", "result"), [(False, -1000), (True, -1)])
+def test_a_hypercall_of_kvms_is_unknown(boot: Boot, user: bool, result: int) -> None:
+    """CPUID shows KVM's signature, for guests that look for frequencies there, and no feature."""
+    ours, other = ("vmcall", "vmmcall") if host_vendor() == INTEL_VENDOR else ("vmmcall", "vmcall")
+    guest = boot(f"mov eax, 9\n{ours}\nlast: {other}", user=user)
+    guest.run()
+    frame = guest.exception
+    assert frame is not None and (frame.vector, frame.rip) == (6, guest.program["last"])
+    assert guest.reg("rax") == result & (1 << 64) - 1

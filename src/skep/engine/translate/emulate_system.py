@@ -25,12 +25,25 @@ DR6_BD = 1 << 13
 DR7_FIXED = 1 << 10
 DR7_WRITABLE = 0xFFFF_23FF
 DR7_GD = 1 << 13
+CPUID_APIC = 1 << 9
+KVM_EPERM, KVM_ENOSYS = -1, -1000
 
 
 def cpuid(e: Context, i: Instruction) -> None:
     q = e.st.q
     e.msrs.exits.note("cpuid", q[RAX] & M32, 0, q[RCX] & M32, e.st.rip)
-    q[RAX], q[RBX], q[RCX], q[RDX] = e.cpuid.read(q[RAX] & M32, q[RCX] & M32, e.st.cr4, e.st.xcr0)
+    leaf = q[RAX] & M32
+    q[RAX], q[RBX], q[RCX], q[RDX] = e.cpuid.read(leaf, q[RCX] & M32, e.st.cr4, e.st.xcr0)
+    if leaf == 1 and not e.msrs.apic_enabled():
+        q[RDX] &= ~CPUID_APIC
+
+
+def hypercall(e: Context, i: Instruction) -> None:
+    """VMCALL on Intel's, VMMCALL on AMD's CPUs: KVM's signature is offered, and no call (Linux, kvm_para.h)."""
+    if (i.mnemonic == Mnemonic.VMMCALL) != e.cpuid.is_amd:
+        raise GuestFault(Vector.UD)
+    mask = M64 if e.bits == 64 else M32
+    e.st.q[RAX] = (KVM_EPERM if e.st.cpl else KVM_ENOSYS) & mask
 
 
 def rdmsr(e: Context, i: Instruction) -> None:
@@ -468,6 +481,8 @@ def _write_base(name: str) -> Handler:
 
 HANDLERS: dict[int, Handler] = {
     Mnemonic.CPUID: cpuid,
+    Mnemonic.VMCALL: hypercall,
+    Mnemonic.VMMCALL: hypercall,
     Mnemonic.RDMSR: rdmsr,
     Mnemonic.WRMSR: wrmsr,
     Mnemonic.IN: in_,

@@ -20,6 +20,7 @@ WITHOUT_AVX = cpuid.XSAVE_LEGACY_SIZE
 WITH_AVX = cpuid.AVX_OFFSET + cpuid.AVX_SIZE
 
 _FREE = (1 << 64) - 1
+_APIC = 1 << 32 + 9
 _row = struct.Struct("<Q5I4x")
 assert _row.size == ROW
 
@@ -33,8 +34,20 @@ def write(st: StateBlock, model: cpuid.Cpuid) -> None:
         _row.pack_into(st.bytes, ROWS + number * ROW, _FREE, 0, 0, 0, 0, 0)
     for (leaf, subleaf), registers in table.items():
         key = leaf | subleaf << 32
-        number = (key * 0x9E3779B97F4A7C15 & _FREE) >> 64 - ROW_BITS
-        while st.q[ROWS + number * ROW >> 3] != _FREE:
-            number = number + 1 & (1 << ROW_BITS) - 1
+        number = _find(st, key)
         how = HAS_SUBLEAVES if leaf in cpuid.SUBLEAVES else 0
         _row.pack_into(st.bytes, ROWS + number * ROW, key, *registers, how)
+
+
+def show_apic(st: StateBlock, there: bool) -> None:
+    """Set the feature bit of the local APIC, or clear it."""
+    word = ROWS + _find(st, FEATURES) * ROW + ROW_REGISTERS + 8 >> 3  # ECX, EDX
+    st.q[word] = st.q[word] & ~_APIC | (_APIC if there else 0)
+
+
+def _find(st: StateBlock, key: int) -> int:
+    """The number of a key's row, or of the free one where it belongs."""
+    number = (key * 0x9E3779B97F4A7C15 & _FREE) >> 64 - ROW_BITS
+    while st.q[ROWS + number * ROW >> 3] not in (_FREE, key):
+        number = number + 1 & (1 << ROW_BITS) - 1
+    return number

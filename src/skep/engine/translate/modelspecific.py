@@ -13,6 +13,7 @@ from skep.engine.amd64.cpuid import Cpuid
 from skep.engine.amd64.registers import Cr0, Efer, canonical
 from skep.engine.amd64.tsc import read_tsc
 from skep.engine.exits import Exits
+from skep.engine.translate import identity
 from skep.engine.translate.layout import StateBlock
 
 M64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -167,8 +168,18 @@ class ModelSpecific:
         if index in self._kept:
             return self._write_kept(index, value)
         if index == msrs.IA32_APIC_BASE or msrs.X2APIC_FIRST <= index <= msrs.X2APIC_LAST:
-            return self._interrupts.write_msr(index, value)
+            done = self._interrupts.write_msr(index, value)
+            if done and index == msrs.IA32_APIC_BASE:
+                self.apic_changed()
+            return done
         return False
+
+    def apic_enabled(self) -> bool:
+        return bool((self._interrupts.read_msr(msrs.IA32_APIC_BASE) or 0) & msrs.APIC_BASE_ENABLE)
+
+    def apic_changed(self) -> None:
+        """CPUID tells of a local APIC only while it is enabled (SDM 3, 11.4.3)."""
+        identity.show_apic(self._st, self.apic_enabled())
 
     @staticmethod
     def _valid_in_state(index: int, value: int) -> bool:

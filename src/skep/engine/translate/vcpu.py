@@ -229,6 +229,7 @@ class TranslateVcpu(Alone):
             self._fresh = False
             self._flush(1)
             st = self.st
+            self.msrs.apic_changed()
             breakpoints.watch(st)
             if st.cr0 & Cr0.PG and st.cr4 & Cr4.PAE and not st.efer & Efer.LMA:
                 entries = self.read_physical(st.cr3 & 0xFFFFFFE0, 32)
