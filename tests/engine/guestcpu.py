@@ -23,7 +23,7 @@ from tests.engine.place import (
     changed_pages,
     comparable_fpu,
 )
-from tests.engine.tiny import CODE64, DATA0, NULL_SEGMENT, SEGMENTS, USER64, USER_DATA, Tiny, TinyError
+from tests.engine.tiny import CODE64, DATA0, MMIO, NULL_SEGMENT, SEGMENTS, USER64, USER_DATA, Tiny, TinyError
 
 CODE_GPA = 0x400000
 DATA_GPA = 0x600000
@@ -39,6 +39,7 @@ class GuestCpu:
         self.tiny = Tiny(engine, "hlt", ist=dict.fromkeys(range(256), 1), cpu_model=cpu_model, base=KERNEL)
         self.supervisor = supervisor
         self.tiny.set(cr0=self.tiny.state["cr0"] | Cr0.AM)  # as Linux has it
+        self.tiny.unmap(MMIO)  # the host process has nothing there
         user = 0 if supervisor else Pte.US
         for offset in range(0, CODE_SIZE, PAGE):
             self.tiny.map(CODE + offset, CODE_GPA + offset, user)

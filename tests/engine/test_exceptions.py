@@ -675,6 +675,12 @@ class TestAlignment:
         frame = fault(guest)
         assert (frame.vector, frame.rip) == (13, guest.program["last"])
 
+    def test_a_string_reads_before_it_writes(self, boot: Boot) -> None:
+        """The source is not mapped, the destination misaligned."""
+        guest = self.boot(boot, "mov rsi, 0x7ff000000000\nlea rdi, [rbx + 2]\nmov ecx, 3\nlast: rep movsq")
+        frame = fault(guest)
+        assert (frame.vector, frame.rip, frame.cr2) == (14, guest.program["last"], 0x7FF000000000)
+
     @pytest.mark.parametrize("back", ["iretq", "sysretq"])
     def test_a_kernel_in_between_is_not_checked(self, boot: Boot, back: str) -> None:
         """Interrupts, system calls and their returns change what is checked, on the way in and on the way out."""

@@ -58,3 +58,16 @@ def test_an_instruction_that_is_cut_off_is_not_taken_for_one_that_is_not() -> No
     assert _form(catalog, mode, whole)[0] is not catalog.mode(mode).lowering.emulated
     for n in range(1, len(whole)):
         assert _form(catalog, mode, whole[:n])[0] is catalog.mode(mode).lowering.emulated
+
+
+@pytest.mark.parametrize("place", ["1c2588130000", "5588"])
+def test_a_register_behind_the_displacement_is_no_constant(place: str) -> None:
+    """VBLENDVPS ymm3, ymm2, [m], ymm1 and the same with ymm9."""
+    catalog = Catalog()
+    forms = []
+    for last in ("10", "90"):
+        data = bytes.fromhex(f"c4e36d4a{place}{last}")
+        form, key = _form(catalog, MODES[0], data)
+        assert len(key) == len(data)
+        forms.append(form)
+    assert forms[0] is not forms[1]

@@ -108,7 +108,10 @@ class Catalog:
                 constants = where.immediate_offset if open_.imm_size else 0
             if where.has_displacement and constants:
                 constants = where.displacement_offset if open_.disp_size or relative else 0
-            if 0 < constants < len(key):
+            end = max(
+                where.displacement_offset + where.displacement_size, where.immediate_offset + where.immediate_size
+            )
+            if 0 < constants < end == len(key):  # a register may stand behind them (VBLENDVPS)
                 seen.heads[key[:constants]] = form
         return form
 

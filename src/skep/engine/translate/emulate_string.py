@@ -29,6 +29,8 @@ from skep.engine.translate.context import (
 )
 from skep.engine.translate.emulate_integer import subtract_flags
 from skep.engine.translate.emulate_system import check_port
+from skep.engine.translate.forms import Legality
+from skep.engine.translate.layout import Mode
 from skep.engine.translate.port import GuestFault
 from skep.engine.translate.segments import check_alignment
 
@@ -208,7 +210,8 @@ def string(e: Context, i: Instruction) -> None:
     flags_before = st.flags
     if element.address_size == 4 and e.bits == 64 and not e.cpuid.is_amd:
         _truncate(e, operation)
-    run = _RUNS.get(operation) if element.step > 0 and not st.watch else None
+    one_by_one = element.step < 0 or st.watch or st.mode >> Mode.CLASS_SHIFT & Legality.ALIGNED
+    run = None if one_by_one else _RUNS.get(operation)
     for _ in range(MAX_ROUNDS):
         count = st.q[RCX] & MASK[element.address_size]
         if not count:
