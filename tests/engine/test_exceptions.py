@@ -65,7 +65,6 @@ class TestDelivery:
             ("push 0x50\npush 0\nretfq", 13, 0x50),
             ("ltr [rip + sel]\nsel: dw 0x10", 13, 0x10),
             ("db 0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1", 6, 0),  # AVX-512: CPUID says no
-            ("vmcall", 6, 0),
             ("rdpkru", 6, 0),
             ("wrpkru", 6, 0),
             ("rsm", 6, 0),
