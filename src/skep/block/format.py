@@ -209,6 +209,10 @@ class Image(ABC):
             else:
                 yield from _through(self.backing, extent)
 
+    def allocated(self) -> int:
+        """Bytes of the host's that its files take."""
+        return self.file.allocated()
+
     def info(self) -> dict[str, Any]:
         """What `qemu-img info` has under ``format-specific.data``: keys and values as its JSON."""
         return {}
@@ -246,6 +250,14 @@ class Image(ABC):
 
     def resize(self, size: int) -> None:
         raise self.cannot("cannot be resized")
+
+    def make_empty(self) -> None:
+        """Hold nothing any more, so that everything is what is below."""
+        raise self.cannot("cannot be emptied")
+
+    def show_snapshot(self, name: str) -> None:
+        """Read as the disk was then, from now on; the image is open for reading only."""
+        raise self.cannot("has no snapshots")
 
     def write_compressed(self, data: bytes | memoryview, offset: int) -> None:
         """A whole cluster, or the end of the disk, that nobody has written before."""
@@ -303,7 +315,8 @@ def _through(backing: Image, hole: Extent) -> Iterator[Extent]:
         for extent in backing.extents(hole.offset, there):
             yield extent._replace(depth=extent.depth + 1)
     if there < hole.length:
-        yield Extent(hole.offset + there, hole.length - there, zero=True, present=False)
+        # Zeros that the end of the file below stands for.
+        yield Extent(hole.offset + there, hole.length - there, zero=True, depth=1)
 
 
 _ZEROES = memoryview(bytes(1 << 20))

@@ -237,6 +237,23 @@ def _list(arguments: argparse.Namespace) -> int:
     return list_vms(arguments.json)
 
 
+def _add_image(commands: Any) -> None:
+    image = commands.add_parser(
+        "image",
+        add_help=False,
+        prefix_chars="\0",
+        help="make, check, convert and change disk images, as qemu-img does",
+    )
+    image.add_argument("words", nargs=argparse.REMAINDER)
+    image.set_defaults(command=_image)
+
+
+def _image(arguments: argparse.Namespace) -> int:
+    from skep.cli.image import image
+
+    return image(arguments.words)
+
+
 def make_parser() -> Parser:
     """Every command and its options."""
     parser = Parser(prog="skep", description="A hypervisor in Python.")
@@ -246,6 +263,7 @@ def make_parser() -> Parser:
     _add_guest(commands)
     _add_ctl(commands)
     _add_list(commands)
+    _add_image(commands)
     return parser
 
 

@@ -130,6 +130,43 @@ def _header(path: str, options: Mapping[str, str]) -> Header:
     return header
 
 
+def amend(image: Qcow2Image, options: Mapping[str, str]) -> None:
+    """``compat``, ``lazy_refcounts``, ``size``, and the name of what is below."""
+    header, path = image.header, image.path
+    for name in options:
+        if name not in ("compat", "lazy_refcounts", "size", "backing_file", "backing_fmt"):
+            raise ImageError(f"{name} cannot be changed", path, "skep image convert makes another image")
+    compat = options.get("compat")
+    if compat not in (None, "0.10", "v2", "1.1", "v3"):
+        raise ImageError(f"no such compat: {compat!r}", path, "known are 0.10 (or v2) and 1.1 (or v3)")
+    image.settle()
+    if compat in ("1.1", "v3") and header.version == 2:
+        header.version = 3
+    elif compat in ("0.10", "v2") and header.version == 3:
+        if header.incompatible or header.refcount_order != 4 or header.autoclear:
+            raise ImageError("it uses what only version 3 has", path)
+        if any(extent.zero for extent in image.layer(0, image.size)):
+            raise ImageError("it has clusters of zeros, which only version 3 has", path)
+        header.version, header.compatible = 2, 0
+    if "lazy_refcounts" in options:
+        lazy = on_off(options, "lazy_refcounts", path)
+        if lazy and header.version == 2:
+            raise ImageError("lazy_refcounts needs compat=1.1", path)
+        header.compatible = header.compatible & ~Compatible.LAZY_REFCOUNTS | (Compatible.LAZY_REFCOUNTS if lazy else 0)
+    image.write_header()
+    image.flush()
+    if "backing_file" in options or "backing_fmt" in options:
+        old = image.backing_name()
+        name = options.get("backing_file", "" if old is None else old.name)
+        kind = options.get("backing_fmt", None if old is None else old.format)
+        image.set_backing(BackingName(name, kind) if name else None)
+    if "size" in options:
+        size = parse_size(options["size"])
+        if size is None:
+            raise ImageError(f"{options['size']!r} is not a size", path)
+        image.resize(-(-size // 512) * 512)
+
+
 def _data_file(path: str, options: Mapping[str, str], header: Header, backing: BackingName | None) -> str | None:
     raw = on_off(options, "data_file_raw", path)
     name = options.get("data_file")

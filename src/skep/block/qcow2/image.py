@@ -948,22 +948,33 @@ class Qcow2Image(Image):
 
     def _cut(self, first: int, last: int) -> None:
         """Forget these clusters of the disk, and L2 tables that have no others."""
-        for index in range(first, last):
-            if index % self._tables.entries == 0 and (table := self._tables.l2_offset(index // self._tables.entries)):
-                for at in range(index, min(last, index + self._tables.entries)):
-                    self._cut_one(at)
-                self._tables.set_l1(index // self._tables.entries, 0)
-                self._free(table >> self._bits, 1)
-            elif index // self._tables.entries == first // self._tables.entries:
-                self._cut_one(index)
+        entries = self._tables.entries
+        for l1_index in range(first // entries, -(-last // entries)):
+            with self._lock:
+                if not self._tables.l2_offset(l1_index):
+                    continue
+                for index in range(max(first, l1_index * entries), min(last, (l1_index + 1) * entries)):
+                    self._cut_one(index)
+                if l1_index * entries >= first:
+                    table = self._tables.l2_offset(l1_index)
+                    self._tables.set_l1(l1_index, 0)
+                    self._free(table >> self._bits, 1)
             if self._tables.crowded:
                 self.flush()
 
     def _cut_one(self, index: int) -> None:
-        word = self._entry(index)
-        if word:
-            self._tables.change(self._l2_to_change(index), 0, 0 if self._tables.words == 2 else None)
+        found = self._tables.find(index)
+        if found is not None and any(found[0].words[found[1] : found[1] + self._tables.words]):
+            found = self._l2_to_change(index)
+            word = found[0].words[found[1]]
+            self._tables.change(found, 0, 0 if self._tables.words == 2 else None)
             self._free_entry(word)
+
+    def make_empty(self) -> None:
+        self._may_write()
+        self.settle()
+        self._cut(0, -(-self.size // self._cluster))
+        self.settle()
 
     def replace_l1(self, entries: Sequence[int], size: int) -> None:
         """Another L1 table, of a disk of another size. Everything has been flushed; the old table's tree is the
@@ -996,6 +1007,10 @@ class Qcow2Image(Image):
                 self.flush()
         self._data.resize(max(self._data.size, self._highest << self._bits if self._data is self.file else self.size))
         self.settle()
+
+    def amend(self, options: Mapping[str, str]) -> None:
+        """Change options of creation. Raises ImageError for those that cannot be changed."""
+        create.amend(self, options)
 
     # What the modules beside this one do with the tables. They come alone, as their callers do.
 
@@ -1101,6 +1116,13 @@ class Qcow2Image(Image):
     def snapshot_apply(self, name: str) -> None:
         self._may_write()
         snapshots.apply(self, name)
+
+    def show_snapshot(self, name: str) -> None:
+        entry = snapshots.find(self, name)
+        self.size = entry.snapshot.size
+        self._tables.forget_all()
+        self._tables.l1 = snapshots.l1_of(self, entry)
+        self._unpacked.clear()
 
     def snapshot_delete(self, name: str) -> None:
         self._may_write()

@@ -121,7 +121,7 @@ def create(image: Qcow2Image, name: str) -> None:
         raise ImageError("there are as many snapshots as can be", image.path)
     ids = [int(one.snapshot.id) for one in entries if one.snapshot.id.isascii() and one.snapshot.id.isdecimal()]
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-    taken = Snapshot(str(max(ids, default=0) + 1), name, image.size, 0, seconds & 0xFFFF_FFFF, nanoseconds, 0)
+    taken = Snapshot(str(max(ids, default=0) + 1), name, image.size, 0, seconds & 0xFFFF_FFFF, nanoseconds, 0, 0)
     with _uncertain(image):
         l1 = array("Q", image.l1())
         _count(image, l1, 1)
@@ -134,11 +134,11 @@ def create(image: Qcow2Image, name: str) -> None:
 def delete(image: Qcow2Image, name: str) -> None:
     image.settle()
     gone = find(image, name)
-    l1 = _l1_of(image, gone)
+    l1 = l1_of(image, gone)
     with _uncertain(image):
         _write(image, [one for one in read(image) if one != gone])
         _count(image, l1, -1)
-        image.give_back(_row(image, gone.l1_offset, len(l1) * 8))
+        image.give_back(_row(image, gone.l1_offset, gone.l1_size * 8))
         image.settle()
         set_flags(image)
 
@@ -147,11 +147,7 @@ def apply(image: Qcow2Image, name: str) -> None:
     image.settle()
     wanted = find(image, name)
     old = array("Q", image.l1())
-    new = _l1_of(image, wanted)
-    least = -(-wanted.snapshot.size // (image.header.l2_entries * image.cluster_size))
-    if wanted.snapshot.size % 512 or least * 8 > MOST_L1_BYTES:
-        raise DamagedImage(image.path, f"a snapshot of {wanted.snapshot.size} bytes")
-    new.extend([0] * (least - len(new)))
+    new = l1_of(image, wanted)
     with _uncertain(image):
         _count(image, new, 1)
         image.flush()
@@ -195,8 +191,14 @@ def set_flags(image: Qcow2Image) -> None:
         image.set_copied_flags(i)
 
 
-def _l1_of(image: Qcow2Image, entry: Entry) -> array[int]:
-    return from_big_endian(read_at(image.file, entry.l1_offset, entry.l1_size * 8))
+def l1_of(image: Qcow2Image, entry: Entry) -> array[int]:
+    """The L1 table of a snapshot, long enough for its disk. Raises DamagedImage."""
+    least = -(-entry.snapshot.size // (image.header.l2_entries * image.cluster_size))
+    if entry.snapshot.size % 512 or least * 8 > MOST_L1_BYTES:
+        raise DamagedImage(image.path, f"a snapshot of {entry.snapshot.size} bytes")
+    l1 = from_big_endian(read_at(image.file, entry.l1_offset, entry.l1_size * 8))
+    l1.extend([0] * (least - len(l1)))
+    return l1
 
 
 def _write(image: Qcow2Image, entries: list[Entry]) -> None:

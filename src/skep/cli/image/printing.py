@@ -1,0 +1,130 @@
+"""How `skep image` shows things: qemu-img's human and JSON forms."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from skep.block.copying import Progress
+from skep.block.format import Image, Snapshot
+from skep.block.image import backing_path
+
+
+def human_size(size: int) -> str:
+    """Three digits and a unit."""
+    exponent = math.frexp(size / (1000.0 / 1024.0))[1]
+    step = max(0, (exponent - 1) // 10)
+    return f"{_three_digits(size / (1 << 10 * step))} {('', 'Ki', 'Mi', 'Gi', 'Ti', 'Pi', 'Ei')[step]}B"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.3g}"
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=4))
+
+
+def describe(image: Image, path: str) -> dict[str, Any]:
+    """What `info` tells of one image, as its JSON."""
+    found: dict[str, Any] = {}
+    below = image.backing_name()
+    if below is not None and below.format is not None:
+        found["backing-filename-format"] = below.format
+    if taken := image.snapshots():
+        found["snapshots"] = [_snapshot(one) for one in taken]
+    found["virtual-size"] = image.size
+    found["filename"] = path
+    if image.cluster_size is not None:
+        found["cluster-size"] = image.cluster_size
+    found["format"] = image.format
+    found["actual-size"] = image.allocated()
+    if image.encrypted:
+        found["encrypted"] = True
+    if special := image.info():
+        found["format-specific"] = {"type": image.format, "data": special}
+    if below is not None:
+        found["full-backing-filename"] = backing_path(path, below.name)
+        found["backing-filename"] = below.name
+    found["dirty-flag"] = image.dirty
+    return found
+
+
+def _snapshot(one: Snapshot) -> dict[str, Any]:
+    seconds, nanoseconds = divmod(one.vm_clock, 10**9)
+    found: dict[str, Any] = {} if one.icount is None else {"icount": one.icount}
+    return found | {
+        "vm-clock-nsec": nanoseconds,
+        "name": one.name,
+        "date-sec": one.seconds,
+        "date-nsec": one.nanoseconds,
+        "vm-clock-sec": seconds,
+        "id": one.id,
+        "vm-state-size": one.state_size,
+    }
+
+
+def print_info(found: dict[str, Any], snapshots: Iterable[Snapshot]) -> None:
+    """The same for people."""
+    print(f"image: {found['filename']}")
+    print(f"file format: {found['format']}")
+    print(f"virtual size: {human_size(found['virtual-size'])} ({found['virtual-size']} bytes)")
+    print(f"disk size: {human_size(found['actual-size'])}")
+    if found.get("encrypted"):
+        print("encrypted: yes")
+    if "cluster-size" in found:
+        print(f"cluster_size: {found['cluster-size']}")
+    if found["dirty-flag"]:
+        print("cleanly shut down: no")
+    if "backing-filename" in found:
+        name, full = found["backing-filename"], found["full-backing-filename"]
+        print(f"backing file: {name}" + (f" (actual path: {full})" if name != full else ""))
+    if "backing-filename-format" in found:
+        print(f"backing file format: {found['backing-filename-format']}")
+    if found.get("snapshots"):
+        print_snapshots(snapshots)
+    if "format-specific" in found:
+        print("Format specific information:")
+        _dump(found["format-specific"]["data"], 1)
+
+
+def _dump(value: Any, depth: int) -> None:
+    entries = value.items() if isinstance(value, dict) else ((f"[{i}]", one) for i, one in enumerate(value))
+    for key, one in entries:
+        name = key.replace("-", " ")
+        if isinstance(one, dict | list):
+            print(f"{'    ' * depth}{name}:")
+            _dump(one, depth + 1)
+        else:
+            text = str(one).lower() if isinstance(one, bool) else one
+            print(f"{'    ' * depth}{name}: {text}")
+
+
+def print_snapshots(snapshots: Iterable[Snapshot]) -> None:
+    print("Snapshot list:")
+    print(f"{'ID':<9} {'TAG':<16} {'VM SIZE':>8} {'DATE':>19} {'VM CLOCK':>12} {'ICOUNT':>10}")
+    for one in snapshots:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.seconds))
+        seconds, part = divmod(one.vm_clock // 10**6, 1000)
+        clock = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{part:03d}"
+        count = "" if one.icount is None else one.icount
+        print(f"{one.id:<9} {one.name:<16} {human_size(one.state_size):>8} {when:>19} {clock:>12} {count:>10}")
+
+
+def progress(show: bool) -> Progress:
+    """A line that tells how much is done, in hundredths."""
+    last = -1
+
+    def tell(done: float) -> None:
+        nonlocal last
+        now = int(min(done, 1) * 10000)
+        if now != last and (now - last >= 100 or now == 10000):
+            last = now
+            sys.stdout.write(f"    ({now / 100:.2f}/100%)\r")
+            sys.stdout.flush()
+
+    return tell if show else lambda done: None
