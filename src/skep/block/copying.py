@@ -185,8 +185,8 @@ def zero_runs(data: bytes | bytearray, least: int) -> Iterator[tuple[int, int, b
 class Difference(NamedTuple):
     offset: int | None
     """The first sector that differs; None: none does."""
-    sizes: bool
-    """The images have different sizes, and the longer one has only zeros beyond the shorter."""
+    allocation: bool = False
+    """It is not what is there that differs, but whether something is."""
 
 
 def compare(one: Image, other: Image, progress: Progress = _nothing, *, allocation: bool = False) -> Difference:
@@ -195,7 +195,7 @@ def compare(one: Image, other: Image, progress: Progress = _nothing, *, allocati
     longer = one if one.size > other.size else other
     for offset, length, a, b in _both(one.extents(0, shared), other.extents(0, shared)):
         if allocation and (a.present, a.data) != (b.present, b.data):
-            return Difference(offset, False)
+            return Difference(offset, True)
         zero_a, zero_b = a.zero and not a.data, b.zero and not b.data
         if zero_a and zero_b:
             continue
@@ -204,7 +204,7 @@ def compare(one: Image, other: Image, progress: Progress = _nothing, *, allocati
             first = _ZEROES[:n] if zero_a else read_at(one, at, n)
             second = _ZEROES[:n] if zero_b else read_at(other, at, n)
             if first != second:
-                return Difference(at + _first_difference(first, second), False)
+                return Difference(at + _first_difference(first, second))
             progress((at + n) / longer.size)
     for extent in longer.extents(shared):
         if extent.zero and not extent.data:
@@ -213,9 +213,9 @@ def compare(one: Image, other: Image, progress: Progress = _nothing, *, allocati
             n = min(PIECE, extent.offset + extent.length - at)
             data = read_at(longer, at, n)
             if data != _ZEROES[:n]:
-                return Difference(at + _first_difference(data, _ZEROES[:n]), True)
+                return Difference(at + _first_difference(data, _ZEROES[:n]))
     progress(1)
-    return Difference(None, one.size != other.size)
+    return Difference(None)
 
 
 def _first_difference(one: bytes | bytearray, other: bytes | bytearray) -> int:

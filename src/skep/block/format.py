@@ -64,6 +64,8 @@ class Option(NamedTuple):
 
     doc: str
     default: str | None = None
+    told: bool = False
+    """`skep image create` tells its value even if nobody chose it."""
 
 
 @dataclass(slots=True)

@@ -87,4 +87,4 @@ class RawImage(Image):
     @classmethod
     def measure(cls, size: int, data: Sequence[tuple[int, int]], options: Mapping[str, str]) -> tuple[int, int]:
         whole = -(-size // SECTOR) * SECTOR
-        return (whole, whole) if options.get("preallocation", "off") != "off" else (sum(n for _, n in data), whole)
+        return whole, whole

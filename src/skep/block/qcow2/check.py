@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _PIECE = 256
 """Counts that are kept together: an image may be large, and may refer to few of its clusters."""
+_NONE = bytes(_PIECE)
 
 
 class Tally:
@@ -58,19 +59,17 @@ class Tally:
                     if count and start <= number * _PIECE + at < stop:
                         yield number * _PIECE + at
 
+    def piece(self, start: int) -> bytes | bytearray:
+        """The counts of the ``_PIECE`` clusters from ``start``, a multiple of that, on; 255 stands for more too."""
+        return self._pieces.get(start // _PIECE, _NONE)
+
     @property
     def end(self) -> int:
         """Behind the last cluster with a reference."""
         if not self._pieces:
             return 0
         last = max(self._pieces)
-        return next((i + 1 for i in self.numbers_backwards(last)), 0)
-
-    def numbers_backwards(self, number: int) -> Iterator[int]:
-        piece = self._pieces[number]
-        for at in reversed(range(_PIECE)):
-            if piece[at]:
-                yield number * _PIECE + at
+        return last * _PIECE + len(self._pieces[last].rstrip(b"\0"))
 
 
 class Checker:
@@ -218,10 +217,12 @@ class Checker:
         counts = self.image.refcounts
         for number in reversed(range(len(counts.table))):
             if counts.table[number]:
-                first = number * counts.per_block
-                for index in reversed(range(first, first + counts.per_block)):
-                    if counts.get(index):
-                        return index + 1
+                values = counts.values(number)
+                step = min(_PIECE, len(values))
+                for start in reversed(range(0, len(values), step)):
+                    if any(values[start : start + step]):
+                        last = max(i for i in range(start, start + step) if values[i])
+                        return number * counts.per_block + last + 1
         return 0
 
     def differences(self) -> Iterator[tuple[int, int, int]]:
@@ -231,11 +232,17 @@ class Checker:
             first = number * counts.per_block
             last = first + counts.per_block
             if offset:
-                for at, count in enumerate(counts.values(number)):
-                    if count or self.tally[first + at]:
-                        found = self.tally[first + at]
+                values = counts.values(number)
+                step = min(_PIECE, len(values))
+                for start in range(0, len(values), step):
+                    part = values[start : start + step]
+                    at = (first + start) % _PIECE
+                    if list(part) == list(self.tally.piece(first + start)[at : at + step]) and 255 not in part:
+                        continue
+                    for index in range(first + start, first + start + step):
+                        count, found = values[index - first], self.tally[index]
                         if count != found:
-                            yield first + at, count, found
+                            yield index, count, found
             else:
                 for index in self.tally.numbers(first, last):
                     yield index, 0, self.tally[index]

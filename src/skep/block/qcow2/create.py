@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from skep.block.qcow2.image import Qcow2Image
 
 OPTIONS: Mapping[str, Option] = {
-    "cluster_size": Option("qcow2 cluster size", "65536"),
+    "cluster_size": Option("qcow2 cluster size", "65536", told=True),
+    "extended_l2": Option("Extended L2 tables", "off", told=True),
+    "preallocation": Option("Preallocation mode (allowed values: off, metadata, falloc, full)", "off"),
+    "compression_type": Option("Compression method used for image cluster compression", "zlib", told=True),
     "compat": Option("Compatibility level (v2 [0.10] or v3 [1.1])", "1.1"),
-    "compression_type": Option("Compression method used for image cluster compression", "zlib"),
     "data_file": Option("File name of an external data file"),
     "data_file_raw": Option("The external data file must stay valid as a raw image", "off"),
-    "extended_l2": Option("Extended L2 tables", "off"),
-    "lazy_refcounts": Option("Postpone refcount updates", "off"),
-    "preallocation": Option("Preallocation mode (allowed values: off, metadata, falloc, full)", "off"),
-    "refcount_bits": Option("Width of a reference count entry in bits", "16"),
+    "lazy_refcounts": Option("Postpone refcount updates", "off", told=True),
+    "refcount_bits": Option("Width of a reference count entry in bits", "16", told=True),
 }
 
 _LARGEST = 1 << 62

@@ -115,6 +115,8 @@ def find(image: Qcow2Image, name: str) -> Entry:
 
 
 def create(image: Qcow2Image, name: str) -> None:
+    if image.has_data_file:
+        raise ImageError("has its data in another file, and so no snapshots", image.path)
     image.settle()
     entries = read(image)
     if len(entries) >= MOST_SNAPSHOTS:

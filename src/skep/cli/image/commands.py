@@ -22,6 +22,10 @@ from skep.block.registry import format_named
 from skep.cli.image.printing import describe, print_info, print_json, print_snapshots, progress
 from skep.errors import UserError
 
+_TOLD_FIRST = (
+    *("cluster_size", "extended_l2", "preallocation", "compression_type"),
+    *("size", "compat", "backing_file", "backing_fmt"),
+)
 _BACKING_OPTIONS = ("backing_file", "backing_fmt", "size")
 
 
@@ -233,8 +237,12 @@ def compare(arguments: Namespace) -> int:
             _say(arguments, "Strict mode: Image size mismatch!")
             return 1
         found = copying.compare(one, other, progress(arguments.progress), allocation=arguments.strict)
-        if one.size != other.size:
+        shared = min(one.size, other.size)
+        if one.size != other.size and (found.offset is None or found.offset >= shared):
             _say(arguments, "Warning: Image size mismatch!")
+    if found.allocation:
+        _say(arguments, f"Strict mode: Offset {found.offset} block status mismatch!")
+        return 1
     if found.offset is not None:
         _say(arguments, f"Content mismatch at offset {found.offset}!")
         return 1
@@ -270,12 +278,12 @@ def create(arguments: Namespace) -> int:
 
 
 def _creation(kind: type[Image], image: Image, options: dict[str, str], below: BackingName | None) -> str:
-    shown = {name: one.default for name, one in kind.create_options.items() if one.default is not None}
-    words = {name: value for name, value in {**shown, **options}.items() if name in options or value != "off"}
+    words = {name: str(one.default) for name, one in kind.create_options.items() if one.told} | options
     words |= {"size": str(image.size)}
     if below is not None:
         words |= {"backing_file": below.name, "backing_fmt": below.format or ""}
-    return " ".join(f"{name}={value}" for name, value in words.items())
+    order = [*_TOLD_FIRST, *kind.create_options]
+    return " ".join(f"{name}={words[name]}" for name in sorted(words, key=order.index))
 
 
 def _help(kind: type[Image]) -> int:

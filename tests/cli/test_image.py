@@ -1,0 +1,348 @@
+"""`skep image` beside the real qemu-img: the same words, the same answers, and images that are each other's."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skep.block.backend import write_at
+from skep.block.image import open_image
+from skep.cli import main
+
+MIB = 1 << 20
+
+
+def qemu(*words: str | Path, status: int = 0) -> str:
+    command = ["qemu-img", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == status, (words, done.stdout, done.stderr)
+    return done.stdout
+
+
+def skep(*words: str | Path, status: int = 0) -> str:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        returned = main(["image", *map(str, words)])
+    assert returned == status, (words, out.getvalue(), err.getvalue())
+    return out.getvalue()
+
+
+Tool = Callable[..., str]
+
+
+def write(path: Path, offset: int, data: bytes, format: str = "qcow2") -> None:
+    with open_image(path, format=format) as image:
+        write_at(image, offset, data)
+
+
+@pytest.fixture
+def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """top.qcow2 over base.qcow2, with data, zeros and a snapshot."""
+    monkeypatch.chdir(tmp_path)
+    skep("create", "-f", "qcow2", "base.qcow2", "10M")
+    skep("create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2")
+    write(Path("base.qcow2"), 5 * MIB, b"7" * 65536)
+    write(Path("top.qcow2"), MIB, b"5" * 65536)
+    with open_image("top.qcow2") as image:
+        image.write_zeroes(3 * MIB, 65536, True)
+    skep("snapshot", "-c", "first", "top.qcow2")
+    return Path("top.qcow2")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "info",
+        "info --output=json",
+        "info --backing-chain",
+        "info --backing-chain --output=json",
+        "map",
+        "map --output=json",
+        "map --output=json --start-offset 1M --max-length 5M",
+        "check",
+        "check --output=json",
+        "snapshot -l",
+        "measure -O qcow2",
+        "measure -O qcow2 -o cluster_size=4k",
+        "measure -O raw",
+        "measure -O qcow2 --output=json",
+    ],
+)
+def test_the_same_answers(chain: Path, words: str) -> None:
+    assert skep(*words.split(), chain) == qemu(*words.split(), chain)
+
+
+@pytest.mark.parametrize("words", ["-O qcow2 --size 1G", "-O raw --size 10k --output=json", "-O qcow2 --size 1T"])
+def test_measuring_what_is_not_there_yet(words: str) -> None:
+    assert skep("measure", *words.split()) == qemu("measure", *words.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-f qcow2 a 10M",
+        "-f raw a 1000",
+        "-f qcow2 -o cluster_size=4k,compat=0.10 a 1G",
+        "-f qcow2 -o extended_l2=on,lazy_refcounts=on,refcount_bits=64 a 1G",
+        "-f qcow2 -o preallocation=metadata a 3M",
+        "-f qcow2 -o compression_type=zstd -u -b base -F raw a 64M",
+    ],
+)
+def test_creation_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = skep("create", *words.split()).split()
+    mine = json.loads(skep("info", "--output=json", "a"))
+    expected = qemu("create", *words.split()).split()
+    theirs = json.loads(qemu("info", "--output=json", "a"))
+    # What was written "4k" is told as it was written by us, in bytes by QEMU.
+    assert [word.partition("=")[0] for word in told] == [word.partition("=")[0] for word in expected]
+    del mine["actual-size"], theirs["actual-size"]
+    assert mine == theirs
+
+
+def test_compare_says_where(chain: Path) -> None:
+    for words in (["base.qcow2", "top.qcow2"], ["-s", "base.qcow2", "top.qcow2"], ["-q", "top.qcow2", "base.qcow2"]):
+        assert skep("compare", *words, status=1) == qemu("compare", *words, status=1)
+    skep("resize", "base.qcow2", "20M")
+    skep("create", "-f", "raw", "zeros.raw", "30M")
+    for tool in (skep, qemu):
+        assert tool("compare", "zeros.raw", "zeros.raw") == "Images are identical.\n"
+        assert "size mismatch" not in tool("compare", "zeros.raw", "base.qcow2", status=1)
+    skep("create", "-f", "qcow2", "none.qcow2", "20M")
+    for words in (["zeros.raw", "none.qcow2"], ["-s", "zeros.raw", "none.qcow2"]):
+        status = len(words) - 2
+        assert skep("compare", *words, status=status) == qemu("compare", *words, status=status)
+    write(Path("zeros.raw"), 25 * MIB, b"x" * 512, "raw")
+    assert skep("compare", "zeros.raw", "none.qcow2", status=1) == qemu("compare", "zeros.raw", "none.qcow2", status=1)
+    skep("compare", "nowhere", "base.qcow2", status=2)
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "raw"
+    raw.write_bytes(bytes(1024))
+    for words in (
+        ["info", str(tmp_path / "nowhere")],
+        ["create", "-f", "nonsense", str(tmp_path / "a"), "1M"],
+        ["create", "-f", "qcow2", str(tmp_path / "a")],
+        ["create", "-f", "qcow2", "-o", "cluster_size=5", str(tmp_path / "a"), "1M"],
+        ["create", "-f", "qcow2", "-b", str(raw), str(tmp_path / "a")],
+        ["resize", str(raw), "-1M"],
+        ["resize", str(raw), "512"],
+        ["snapshot", "-c", "x", str(raw)],
+        ["convert", str(raw), str(raw)],
+        ["convert", "-c", "-O", "raw", str(raw), str(tmp_path / "b")],
+        ["commit", str(raw)],
+        ["nonsense"],
+        [],
+        ["info"],
+    ):
+        assert main(["image", *words]) == 1, words
+        out, err = capfd.readouterr()
+        assert err.startswith("skep image: ") and err.count("\n") == 1 and not out, (words, out, err)
+    assert main(["image", "check", str(raw)]) == 63
+
+
+@pytest.mark.parametrize("words", ["", "-c", "-S 0", "-c -o compression_type=zstd", "-o extended_l2=on"])
+def test_convert_keeps_everything(chain: Path, words: str) -> None:
+    extra = words.split()
+    write(chain, 7 * MIB + 512, random.Random(1).randbytes(200_000 // 512 * 512))
+    skep("convert", "-O", "qcow2", *extra, chain, "copy.qcow2")
+    qemu("compare", chain, "copy.qcow2")
+    qemu("check", "copy.qcow2")
+    skep("convert", "copy.qcow2", "copy.raw")
+    qemu("compare", chain, "copy.raw")
+    skep("compare", chain, "copy.raw")
+    assert Path("copy.raw").stat().st_blocks * 512 < 10 * MIB or extra == ["-S", "0"]
+    qemu("convert", "-O", "qcow2", *extra, chain, "theirs.qcow2")
+    skep("compare", "theirs.qcow2", "copy.raw")
+    skep("check", "theirs.qcow2")
+
+
+def test_convert_onto_a_backing_file_and_from_a_snapshot(chain: Path) -> None:
+    write(chain, MIB, b"9" * 65536)
+    skep("convert", "-l", "first", "-O", "raw", chain, "then.raw")
+    qemu("convert", "-l", "first", "-O", "raw", chain, "expected.raw")
+    assert Path("then.raw").read_bytes() == Path("expected.raw").read_bytes()
+    skep("convert", "-O", "qcow2", "-B", "base.qcow2", "-F", "qcow2", chain, "over.qcow2")
+    qemu("compare", chain, "over.qcow2")
+    assert json.loads(qemu("info", "--output=json", "over.qcow2"))["backing-filename"] == "base.qcow2"
+
+
+def test_commit_and_rebase(chain: Path) -> None:
+    qemu("convert", "-O", "raw", chain, "before.raw")
+    skep("create", "-f", "qcow2", "-o", "cluster_size=4k", "other.qcow2", "8M")
+    write(Path("other.qcow2"), 5 * MIB, b"8" * 131072)
+    skep("rebase", "-b", "other.qcow2", "-F", "qcow2", chain)
+    qemu("compare", chain, "before.raw")
+    qemu("check", chain)
+    skep("rebase", "-b", "", chain)
+    qemu("compare", chain, "before.raw")
+    skep("rebase", "-u", "-b", "base.qcow2", "-F", "qcow2", chain)
+    qemu("compare", chain, "before.raw")
+    skep("snapshot", "-d", "first", chain)
+    skep("commit", chain)
+    qemu("check", chain)
+    qemu("check", "base.qcow2")
+    for image in ("base.qcow2", chain):
+        qemu("compare", image, "before.raw")
+    assert not any(one["present"] for one in json.loads(skep("map", "--output=json", chain)) if one["depth"] == 0)
+
+
+def test_bitmaps_are_kept_as_qemu_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    qemu("create", "-f", "qcow2", "a.qcow2", "20M")
+    qemu("bitmap", "--add", "a.qcow2", "theirs")
+    skep("bitmap", "--add", "-g", "32k", "a.qcow2", "ours")
+    write(Path("a.qcow2"), 3 * MIB, b"x" * 100 * 512)
+    write(Path("a.qcow2"), 9 * MIB, b"x" * 512)
+    qemu("check", "a.qcow2")
+    found = json.loads(qemu("info", "--output=json", "a.qcow2"))["format-specific"]["data"]["bitmaps"]
+    assert found == json.loads(skep("info", "--output=json", "a.qcow2"))["format-specific"]["data"]["bitmaps"]
+    assert [one["name"] for one in found] == ["theirs", "ours"] and all(one["flags"] == ["auto"] for one in found)
+    assert marked("a.qcow2", "theirs") == [(3 * MIB, 65536), (9 * MIB, 65536)]
+    assert marked("a.qcow2", "ours") == [(3 * MIB, 65536), (9 * MIB, 32768)]
+    skep("bitmap", "--add", "--disable", "--merge", "theirs", "a.qcow2", "copy")
+    skep("bitmap", "--clear", "a.qcow2", "theirs")
+    skep("bitmap", "--remove", "a.qcow2", "ours")
+    qemu("check", "a.qcow2")
+    skep("check", "a.qcow2")
+    assert marked("a.qcow2", "copy") == [(3 * MIB, 65536), (9 * MIB, 65536)]
+    assert marked("a.qcow2", "theirs") == []
+
+
+def marked(path: str, name: str) -> list[tuple[int, int]]:
+    """What a bitmap has set, as QEMU's NBD server tells it."""
+    from skep.block.qcow2.image import Qcow2Image
+
+    qemu("convert", "--bitmaps", "-O", "qcow2", path, "read.qcow2")
+    with open_image("read.qcow2", read_only=True) as image:
+        assert isinstance(image, Qcow2Image)
+        one = image.tracker.find(name)
+        bits = image.tracker.load(one)
+        size = 1 << one.granularity_bits
+        runs: list[tuple[int, int]] = []
+        for number in range(len(bits) * 8):
+            if bits[number // 8] >> number % 8 & 1:
+                if runs and sum(runs[-1]) == number * size:
+                    runs[-1] = (runs[-1][0], runs[-1][1] + size)
+                else:
+                    runs.append((number * size, size))
+        return runs
+
+
+class TestBothAtOnce:
+    """One random sequence of commands, for two images: each command is done by QEMU's tools on one and by ours on the
+    other, and which is whose changes from command to command."""
+
+    VARIANTS = (
+        "",
+        "cluster_size=512",
+        "cluster_size=2M",
+        "compat=0.10",
+        "extended_l2=on",
+        "refcount_bits=64,lazy_refcounts=on",
+        "cluster_size=4k,refcount_bits=8,compression_type=zstd",
+        "data_file={name}.data",
+    )
+
+    def sequence(self, place: Path, seed: int, steps: int) -> None:
+        rng = random.Random(seed)
+        options = self.VARIANTS[seed % len(self.VARIANTS)]
+        size = rng.choice((MIB, 3 * MIB, 5 * MIB + 512 * rng.randrange(100)))
+        base = rng.choice(("qcow2", "raw", None))
+        if base is not None:
+            length = rng.choice((size, size // 2 // 512 * 512, size + MIB))
+            skep("create", "-q", "-f", base, place / "base", str(length))
+            with open_image(place / "base", format=base) as image:
+                write_at(image, image.size // 3 // 512 * 512, rng.randbytes(99 * 512))
+        images = [place / "one.qcow2", place / "two.qcow2"]
+        for path, tool in zip(images, (skep, qemu), strict=True):
+            words: list[str] = ["-o", options.format(name=path.name)] if options else []
+            words += ["-b", "base", "-F", base] if base is not None else []
+            tool("create", "-q", "-f", "qcow2", *words, path, str(size))
+        snapshots: list[str] = []
+        for step in range(steps):
+            tools: list[Tool] = [skep, qemu]
+            rng.shuffle(tools)
+            size = self.step(rng, step, images, tools, size, snapshots)
+            qemu("compare", "-q", *images)
+        for path in images:
+            for tool in (qemu, skep):
+                tool("check", "-q", path)
+        qemu("compare", *images)
+        skep("compare", *images)
+        one, two = (self.shown(path) for path in images)
+        assert one == two
+
+    def step(
+        self, rng: random.Random, step: int, images: list[Path], tools: list[Tool], size: int, snapshots: list[str]
+    ) -> int:
+        kind = rng.choice(("write", "write", "write", "zero", "snapshot", "apply", "delete", "grow", "discard"))
+        if kind in ("write", "zero", "discard"):
+            length = min(rng.choice((512, 4096, 65536, 300 * 512)), size)
+            offset = rng.randrange((size - length) // 512 + 1) * 512
+            pattern = rng.randrange(1, 256)
+            for path, tool in zip(images, tools, strict=True):
+                write_by(tool, path, kind, offset, length, pattern)
+        elif kind == "snapshot" and not images[0].with_suffix(".qcow2.data").exists():
+            snapshots.append(f"s{step}")
+            for path, tool in zip(images, tools, strict=True):
+                tool("snapshot", "-c", snapshots[-1], path)
+        elif kind in ("apply", "delete") and snapshots:
+            name = rng.choice(snapshots)
+            for path, tool in zip(images, tools, strict=True):
+                tool("snapshot", "-a" if kind == "apply" else "-d", name, path)
+            if kind == "delete":
+                snapshots.remove(name)
+            size = json.loads(qemu("info", "--output=json", images[0]))["virtual-size"]
+        elif kind == "grow" and not snapshots:
+            size += 512 * rng.randrange(1, 4000)
+            for path, tool in zip(images, tools, strict=True):
+                tool("resize", "-q", path, str(size))
+        return size
+
+    def shown(self, path: Path) -> Any:
+        found = json.loads(qemu("info", "--output=json", path))
+        for key in ("filename", "actual-size"):
+            del found[key]
+        text = re.sub(r'"date-n?sec": \d+', "", json.dumps(found))
+        return text.replace("one.qcow2", "").replace("two.qcow2", "")
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_random_commands(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+        monkeypatch.chdir(tmp_path)  # where QEMU looks for data files
+        self.sequence(tmp_path, seed, 8)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seed", range(8, 72))
+    def test_many_random_commands(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+        monkeypatch.chdir(tmp_path)
+        self.sequence(tmp_path, seed, 25)
+
+
+def write_by(tool: Tool, path: Path, kind: str, offset: int, length: int, pattern: int) -> None:
+    if tool is qemu:
+        command = {"write": f"write -P {pattern}", "zero": "write -z", "discard": "write -z -u"}[kind]
+        done = subprocess.run(
+            ["qemu-io", "-f", "qcow2", "-c", f"{command} {offset} {length}", path],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return
+    with open_image(path, format="qcow2") as image:
+        if kind == "write":
+            write_at(image, offset, bytes([pattern]) * length)
+        else:
+            image.write_zeroes(offset, length, kind == "discard")
