@@ -316,8 +316,8 @@ class Store:
             for segment, used in zip(self._segments, self._used, strict=True):
                 if segment in merged:
                     others = merged[: merged.index(segment)]
-                    for group, one in enumerate(used):
-                        if one == wanted and (wanted or draft.size < self._limit // 2):
+                    for group in range(len(used)):
+                        if used[group] == wanted and (wanted or draft.size < self._limit // 2):
                             self._copy(draft, segment, group, page, others)
                             page += 1
         return merged
