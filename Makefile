@@ -1,7 +1,9 @@
 # make run    a Debian guest in this terminal; Ctrl-A x stops it
 # make run-root    the same with systemd, on the disk debian.img, which is made if it is not there
 # make test   the linters and the quick tests;  make test-all  the slow ones too
-# make bench  beside QEMU and natively (BENCH_OPTIONS='--rows alu,crc --rounds 2 --boots 0');  make lint  the linters alone
+# make bench  beside QEMU and natively (BENCH_OPTIONS='--rows alu,crc --rounds 2 --boots 0'); COMPILED=1: with the
+#             translator compiled, as wheels have it
+# make lint   the linters alone
 # make docs   this documentation, in docs/_build/html
 #
 # Debian packages are installed where we are root, and named where we are not.
@@ -13,7 +15,8 @@ DISK ?= debian.img
 
 RUN_PACKAGES := python3 python3-venv
 ROOT_PACKAGES := debootstrap e2fsprogs
-TEST_PACKAGES := $(RUN_PACKAGES) $(ROOT_PACKAGES) acpica-tools binutils cpio dmidecode gdb linux-perf lz4 openssl python3-libvhdi qemu-user \
+TEST_PACKAGES := $(RUN_PACKAGES) $(ROOT_PACKAGES) acpica-tools binutils cpio dmidecode gdb linux-perf lz4 openssl python3-dev python3-libvhdi \
+    qemu-user \
     gcc libc6-dev qemu-utils socat sqlite3 tcc xz-utils zstd
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev qemu-system-x86
 
@@ -56,7 +59,10 @@ docs: $(DEV_STAMP)
 
 bench: $(DEV_STAMP)
 	@tools/need $(BENCH_PACKAGES)
-	$(BIN)/python -m benchmarks $(BENCH_OPTIONS)
+ifdef COMPILED
+	$(BIN)/python tools/build/compiled.py .venv/compiled
+endif
+	$(if $(COMPILED),PYTHONPATH=$(CURDIR)/.venv/compiled) $(BIN)/python -m benchmarks $(BENCH_OPTIONS)
 
 $(RUN_STAMP): pyproject.toml
 	tools/need $(RUN_PACKAGES)

@@ -94,7 +94,7 @@ class ScriptedVm:
 
 
 class ScriptedEngine:
-    name = "scripted"
+    name = description = "scripted"
 
     def __init__(self, program: Callable[[ScriptedVcpu], Exit]) -> None:
         self.program = program

@@ -10,8 +10,13 @@ from typing import Any
 
 from compiled import requirements
 from hatchling import build as hatchling
-from hatchling.build import build_editable, build_sdist, build_wheel, get_requires_for_build_editable
-from hatchling.build import get_requires_for_build_sdist
+from hatchling.build import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_editable,
+    get_requires_for_build_sdist,
+)
 
 __all__ = [
     "build_editable",

@@ -58,7 +58,7 @@ def run(tree: Tree, verbose: bool) -> int:
 def _to_its_end(vm: Vm, controller: Controller, messages: Messages, verbose: bool) -> Outcome:
     with vm:
         if verbose:
-            messages.say(f"engine {vm.engine.name}: {vm.engine_why}")
+            messages.say(f"engine {vm.engine.description}: {vm.engine_why}")
         stdio = vm.plugs.stdio
         if stdio is not None:
             from skep.control.monitor import Monitor

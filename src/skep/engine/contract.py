@@ -100,6 +100,8 @@ class EngineVm(Protocol):
 
 class Engine(Protocol):
     name: str
+    description: str
+    """The name, and what else people may want to know."""
 
     def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> EngineVm:
         """``cpu_model`` is "baseline" or "host"; the guest's TSC is the host's plus ``tsc_offset``.

@@ -49,6 +49,7 @@ class KvmEngine:
     """See :class:`skep.engine.contract.Engine`."""
 
     name = "kvm"
+    description = "kvm"
 
     def __init__(self, device: str = "/dev/kvm") -> None:
         self.device = device

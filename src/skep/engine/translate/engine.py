@@ -8,6 +8,7 @@ from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.amd64 import features
+from skep.engine.translate import emission
 from skep.engine.translate.faults import CATCHER
 from skep.engine.translate.shared import Shared
 from skep.engine.translate.statistics import statistics
@@ -21,6 +22,7 @@ class TranslateEngine:
     """Runs guests without hardware virtualization (docs/translator.md)."""
 
     name = "translate"
+    description = f"translate, {'pure Python' if emission.__file__.endswith('.py') else 'compiled by mypyc'}"
 
     def __init__(self, code_cache: Path | None = None) -> None:
         """``code_cache``: the directory where translations are kept from one VM to the next; None: they are not."""
