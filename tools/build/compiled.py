@@ -30,15 +30,16 @@ from mypyc.build import mypycify
 from setuptools import setup
 sources, into, work = sys.argv[1:4]
 os.chdir(sources)
-modules = mypycify(sys.argv[4:], target_dir=work + "/c", group_name="skep", opt_level="2", debug_level="0")
+modules = mypycify(sys.argv[4:], target_dir=work + "/c", group_name="skep", opt_level="1", debug_level="0")
 setup(name="skep", packages=[], ext_modules=modules, script_args=["build_ext", "-q", "-b", into, "-t", work])
 """
 
 
 def wanted() -> bool:
-    """Whether to compile: there is a C compiler, and SKEP_PURE is not set."""
+    """Whether to compile: there are a C compiler and Python's headers, and SKEP_PURE is not set."""
     compiler = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
-    return not os.environ.get("SKEP_PURE") and shutil.which(compiler.split()[0]) is not None
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return not os.environ.get("SKEP_PURE") and shutil.which(compiler.split()[0]) is not None and headers.exists()
 
 
 def requirements() -> list[str]:

@@ -155,7 +155,6 @@ class Cache:
     def close(self) -> None:
         self.map.close()
         self._words.release()
-        del self._state
         self.blocks.close()
         self.buffer.close()
         self.store.close()  # last: it may need memory of its own
