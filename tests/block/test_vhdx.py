@@ -49,6 +49,8 @@ class TestOverlay(ImageConformance):
 def test_checksum() -> None:
     assert crc32c(b"123456789") == 0xE3069283
     assert crc32c(b"6789", crc32c(b"12345")) == 0xE3069283
+    assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
+    assert crc32c(b"123456789" + bytes(1007)) == crc32c(bytes(7), crc32c(bytes(1000), 0xE3069283))
 
 
 def test_an_overlay_shows_its_parent_sector_by_sector(tmp_path: Path) -> None:

@@ -23,14 +23,39 @@ def _tables() -> list[list[int]]:
     return tables
 
 
+@cache
+def _zeroes(power: int) -> list[int]:
+    """What ``2 ** power`` bytes of zeros make of each bit of the checksum's register: a matrix over GF(2)."""
+    if power == 0:
+        first = _tables()[0]
+        return [first[1 << bit] if bit < 8 else 1 << bit - 8 for bit in range(32)]
+    half = _zeroes(power - 1)
+    return [_times(half, column) for column in half]
+
+
+def _times(matrix: list[int], register: int) -> int:
+    product = 0
+    for column in matrix:
+        if register & 1:
+            product ^= column
+        register >>= 1
+    return product
+
+
 def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
-    """The checksum, going on from that of what was before. 64 KiB take some milliseconds: it is for metadata."""
+    """The checksum, going on from that of what was before. 64 KiB take some milliseconds, zeros at their end nothing:
+    it is for metadata."""
     t0, t1, t2, t3 = _tables()
     crc ^= 0xFFFFFFFF
-    words = len(data) // 4
-    for word in unpack_from(f"<{words}I", data):
+    stripped = bytes(data).rstrip(b"\0")
+    words = len(stripped) // 4
+    for word in unpack_from(f"<{words}I", stripped):
         crc ^= word
         crc = t3[crc & 0xFF] ^ t2[crc >> 8 & 0xFF] ^ t1[crc >> 16 & 0xFF] ^ t0[crc >> 24]
-    for byte in bytes(data[words * 4 :]):
+    for byte in stripped[words * 4 :]:
         crc = crc >> 8 ^ t0[(crc ^ byte) & 0xFF]
+    rest = len(data) - len(stripped)
+    for power in range(rest.bit_length()):
+        if rest >> power & 1:
+            crc = _times(_zeroes(power), crc)
     return crc ^ 0xFFFFFFFF

@@ -1,10 +1,12 @@
 """Who has which part of an image's file: what a check of any format asks.
 
-It looks at the file through a window, so that the memory it takes does not grow with the file.
+Memory is bounded, whatever the tables say and however long the file is: where too many parts of it are somebody's to
+remember at once, the tables are gone through again for the rest.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from math import gcd
 from typing import NamedTuple
@@ -12,8 +14,11 @@ from typing import NamedTuple
 from skep.block.file import HostFile
 from skep.block.format import SECTOR, CheckResult
 
-_WINDOW = 1 << 24
-"""Units, one byte of memory each."""
+_WORD = 512
+"""Units, one bit of an integer each."""
+_FULL = (1 << _WORD) - 1
+_MOST_WORDS = 1 << 17
+"""About 30 MiB."""
 
 
 class Owned(NamedTuple):
@@ -25,10 +30,14 @@ class Owned(NamedTuple):
     wrong: str | None = None
 
 
+Reserved = Callable[[], Iterable[tuple[int, int]]]
+"""Offsets and lengths of what is no entry's."""
+
+
 def examine(
     file: HostFile,
     unit: int,
-    reserved: Callable[[], Iterable[tuple[int, int]]],
+    reserved: Reserved,
     owned: Callable[[], Iterable[Owned]],
     forget: Callable[[int], None] | None,
     mend: bool = False,
@@ -40,79 +49,124 @@ def examine(
     what is shorter than a block: things are aligned.
     """
     result = CheckResult()
-    step = _grain(unit, reserved, owned)
-    first = True
-    base = 0
-    while first or base < file.size:
-        end = min(file.size, base + _WINDOW * step)
-        marks = bytearray(-(-(end - base) // step))
-        for host, length in reserved():
-            _claim(marks, (host - base) // step, -(-(host + length - base) // step))
-        for number, host, length, wrong in owned():
-            if wrong is not None:
-                taken = first
-            else:
-                taken = not _claim(marks, (host - base) // step, -(-(host + length - base) // step))
-                if taken:
-                    wrong = f"entry {number} has a place in the file, {host:#x}, that is not its own"
-                if first:
-                    result.allocated += 1
-                result.end = max(result.end, host + length)
-            if taken:
-                result.corrupt(str(wrong))
-                if forget is not None:
-                    forget(number)
-                    result.corruptions_fixed += 1
-        _leaks(file, result, marks, base, step, unit, mend)
-        base = end
-        first = False
+    step = _step(unit, reserved, owned)
+
+    def bad(number: int, why: str) -> None:
+        result.corrupt(why)
+        if forget is not None:
+            forget(number)
+            result.corruptions_fixed += 1
+
+    for number, host, length, why in owned():
+        if why is None:
+            result.allocated += 1
+            result.end = max(result.end, host + length)
+        else:
+            bad(number, why)
+    last = -(-file.size // step // _WORD)
+    first = 0
+    while first < last:
+        marks, taken = _mark(first, last, step, reserved, owned)
+        for number in taken:
+            bad(number, f"entry {number} has a place in the file that is not its own")
+        for start, end in marks.free(step, file.size):
+            if end - start >= unit:
+                _leak(file, result, start, end, unit, mend)
+        first = marks.end
     result.end = max([result.end, *(host + length for host, length in reserved())])
     return result
 
 
-def _grain(unit: int, reserved: Callable[[], Iterable[tuple[int, int]]], owned: Callable[[], Iterable[Owned]]) -> int:
+def _step(unit: int, reserved: Reserved, owned: Callable[[], Iterable[Owned]]) -> int:
     """The largest step at which everything begins."""
     step = unit
     for host, length in reserved():
         step = gcd(step, host, length)
-    for _, host, _, wrong in owned():
+    for _, host, length, wrong in owned():
         if wrong is None:
-            step = gcd(step, host)
+            step = gcd(step, host, -(-length // SECTOR) * SECTOR)
             if step <= SECTOR:
                 break
     return max(step, SECTOR)
 
 
-def _claim(marks: bytearray, first: int, end: int) -> bool:
-    """Mark what of it is in the window. False: somebody has part of it."""
-    first, end = max(0, first), min(len(marks), end)
-    if first >= end:
+class _Marks:
+    """Units that are somebody's, in words from ``first`` up to ``end``, which comes down as memory runs out."""
+
+    def __init__(self, first: int, end: int) -> None:
+        self.first = first
+        self.end = end
+        self._words: dict[int, int] = {}
+
+    def claim(self, first: int, end: int) -> bool:
+        """Mark units, as far as they are in these words. False: somebody has one of them."""
+        free = True
+        for word in range(max(first // _WORD, self.first), min(-(-end // _WORD), self.end)):
+            base = word * _WORD
+            mask = _FULL
+            if first > base:
+                mask &= _FULL << first - base
+            if end < base + _WORD:
+                mask &= (1 << end - base) - 1
+            old = self._words.get(word, 0)
+            free = free and not old & mask
+            self._words[word] = old | mask
+        return free
+
+    def full(self) -> bool:
+        """There are too many words; half of them are gone now."""
+        if len(self._words) <= _MOST_WORDS:
+            return False
+        self.end = sorted(self._words)[_MOST_WORDS // 2]
         return True
-    free = marks.find(1, first, end) < 0
-    marks[first:end] = b"\1" * (end - first)
-    return free
+
+    def free(self, step: int, size: int) -> Iterator[tuple[int, int]]:
+        """Parts of the file, of ``size`` bytes, that are nobody's."""
+        since = self.first * _WORD
+        for word in sorted(self._words):
+            base = word * _WORD
+            bits = self._words[word]
+            at = 0
+            while at < _WORD:
+                rest = bits >> at
+                if not rest:
+                    break
+                zeros = (rest & -rest).bit_length() - 1
+                if base + at + zeros > since:
+                    yield since * step, (base + at + zeros) * step
+                ones = ~(rest >> zeros)
+                at += zeros + (ones & -ones).bit_length() - 1
+                since = base + at
+        end = min(self.end * _WORD * step, size)
+        if since * step < end:
+            yield since * step, end
 
 
-def _leaks(file: HostFile, result: CheckResult, marks: bytearray, base: int, step: int, unit: int, mend: bool) -> None:
-    for first, end in _runs(marks):
-        offset, length = base + first * step, (end - first) * step
-        length = min(length, file.size - offset)
-        taken = sum(extent.length for extent in file.extents(offset, length) if extent.data) if length >= unit else 0
-        if not taken:
-            continue
-        count = -(-taken // unit)
-        result.leak(f"{taken} bytes at {offset:#x}", count)
-        if mend:
-            file.discard(offset, length)
-            result.leaks_fixed += count
+def _mark(
+    first: int, last: int, step: int, reserved: Reserved, owned: Callable[[], Iterable[Owned]]
+) -> tuple[_Marks, array[int]]:
+    """The marks of as many words as there is memory for, and the entries that claim what is another's."""
+    while True:
+        marks = _Marks(first, last)
+        taken = array("Q")
+        for host, length in reserved():
+            marks.claim(host // step, -(-(host + length) // step))
+        for number, host, length, wrong in owned():
+            if wrong is None and not marks.claim(host // step, -(-(host + length) // step)):
+                taken.append(number)
+            if marks.full():
+                last = marks.end
+                break
+        else:
+            return marks, taken
 
 
-def _runs(marks: bytearray) -> Iterator[tuple[int, int]]:
-    """Of units that nobody has."""
-    at = 0
-    while (first := marks.find(0, at)) >= 0:
-        at = marks.find(1, first)
-        if at < 0:
-            yield first, len(marks)
-            return
-        yield first, at
+def _leak(file: HostFile, result: CheckResult, start: int, end: int, unit: int, mend: bool) -> None:
+    taken = sum(extent.length for extent in file.extents(start, end - start) if extent.data)
+    if not taken:
+        return
+    count = -(-taken // unit)
+    result.leak(f"{taken} bytes at {start:#x}", count)
+    if mend:
+        file.discard(start, end - start)
+        result.leaks_fixed += count

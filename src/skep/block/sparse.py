@@ -420,6 +420,7 @@ class SparseImage(Image):
         def forget(number: int) -> None:
             with self._lock:
                 self._forget(number)
+            self._after_write()
 
         result = examine(self.file, self._unit, self._reserved, self._owned, None if leaks_only else forget, mend=True)
         with self._lock:
