@@ -7,10 +7,10 @@ what became of the images, the longest time that one took (seconds of CPU), and 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import resource
-import signal
 import sys
 import tempfile
 import time
@@ -232,7 +232,6 @@ def attempt(job: Callable[[], object]) -> None:
 def main(format: str, count: int, seed: int) -> None:
     outcomes: Counter[str] = Counter()
     longest = 0.0
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as name:
         directory = Path(name)
@@ -244,13 +243,14 @@ def main(format: str, count: int, seed: int) -> None:
             path = sound[which]
             put(path, mutate(pristine[which], format, rng))
             begun = time.process_time()
-            signal.alarm(60)
+            faulthandler.dump_traceback_later(60, exit=True)
             try:
                 outcomes[use(path, format, rng)] += 1
             except BaseException:
                 print(f"{format} seed {seed} image {i}", file=sys.stderr)
                 raise
             longest = max(longest, time.process_time() - begun)
+        faulthandler.cancel_dump_traceback_later()
     assert not os.listdir("/proc/self/fd")[8:], os.listdir("/proc/self/fd")
     print(dict(outcomes), f"{longest:.2f}", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
