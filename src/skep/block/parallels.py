@@ -19,6 +19,7 @@ _ENTRY = struct.Struct("<I")
 _OLD, _EXTENDED = b"WithoutFreeSpace", b"WithouFreSpacExt"
 _IN_USE = 0x746F6E59
 _LARGEST_CLUSTER = 1 << 16  # sectors
+_MOST_CLUSTERS = 1 << 26
 
 
 class ParallelsImage(SparseImage):
@@ -37,7 +38,7 @@ class ParallelsImage(SparseImage):
             sectors &= 0xFFFFFFFF
         if not 0 < cluster <= _LARGEST_CLUSTER:
             raise ImageError(f"Parallels clusters of {cluster} sectors are not possible", path)
-        if not 0 < sectors <= entries * cluster:
+        if not 0 < sectors <= entries * cluster or entries > _MOST_CLUSTERS:
             raise ImageError(f"a Parallels disk of {sectors} sectors in {entries} clusters is not possible", path)
         end = _HEADER.size + entries * _ENTRY.size
         if end > file.size:

@@ -111,14 +111,10 @@ class _Marks:
             old = self._words.get(word, 0)
             free = free and not old & mask
             self._words[word] = old | mask
+            if len(self._words) > _MOST_WORDS:
+                self.end = sorted(self._words)[_MOST_WORDS // 2]
+                break
         return free
-
-    def full(self) -> bool:
-        """There are too many words; half of them are gone now."""
-        if len(self._words) <= _MOST_WORDS:
-            return False
-        self.end = sorted(self._words)[_MOST_WORDS // 2]
-        return True
 
     def free(self, step: int, size: int) -> Iterator[tuple[int, int]]:
         """Parts of the file, of ``size`` bytes, that are nobody's."""
@@ -154,11 +150,11 @@ def _mark(
         for number, host, length, wrong in owned():
             if wrong is None and not marks.claim(host // step, -(-(host + length) // step)):
                 taken.append(number)
-            if marks.full():
-                last = marks.end
+            if marks.end < last:
                 break
-        else:
+        if marks.end == last:
             return marks, taken
+        last = marks.end
 
 
 def _leak(file: HostFile, result: CheckResult, start: int, end: int, unit: int, mend: bool) -> None:

@@ -19,6 +19,7 @@ _ENTRY = struct.Struct(">Q")
 _COMPRESSED = 1 << 63
 _LONGEST_NAME = 1023
 _LARGEST_DISK = 1 << 62
+_MOST_TABLES = 1 << 22
 
 
 class QcowImage(SparseImage):
@@ -40,6 +41,8 @@ class QcowImage(SparseImage):
         if not 0 < size <= _LARGEST_DISK or size % 512:
             raise ImageError(f"a qcow disk of {size} bytes is not possible", path)
         tables = -(-size >> cluster_bits + table_bits)
+        if tables > _MOST_TABLES:
+            raise ImageError(f"a qcow disk of {size} bytes is not supported", path)
         if directory + tables * _ENTRY.size > file.size:
             raise ImageError("the table of the qcow image is beyond the file", path)
         self._name = ""

@@ -31,7 +31,8 @@ _FREE, _DISCARDED = 0xFFFFFFFF, 0xFFFFFFFE
 _ALLOCATED_AT = 0x184
 _BLOCK = 1 << 20
 _LARGEST_BLOCK = 256 << 20
-_MOST_BLOCKS = 0x3FFFFFFF
+_MOST_BLOCKS = 1 << 26
+"""64 TiB in blocks of 1 MiB."""
 _NO_UUID = bytes(16)
 _WINDOW = 1 << 22
 """Numbers of blocks that are looked for at once, one byte each."""

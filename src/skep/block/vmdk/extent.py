@@ -37,6 +37,7 @@ _MOST_TABLES = 1 << 22
 _LARGEST_GRAIN = 1 << 21
 """Sectors; of a compressed one, less: it is unpacked in memory."""
 _LARGEST_PACKED = 1 << 13
+_LONGEST_DESCRIPTOR = 1 << 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,8 @@ class SparseHeader:
             raise ImageError("a VMDK extent of that size is not possible", path)
         if self.tables > _MOST_TABLES:
             raise ImageError("the grain directory of the VMDK is impossibly long", path)
+        if self.descriptor_length > _LONGEST_DESCRIPTOR:
+            raise ImageError("the descriptor of the VMDK is impossibly long", path)
         for place in (self.directory, self.redundant):
             if (place * SECTOR) + self.tables * 4 > file.size:
                 raise ImageError("the grain directory of the VMDK is beyond the file", path)
