@@ -19,6 +19,7 @@ from skep.engine.translate.paging import load_cr3, load_pdptes
 from skep.engine.translate.port import GuestFault
 
 CR3_NO_FLUSH = 1 << 63
+PCID = 0xFFF
 DR6_FIXED = 0xFFFF_0FF0
 DR6_WRITABLE = 0xE00F
 DR6_BD = 1 << 13
@@ -154,7 +155,7 @@ def write_cr2(e: Context, value: int) -> None:
 
 
 def write_cr3(e: Context, value: int) -> None:
-    """The TLB knows no PCIDs, so a load that need not flush does."""
+    """A load that need not flush does, and what is kept of other PCIDs goes: machine code knows better (runtime.py)."""
     st = e.st
     if segments.long_mode(st):
         if st.cr4 & Cr4.PCIDE:
@@ -332,7 +333,7 @@ def invlpg(e: Context, i: Instruction) -> None:
 
 
 def invpcid(e: Context, i: Instruction) -> None:
-    """The TLB holds one PCID's entries, so dropping more than was asked for is enough, and allowed."""
+    """Dropping more than was asked for is enough, and allowed."""
     e.require_cpl0()
     kind = e.load(i, 0)
     raw = e.read(i, 16)
@@ -342,7 +343,7 @@ def invpcid(e: Context, i: Instruction) -> None:
         raise GuestFault(Vector.GP, 0)
     if pcid >> 12 or (kind == individual and not canonical(address)):
         raise GuestFault(Vector.GP, 0)
-    if kind == individual:
+    if kind == individual and (not e.st.cr4 & Cr4.PCIDE or pcid == e.st.cr3 & PCID):
         e.cpu.invalidate_page(address)
     else:
         e.cpu.flush_tlb(kind == everything)

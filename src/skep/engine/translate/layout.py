@@ -85,6 +85,7 @@ _FIELDS = (
     "pair_tags",  # host address of a u64 per slot of it: frame of the first page << 32 | frame of the second
     "ng_count",  # entries in the list of non-global TLB entries
     "jl_count",  # entries in the list of non-global jump-cache sets
+    "kept",  # which of the slots at KEPT are good: bit i for slot i
     "nmi_blocked",  # 1 between the delivery of an NMI and the next IRET
     "single",  # 1 while one instruction runs alone: faults go to Python instead of into the guest
     "large",  # 1 once a 1 GiB page was used since the last whole flush
@@ -117,10 +118,8 @@ TLB_ENTRIES = 2048
 TLB_ENTRY = 32  # read tag, write tag, execute tag, host address of the page
 TLB_ARRAY = TLB_ENTRIES * TLB_ENTRY
 TLB_READ, TLB_WRITE, TLB_EXEC, TLB_HOST = 0, 8, 16, 24
-NG_LIST = 0x40000  # u32 offsets of TLB entries that a CR3 load drops
-NG_MAX = 16384
-JC_LIST = 0x50000  # u32 offsets of jump-cache sets that a CR3 load drops
-JC_LIST_MAX = 16384
+NG_LIST = 0x40000  # u32 offsets in TLB: entries of pages that are not global
+NG_LISTED = 0x46000  # a byte for each entry of TLB: whether it is there (tlb_runtime.py)
 JC_PAGES = 0x60000  # a byte per hashed page number: the page may have jump-cache entries
 JC_PAGES_SIZE = 0x4000
 LARGE_PAGES = 0x64000  # a byte per hashed 2 MiB region: some TLB entry may come from a large page there
@@ -137,6 +136,14 @@ JC = 0x80000  # three arrays of sets: {-tag0, entry0, -tag1, entry1}
 JC_SETS = 8192
 JC_SET = 32
 JC_ARRAY = JC_SETS * JC_SET
+JC_LIST = 0x140000  # u32 offsets in JC: sets with a target on a page that is not global
+JC_LISTED = 0x158000  # a byte for each set of JC: 1 if it is there
+KEPT = 0x160000  # by PCID modulo KEPT_SLOTS: what TLB and jump cache held of it when another was loaded
+KEPT_SLOTS = 8
+KEPT_SLOT = 0x5000  # the PCID; numbers of TLB entries and jump-cache ways; those
+KEPT_MOST = 256  # of either
+KEPT_PAGES, KEPT_PAGE = 0x40, 40  # offset in TLB, the entry
+KEPT_JUMPS, KEPT_JUMP = 0x3000, 24  # offset in JC, the target's tag, its entry
 SIZE = 0x200000
 
 PDPTE = OFFSETS["pdpte0"]

@@ -37,22 +37,14 @@ from skep.engine.translate.layout import (
     BRK,
     BRK_STI,
     DR,
-    EMPTY_JC,
     HASH_BITS,
     HASH_ENTRY,
     JC,
     JC_ARRAY,
-    JC_LIST,
-    JC_LIST_MAX,
     JC_PAGES,
     JC_PAGES_SIZE,
     JC_SET,
-    JC_SETS,
-    LARGE_PAGES,
-    LARGE_PAGES_SIZE,
-    NG_LIST,
-    NG_MAX,
-    NO_STACK,
+    KEPT_SLOTS,
     OFFSETS,
     PDPTE,
     TABLE_KEY,
@@ -69,11 +61,23 @@ from skep.engine.translate.layout import (
     Kind,
     Mode,
 )
+from skep.engine.translate.tlb_runtime import (
+    TLB_ROUTINES,
+    enter_page,
+    enter_space,
+    jump_set,
+    leave_space,
+    list_jumps,
+    slot_of,
+    watched,
+)
 
 WP, AM, PG = Cr0.WP, Cr0.AM, Cr0.PG
 PSE, PAE, PGE, PCIDE, SMEP, SMAP = Cr4.PSE, Cr4.PAE, Cr4.PGE, Cr4.PCIDE, Cr4.SMEP, Cr4.SMAP
 SCE, LMA, NXE = Efer.SCE, Efer.LMA, Efer.NXE
 TF, IF, NT, RF, VM, AC = Rflags.TF, Rflags.IF, Rflags.NT, Rflags.RF, Rflags.VM, Rflags.AC
+PCID = 0xFFF
+NO_FLUSH = 1 << 63
 P, RW, US, ACCESSED, DIRTY, PS, GLOBAL = Pte.P, Pte.RW, Pte.US, Pte.A, Pte.D, Pte.PS, Pte.G
 FRAME = Pte.ADDRESS
 NX = Pte.NX
@@ -288,176 +292,6 @@ def is_ram(gpa: int) -> int:
     if gpa - st.high_base < st.high_size:
         return 1
     return 0
-
-
-@inline
-def forget_stacks(block: int) -> int:
-    """The pages of stacks that the state block has are to be looked up again."""
-    st64(block + STACK, NO_STACK)
-    st64(block + STACK + 16, NO_STACK)
-    st64(block + STACK + 32, NO_STACK)
-    return 0
-
-
-def flush_tlb(everything: int) -> int:
-    """Drop the TLB entries of non-global pages, or all of them, and the jump-cache sets that rest on them."""
-    me = st.self_
-    forget_stacks(me)
-    if everything == 0:
-        i = 0
-        while i < st.ng_count:
-            entry = me + ld32(me + NG_LIST + i * 4)
-            empty_entry(entry)
-            i = i + 1
-        i = 0
-        while i < st.jl_count:
-            jc = me + ld32(me + JC_LIST + i * 4)
-            st64(jc, EMPTY_JC)
-            st64(jc + 16, EMPTY_JC)
-            i = i + 1
-    else:
-        entry = me + TLB
-        end = entry + 3 * TLB_ARRAY
-        while entry < end:
-            empty_entry(entry)
-            entry = entry + TLB_ENTRY
-        flush_jumps()
-        set64(me + LARGE_PAGES, 0, LARGE_PAGES_SIZE // 8)
-        st.large = 0
-    st.ng_count = 0
-    st.jl_count = 0
-    return 0
-
-
-@inline
-def empty_entry(entry: int) -> int:
-    """An empty entry must match nothing: it holds a page number that cannot index it."""
-    number = ((entry - st.self_ - TLB) >> 5) & (TLB_ENTRIES - 1)
-    other = (number ^ 1) << 12
-    st64(entry + TLB_READ, other)
-    st64(entry + TLB_WRITE, other)
-    st64(entry + TLB_EXEC, other)
-    return 0
-
-
-def flush_jumps() -> int:
-    """Forget every jump target."""
-    jc = st.self_ + JC
-    end = jc + 3 * JC_ARRAY
-    while jc < end:
-        st64(jc, EMPTY_JC)
-        st64(jc + 16, EMPTY_JC)
-        jc = jc + JC_SET
-    set64(st.self_ + JC_PAGES, 0, JC_PAGES_SIZE // 8)
-    st.jl_count = 0
-    return 0
-
-
-def invalidate(va: int) -> int:
-    """INVLPG: drop what one page, however large, left in the TLB and in the jump cache."""
-    me = st.self_
-    forget_stacks(me)
-    page = va & ~4095
-    region = 0
-    if ld8(me + LARGE_PAGES + ((va >> 21) & (LARGE_PAGES_SIZE - 1))):
-        region = 21
-    if st.large:
-        region = 30
-    if region:
-        entry = me + TLB
-        end = entry + 3 * TLB_ARRAY
-        while entry < end:
-            if (ld64(entry + TLB_READ) ^ va) >> region == 0 or (ld64(entry + TLB_EXEC) ^ va) >> region == 0:
-                empty_entry(entry)
-            entry = entry + TLB_ENTRY
-        flush_jumps()
-    else:
-        entry = me + TLB + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
-        end = entry + 3 * TLB_ARRAY
-        while entry < end:
-            empty_entry(entry)
-            entry = entry + TLB_ARRAY
-        mark = me + JC_PAGES + ((va >> 12) & (JC_PAGES_SIZE - 1))
-        if ld8(mark):
-            number = jump_set(page)
-            left = 4096
-            while left != 0:
-                jc = me + JC + number * JC_SET
-                st64(jc, EMPTY_JC)
-                st64(jc + 16, EMPTY_JC)
-                st64(jc + JC_ARRAY, EMPTY_JC)
-                st64(jc + JC_ARRAY + 16, EMPTY_JC)
-                st64(jc + 2 * JC_ARRAY, EMPTY_JC)
-                st64(jc + 2 * JC_ARRAY + 16, EMPTY_JC)
-                number = (number + 1) & (JC_SETS - 1)
-                left = left - 1
-    return 0
-
-
-def clear_write_tags(block: int, host: int) -> int:
-    """The page at ``host`` becomes code: no entry of the TLB in a state block may let a store through unseen."""
-    forget_stacks(block)
-    entry = block + TLB
-    end = entry + 3 * TLB_ARRAY
-    number = 0
-    while entry < end:
-        if ld64(entry + TLB_HOST) == host:
-            st64(entry + TLB_WRITE, ((number & (TLB_ENTRIES - 1)) ^ 1) << 12)
-        entry = entry + TLB_ENTRY
-        number = number + 1
-    return 0
-
-
-def watched(va: int, size: int, write: int) -> int:
-    """Whether a data breakpoint is hit by an access to [va, va + size) (SDM 3, 17.2.5)."""
-    i = 0
-    while i < 4:
-        how = (st.dr7 >> (16 + i * 4)) & 3
-        if (st.dr7 >> (i * 2)) & 3 and (how == 3 or (how == 1 and write)):
-            length = (st.dr7 >> (18 + i * 4)) & 3
-            shift = length
-            if length == 2:
-                shift = 3
-            elif length == 3:
-                shift = 2
-            at = (ld64(st.self_ + DR + i * 8) >> shift) << shift
-            if at < va + size and va < at + (1 << shift):
-                return 1
-        i = i + 1
-    return 0
-
-
-def enter_page(va: int, array: int, kind: int) -> int:
-    """Put the page that walk just found (``st.w_pa``) into the TLB; ``kind``: the tag to set besides what follows."""
-    me = st.self_
-    page = va & ~4095
-    entry = me + TLB + array * TLB_ARRAY + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
-    host = st.ram + (st.w_pa & ~4095)
-    fresh = 1
-    if ld64(entry + TLB_HOST) == host and (ld64(entry + TLB_READ) == page or ld64(entry + TLB_EXEC) & ~1 == page):
-        fresh = 0
-    if fresh:
-        empty_entry(entry)
-        st64(entry + TLB_HOST, host)
-        if st.w_flags & 1 == 0:
-            count = st.ng_count
-            if count >= NG_MAX:
-                flush_tlb(1)
-                st64(entry + TLB_HOST, host)
-                count = 0
-            st32(me + NG_LIST + count * 4, entry - me)
-            st.ng_count = count + 1
-        if st.w_flags & 2:
-            st8(me + LARGE_PAGES + ((va >> 21) & (LARGE_PAGES_SIZE - 1)), 1)
-            if st.w_flags & 4:
-                st.large = 1
-    if kind == TLB_EXEC:
-        st64(entry + TLB_EXEC, page | (st.w_flags & 1))
-    elif st.watch == 0 or watched(page, 4096, 1) == 0:
-        st64(entry + TLB_READ, page)
-        if kind == TLB_WRITE:
-            st64(entry + TLB_WRITE, page)
-    return entry
 
 
 @inline
@@ -744,12 +578,6 @@ def set_mode() -> int:
     return 0
 
 
-@inline
-def jump_set(va: int) -> int:
-    """The jump cache's set for a target; the same function stands inline in every indirect jump (stubs.jump_set)."""
-    return ((va >> 14) + va) & (JC_SETS - 1)
-
-
 def find(key: int) -> int:
     """The block table's entry for a key (physical address << Mode.BITS | mode), or 0."""
     number = (key * 0x9E3779B97F4A7C15) >> (64 - HASH_BITS)
@@ -854,12 +682,7 @@ def lookup(va: int) -> int:
         entry = find((st.w_pa << Mode.BITS) | mode)
         if entry:
             if st.w_flags & 1 == 0:
-                count = st.jl_count
-                if count >= JC_LIST_MAX:
-                    flush_jumps()
-                    count = 0
-                st32(me + JC_LIST + count * 4, array + offset)
-                st.jl_count = count + 1
+                list_jumps(array - JC + offset)
             st64(jc + 16, ld64(jc))
             st64(jc + 24, ld64(jc + 8))
             target = ld64(entry + 8)
@@ -906,8 +729,15 @@ def load_cr3(value: int, rip: int) -> int:
         st.rip = rip
         return 0
     st.n_cr3 = st.n_cr3 + 1
-    st.cr3 = value & ~(1 << 63)
-    flush_tlb(0)
+    old = st.cr3
+    st.cr3 = value & ~NO_FLUSH
+    if st.cr4 & PCIDE and (old ^ value) & PCID:
+        leave_space(slot_of(old), old & PCID)
+        st.kept = st.kept | (1 << (old & (KEPT_SLOTS - 1)))
+        if value >> 63:
+            enter_space(slot_of(value), value & PCID)  # whose slot is written anew before it is looked at again
+    elif value >> 63 == 0:
+        leave_space(0, 0)
     return 1
 
 
@@ -1274,11 +1104,10 @@ def down_elements(va: int, shift: int, most: int) -> int:
 
 
 ROUTINES = [
-    forget_stacks, watched, walk, refused, walk_legacy, is_ram, flush_tlb, flush_jumps, invalidate, clear_write_tags,
-    enter_page, page_fault, fill, fill_range, to_python,
+    *TLB_ROUTINES,
+    walk, refused, walk_legacy, is_ram, page_fault, fill, fill_range, to_python,
     fill_crossing, supervisor_pointer, deliver, set_mode, find, fetch_page, second_page, barrier, resume,
     lookup, link, load_cr3, descriptor_at, interrupt_return, system_call, system_return, operand,
     interrupted, rep_store, mask_at_host, rep_move, rep_down,
-    subtract_flags, rep_compare, element, down_elements, empty_entry, lines, is_code, mask_at, announce, jump_set,
-    elements,
+    subtract_flags, rep_compare, element, down_elements, lines, is_code, mask_at, announce, elements,
 ]  # fmt: skip

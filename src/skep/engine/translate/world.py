@@ -102,8 +102,9 @@ class World:
             self._go(self._roster, len(self.blocks))
 
     def empty_jumps(self, st: StateBlock) -> None:
-        """A jump cache without targets: every way leads to the stub that tries the next one. Nor do failing checks know
-        a way."""
+        """A jump cache without targets, and none put away: every way leads to the stub that tries the next one. Nor do
+        failing checks know a way."""
+        st.kept = 0
         for array, ways in enumerate(self._ways):
             at = JC + array * JC_ARRAY
             st.bytes[at : at + JC_ARRAY] = ways
