@@ -20,11 +20,13 @@ _FIELDS = (
     "rip",  # 0x080 where the guest goes on
     "page",  # 0x088 guest virtual address of the page that is executing
     # 0x090 looked at by guest code: byte 0: somebody wants the vCPU (set by kick); byte 1: the guest's own STI does;
-    # byte 2: it must stop (set with `stop`)
+    # byte 2: it must stop (set with `stop`); byte 3: its turn is over (turns.py)
     "brk",
     "where",  # 1 while in guest code or in a routine called from it, else 0; a futex
     "stop",  # 1 while the vCPU must not be in guest code; a futex
-    "parked",  # 1 while it waits for `stop` to end, in machine code, with everything in this block
+    # while it waits in machine code, with everything in this block: 1 for `stop` to end, 2 for a turn
+    "parked",
+    "seat", "turns",  # host addresses of what is its own, and of what all share (turns.py); 0: there is room for all
     "inject",  # 0x100 | vector of an interrupt to deliver on the way in, or 0
     "iflag",  # RFLAGS.IF: 0 or 0x200
     "irq",  # 1 while there may be an interrupt for us: STI looks here
@@ -150,7 +152,7 @@ PDPTE = OFFSETS["pdpte0"]
 DR = OFFSETS["dr0"]
 ES = OFFSETS["es_sel"], OFFSETS["es_base"], OFFSETS["es_limit"], OFFSETS["es_attr"]
 """What ES holds; the other segments follow in the order of SEGMENTS."""
-BRK, BRK_STI, BRK_STOP = OFFSETS["brk"], OFFSETS["brk"] + 1, OFFSETS["brk"] + 2
+BRK, BRK_STI, BRK_STOP, BRK_TURN = (OFFSETS["brk"] + i for i in range(4))
 
 NO_STACK = 0xD15E_A5ED_0000_0000
 """In place of a stack's page: no canonical address is there, and what takes it for one faults."""

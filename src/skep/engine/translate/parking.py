@@ -28,35 +28,21 @@ from skep.engine.translate.asm import (
 )
 from skep.engine.translate.layout import BRK_STOP, OFFSETS
 
-_SCHED_YIELD, _FUTEX = 24, 202
-PATIENCE = 64
-"""PAUSE instructions between two offers of the host's CPU."""
-_WAIT, _WAKE = 128, 129  # FUTEX_PRIVATE_FLAG with either
+SYS_FUTEX = 202
+WAIT, WAKE = 128, 129  # FUTEX_PRIVATE_FLAG with either
 _SPINS = 2000
 """Looks before sleeping: guest code comes by a check within microseconds."""
 _WHERE, _STOP, _PARKED = OFFSETS["where"], OFFSETS["stop"], OFFSETS["parked"]
 
 
-def _futex(a: Assembler, word: int, operation: int, value: int) -> None:
-    """FUTEX_WAIT or FUTEX_WAKE on a word of the state block at rdi, which changes."""
+def futex(a: Assembler, word: int, operation: int, value: int) -> None:
+    """FUTEX_WAIT or FUTEX_WAKE on the word at rdi plus ``word``. Uses rax, rcx, rdx, rsi, rdi, r10, r11."""
     a.lea(RDI, Mem(RDI, disp=word))
     a.mov(RSI, operation, size=32)
     a.mov(RDX, value, size=32)
     a.xor(R10, R10, size=32)
-    a.mov(RAX, _FUTEX, size=32)
+    a.mov(RAX, SYS_FUTEX, size=32)
     a.syscall()
-
-
-def give_way(a: Assembler) -> None:
-    """sched_yield, with every register of the guest's and the flags as they were."""
-    for reg in (RAX, RCX):
-        a.push(reg)
-    a.mov(RAX, _SCHED_YIELD, size=32)
-    a.syscall()
-    for reg in (RCX, RAX):
-        a.pop(reg)
-    a.mov(gs(OFFSETS["spins"]), PATIENCE)
-    a.ret()
 
 
 def say_in(a: Assembler, refused: Label) -> None:
@@ -75,7 +61,7 @@ def say_out(a: Assembler) -> None:
     a.cmp(gs(_STOP), 0, size=32)
     a.jcc(Cond.E, over)
     a.mov(RDI, gs(OFFSETS["self_"]))
-    _futex(a, _WHERE, _WAKE, 1)
+    futex(a, _WHERE, WAKE, 1)
     a.bind(over)
 
 
@@ -89,7 +75,7 @@ def park(a: Assembler) -> None:
     a.cmp(gs(_STOP), 0, size=32)
     a.jcc(Cond.E, again)
     a.mov(RDI, gs(OFFSETS["self_"]))
-    _futex(a, _STOP, _WAIT, 1)
+    futex(a, _STOP, WAIT, 1)
     a.jmp(wait)
     a.bind(again)
     a.mov(gs(_PARKED), 0)
@@ -124,7 +110,7 @@ def stop_all(a: Assembler) -> None:
     a.sub(RCX, 1, size=32)
     a.jcc(Cond.NE, spin)
     a.mov(RDI, R13)
-    _futex(a, _WHERE, _WAIT, 1)
+    futex(a, _WHERE, WAIT, 1)
     a.mov(RCX, 1, size=32)
     a.jmp(look)
     a.bind(spin)
@@ -152,11 +138,11 @@ def go_all(a: Assembler) -> None:
     a.mov(Mem(RDI, disp=BRK_STOP), 0, size=8)
     a.xor(RAX, RAX, size=32)
     a.xchg(Mem(RDI, disp=_STOP), RAX, size=32)
-    a.cmp(Mem(RDI, disp=_PARKED), 0, size=32)
-    a.jcc(Cond.NE, asleep)
+    a.cmp(Mem(RDI, disp=_PARKED), 1, size=32)
+    a.jcc(Cond.E, asleep)
     a.jmp(more)
     a.bind(asleep)
-    _futex(a, _STOP, _WAKE, 1)
+    futex(a, _STOP, WAKE, 1)
     a.jmp(more)
     a.bind(done)
     a.ret()

@@ -7,6 +7,7 @@ from skep.engine.translate.blocks import Cache
 from skep.engine.translate.pairs import Pairs
 from skep.engine.translate.store import Store
 from skep.engine.translate.ticks import Ticker
+from skep.engine.translate.turns import Turns, host_cpus
 from skep.engine.translate.watch import PerfMap
 from skep.memory import GuestMemory
 
@@ -25,6 +26,7 @@ class Shared:
         self.cache = Cache(memory, store)
         self.pairs = Pairs(memory)
         self.ticker = Ticker(self.cache.stubs["watch_ticks"])
+        self.turns = Turns(self.cache.stubs["watch_turns"], max_vcpus) if max_vcpus > host_cpus() else None
         self.constants = 0
         """Host address of a table of ports (contracts/constantports.py), or 0."""
         self.names: PerfMap | None = None
@@ -39,5 +41,7 @@ class Shared:
         if self.names is not None:
             self.names.close()
         self.ticker.close()
+        if self.turns is not None:
+            self.turns.close()
         self.pairs.close()
         self.cache.close()

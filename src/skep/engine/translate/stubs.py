@@ -51,9 +51,22 @@ from skep.engine.translate.asm import (
     Mem,
     gs,
 )
-from skep.engine.translate.layout import EMPTY_JC, JC, JC_ARRAY, OFFSETS, TLB, TWINS, TWINS_MASK, XSAVE_AREA, Kind, Mode
-from skep.engine.translate.parking import give_way, go_all, park, say_in, say_out, stop_all
+from skep.engine.translate.layout import (
+    BRK_TURN,
+    EMPTY_JC,
+    JC,
+    JC_ARRAY,
+    OFFSETS,
+    TLB,
+    TWINS,
+    TWINS_MASK,
+    XSAVE_AREA,
+    Kind,
+    Mode,
+)
+from skep.engine.translate.parking import go_all, park, say_in, say_out, stop_all
 from skep.engine.translate.ticks import SYS_TIMERFD_SETTIME, watch_ticks
+from skep.engine.translate.turns import EXPIRED, HAS_TURN, IDLE, give, give_way, take, watch_turns
 
 CALLER_SAVED = {"rax": RAX, "rcx": RCX, "rdx": RDX, "rsi": RSI, "rdi": RDI, "r8": R8, "rsp": R9}
 """Guest registers (by name) in host registers that a routine may change."""
@@ -94,7 +107,7 @@ class Stubs:
         self._routines = routines
         self._labels: dict[str, Label] = {}
         a = self.asm = Assembler()
-        self._park = a.label()
+        self._park, self._hand_on, self._give_turn, self._take_turn = (a.label() for _ in range(4))
         self._enter(a)
         self._exits(a)
         self._slow(a)
@@ -114,15 +127,27 @@ class Stubs:
     def _enter(self, a: Assembler) -> None:
         """``void enter(void)``: run guest code from st.rip until something leaves it, as soon as nobody keeps the vCPU
         out; ``enter_at``: from st.target, or not at all."""
-        here, refused, waits, resume, decided, nowhere = (a.label() for _ in range(6))
+        here, enter, refused, waits, inside, resume, decided, nowhere = (a.label() for _ in range(8))
         for name in ("enter", "enter_at"):
             self._begin(name)
             for reg in (RBX, RBP, R12, R13, R14, R15):
                 a.push(reg)
             a.mov(field("host_rsp"), RSP)
             a.stmxcsr(field("host_mxcsr"))
+            if name == "enter":
+                self._take_part(a, enter, nowhere)
+                a.bind(enter)
             say_in(a, waits if name == "enter" else refused)
             a.jmp(resume if name == "enter" else here)
+        # The turn is over: to somebody else, and then one of those that wait.
+        a.bind(self._hand_on)
+        a.mov(gs(BRK_TURN), 0, size=8)
+        say_out(a)
+        a.call(self._give_turn)
+        a.mov(RSI, EXPIRED, size=32)
+        a.call(self._take_turn)
+        say_in(a, self._park)
+        a.jmp(inside)
         a.bind(waits)
         a.cmp(field("inject"), 0)
         a.mov(field("kind"), Kind.DELIVER)  # no part of the state: first it is delivered
@@ -130,6 +155,7 @@ class Stubs:
         # Everything is in the state block, for whoever freezes the VM to see.
         a.bind(self._park)
         park(a)
+        a.bind(inside)
         a.cmp(field("brk"), 0, size=16)
         a.jcc(Cond.E, resume)
         a.mov(field("kind"), Kind.BREAK)
@@ -155,6 +181,31 @@ class Stubs:
         a.bind(nowhere)
         self._leave(a)
 
+    def _take_part(self, a: Assembler, enter: Label, nowhere: Label) -> None:
+        """To ``enter`` with a turn, where turns are taken; to ``nowhere`` if something is to be delivered before it
+        waits for one: the block must be all of the state meanwhile."""
+        fresh, wait = a.label(), a.label()
+        a.mov(RDI, field("seat"))
+        a.test(RDI, RDI)
+        a.jcc(Cond.E, enter)
+        a.mov(RSI, IDLE, size=32)
+        a.cmp(gs(BRK_TURN), 0, size=8)
+        a.jcc(Cond.E, fresh)
+        a.cmp(field("inject"), 0)
+        a.jcc(Cond.NE, enter)
+        a.mov(gs(BRK_TURN), 0, size=8)
+        a.call(self._give_turn)
+        a.mov(RSI, EXPIRED, size=32)
+        a.jmp(wait)
+        a.bind(fresh)
+        a.cmp(Mem(RDI, disp=HAS_TURN), 0, size=32)
+        a.jcc(Cond.NE, enter)
+        a.cmp(field("inject"), 0)
+        a.mov(field("kind"), Kind.DELIVER)
+        a.jcc(Cond.NE, nowhere)
+        a.bind(wait)
+        a.call(self._take_turn)
+
     def _leave(self, a: Assembler) -> None:
         """Back to the caller of ``enter``, with the host's registers."""
         say_out(a)
@@ -170,15 +221,16 @@ class Stubs:
 
     def _exits(self, a: Assembler) -> None:
         self._begin("brk_exit")
-        attend = a.label()
         a.mov(field("rip"), R10)
         a.mov(field("kind"), Kind.BREAK)
         self._save(a)
-        a.cmp(field("stop"), 0, size=32)
-        a.jcc(Cond.E, attend)
-        self._save_rest(a)
-        a.jmp(self._park)
-        a.bind(attend)
+        for mine, where in ((gs(OFFSETS["stop"]), self._park), (gs(BRK_TURN), self._hand_on)):
+            other = a.label()
+            a.cmp(mine, 0, size=8)
+            a.jcc(Cond.E, other)
+            self._save_rest(a)
+            a.jmp(where)
+            a.bind(other)
         self._attend(a)
         self._finish(a)
         for name, kind in (
@@ -232,6 +284,13 @@ class Stubs:
         go_all(a)
         self._begin("watch_ticks")
         watch_ticks(a)
+        self._begin("watch_turns")
+        watch_turns(a)
+        a.bind(self._give_turn)
+        self._labels["give_turn"] = self._give_turn
+        give(a)
+        a.bind(self._take_turn)
+        take(a)
 
     @staticmethod
     def _save_rest(a: Assembler) -> None:

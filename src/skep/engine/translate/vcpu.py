@@ -26,9 +26,9 @@ from skep.engine.translate.forms import Legality
 from skep.engine.translate.layout import BRK, BRK_STI, OFFSETS, PDPTE, XSAVE_AREA, Kind, Mode, StateBlock
 from skep.engine.translate.loan import ApicLoan
 from skep.engine.translate.modelspecific import ModelSpecific
-from skep.engine.translate.parking import PATIENCE
 from skep.engine.translate.port import GuestFault, TripleFault
 from skep.engine.translate.shared import Shared
+from skep.engine.translate.turns import PATIENCE
 from skep.engine.translate.watch import Watch
 from skep.errors import HostError
 
@@ -92,6 +92,9 @@ class TranslateVcpu(Alone):
         self._enter: Callable[[], Any] = ctypes.CFUNCTYPE(None)(cache.stubs["enter"])
         self._enter_at = ctypes.CFUNCTYPE(None)(cache.stubs["enter_at"])
         self._leave = ctypes.CFUNCTYPE(None)(cache.stubs["leave"])
+        self._give_turn = ctypes.CFUNCTYPE(None)(cache.stubs["give_turn"])
+        if shared.turns is not None:
+            shared.turns.seat(st, index)
         self._scratch = cache.scratch()
         self._world = cache.world
         self._world.add(st)
@@ -149,6 +152,8 @@ class TranslateVcpu(Alone):
             left: Exit = self.watch.run(self._run)
             return left
         finally:
+            if self._shared.turns is not None:
+                self._give_turn()
             self.interrupts.settle()
             self._loan.rest()
 
