@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.translate import TranslateEngine, store
+from skep.engine.translate import TranslateEngine, blocks, store
 from skep.engine.translate.blocks import Cache
 from tests.engine.tiny import Tiny
+
+
+def segments(there: Path) -> list[Path]:
+    """All files but the one of compiled routines."""
+    return [path for path in there.iterdir() if path.suffix != ".routines"]
+
 
 TEXT = """
     start: mov r15d, {value}
@@ -60,7 +66,7 @@ def test_the_second_time(tmp_path: Path) -> None:
     second, adopted, cache = run(there)
     assert second == plain
     assert adopted >= 6 and cache.made == 0
-    assert [p.suffix for p in there.iterdir()] == [".seg"]
+    assert [p.suffix for p in segments(there)] == [".seg"]
 
 
 def test_adopted_code_is_what_translation_makes(tmp_path: Path) -> None:
@@ -84,6 +90,23 @@ def test_adopted_code_is_what_translation_makes(tmp_path: Path) -> None:
             assert code == other
             assert (emitted.entry + block.start, live) == (block.entry, block.live)
             assert emitted.marks == cache.marks(block)
+
+
+def test_routines_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tmp_path / "code"
+    monkeypatch.setattr(store, "WORTH", 1000)  # no segments
+    plain = run(there)[0]
+    (kept,) = there.iterdir()
+    data = kept.read_bytes()
+    monkeypatch.setattr(blocks, "_routines", lambda: pytest.fail("it was kept"))
+    assert run(there)[0] == plain
+    monkeypatch.undo()
+    for spoil in (data[:-1], data[:900] + b"x" + data[901:], b""):
+        kept.write_bytes(spoil)
+        assert run(there)[0] == plain and kept.read_bytes() == data
+    kept.write_bytes(data[:900] + b"x" + data[901:])
+    kept.chmod(0o622)
+    assert run(there)[0] == plain and kept.read_bytes() == data and kept.stat().st_mode & 0o777 == 0o600
 
 
 def test_where_adopted_code_faults(tmp_path: Path) -> None:
@@ -176,7 +199,7 @@ def test_what_was_looked_at_counts(tmp_path: Path) -> None:
 def test_a_spoiled_segment(tmp_path: Path, spoil: str) -> None:
     there = tmp_path / "code"
     plain, _, _ = run(there)
-    (segment,) = there.iterdir()
+    (segment,) = segments(there)
     data = bytearray(segment.read_bytes())
     if spoil == "bit":
         data[len(data) * 2 // 3] ^= 4
@@ -187,17 +210,17 @@ def test_a_spoiled_segment(tmp_path: Path, spoil: str) -> None:
     segment.write_bytes(data)
     result, adopted, _ = run(there)
     assert (result, adopted) == (plain, 0)
-    assert segment not in there.iterdir()
+    assert segment not in segments(there)
     assert run(there)[1] > 0
 
 
 def test_what_others_could_have_written(tmp_path: Path) -> None:
     there = tmp_path / "code"
     run(there)
-    (segment,) = there.iterdir()
+    (segment,) = segments(there)
     segment.chmod(0o620)
     assert run(there)[1] == 0
-    for p in there.iterdir():
+    for p in segments(there):
         p.chmod(0o600)
     assert run(there)[1] > 0
     for mode in (0o755, 0o770, 0o701):
@@ -213,10 +236,10 @@ def test_what_others_could_have_written(tmp_path: Path) -> None:
     there.unlink()
     moved.rename(there)
     assert run(there)[1] > 0
-    (segment, *_) = there.iterdir()
+    (segment, *_) = segments(there)
     elsewhere = tmp_path / segment.name
     segment.rename(elsewhere)
-    for p in there.iterdir():
+    for p in segments(there):
         p.unlink()
     segment.symlink_to(elsewhere)
     assert run(there)[1] == 0
@@ -226,7 +249,7 @@ def test_what_others_could_have_written(tmp_path: Path) -> None:
 def test_another_owner(tmp_path: Path) -> None:
     there = tmp_path / "code"
     run(there)
-    (segment,) = there.iterdir()
+    (segment,) = segments(there)
     os.chown(segment, 65534, 65534)
     assert run(there)[1] == 0
     os.chown(there, 65534, 65534)
@@ -246,7 +269,7 @@ def test_two_at_once(tmp_path: Path) -> None:
     with Tiny(engine, TEXT.format(value=1)) as one, Tiny(engine, TEXT.format(value=2)) as two:
         one.run()
         two.run()
-    assert len(list(there.iterdir())) == 2
+    assert len(list(segments(there))) == 2
     assert run(there)[1] > 0
 
 
@@ -257,13 +280,13 @@ def test_two_of_the_same_at_once(tmp_path: Path) -> None:
     with Tiny(engine, TEXT.format(value=1)) as one, Tiny(engine, TEXT.format(value=1)) as two:
         one.run()
         two.run()
-    assert len(list(there.iterdir())) == 1
+    assert len(list(segments(there))) == 1
 
 
 def test_what_is_made_again_is_kept_once(tmp_path: Path) -> None:
     there = tmp_path / "code"
     run(there)
-    (once,) = there.iterdir()
+    (once,) = segments(there)
     size = once.stat().st_size
     once.unlink()
     with Tiny(TranslateEngine(there), TEXT.format(value=0x12345678)) as guest:
@@ -272,7 +295,7 @@ def test_what_is_made_again_is_kept_once(tmp_path: Path) -> None:
             guest.run()
             cache.written(0, guest.memory.top)
             guest.set(rip=guest.program["start"])
-    (again,) = there.iterdir()
+    (again,) = segments(there)
     assert again.stat().st_size == size
 
 
@@ -284,10 +307,10 @@ def test_another_one_removes_everything_meanwhile(tmp_path: Path, known: bool) -
         run(there)
     with Tiny(TranslateEngine(there), TEXT.replace("again:", "nop\nagain:").format(value=1)) as guest:
         guest.run()
-        assert len(list(there.iterdir())) == 1 + known
-        for path in there.iterdir():
+        assert len(list(segments(there))) == 1 + known
+        for path in segments(there):
             path.unlink()
-    assert len(list(there.iterdir())) == 1
+    assert len(list(segments(there))) == 1
     assert run(there, 1, TEXT.replace("again:", "nop\nagain:"))[2].made == 0 or known
 
 
@@ -297,18 +320,18 @@ def test_a_draft_goes_with_its_vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(store, "WORTH", 1000)
     with Tiny(TranslateEngine(there), TEXT.format(value=1)) as guest:
         guest.run()
-        assert not list(there.iterdir())
+        assert not list(segments(there))
     monkeypatch.setattr(store, "WORTH", 1)
     with Tiny(TranslateEngine(there), TEXT.format(value=1)) as guest:
         guest.run()
-        (draft,) = there.iterdir()
+        (draft,) = segments(there)
         os.utime(draft, ns=(0, 0))
         killed = draft.with_name(".killed.seg")
         killed.write_bytes(b"something")
         os.utime(killed, ns=(0, 0))
         run(there, 2)
         assert draft.exists() and not killed.exists()
-    assert all(p.suffix == ".seg" and p.name[0] != "." for p in there.iterdir())
+    assert all(p.suffix == ".seg" and p.name[0] != "." for p in segments(there))
 
 
 def test_many_segments_become_few(tmp_path: Path) -> None:
@@ -319,7 +342,7 @@ def test_many_segments_become_few(tmp_path: Path) -> None:
 
     for i in range(store.MAX_SEGMENTS + 1):
         run(there, text=variant(i))
-    assert len(list(there.iterdir())) == 2
+    assert len(list(segments(there))) == 2
     for i in range(store.MAX_SEGMENTS + 1):
         _, adopted, cache = run(there, text=variant(i))
         assert adopted >= 6 and cache.made == 0
@@ -328,9 +351,9 @@ def test_many_segments_become_few(tmp_path: Path) -> None:
 def test_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = tmp_path / "code"
     run(there)
-    (old,) = there.iterdir()
+    (old,) = segments(there)
     monkeypatch.setattr(store.Store.__init__, "__defaults__", ("", old.stat().st_size * 3 // 2))
     os.utime(old, ns=(0, 0))
     run(there, text=TEXT.replace("inc r14", "inc r14\ninc r14").replace("again:", "nop\nagain:"))
-    (new,) = there.iterdir()
+    (new,) = segments(there)
     assert new != old

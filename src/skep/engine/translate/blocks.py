@@ -13,6 +13,7 @@ path, links, long jumps.
 from __future__ import annotations
 
 import ctypes
+import json
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ from skep.engine.translate.block_runtime import BLOCK_ROUTINES, NONE, WANTED
 from skep.engine.translate.catalog import Catalog
 from skep.engine.translate.codebuffer import CodeBuffer
 from skep.engine.translate.codemap import CodeMap
-from skep.engine.translate.compiler import CompiledUnit, compile_functions
+from skep.engine.translate.compiler import compile_functions
 from skep.engine.translate.drafting import Drafting
 from skep.engine.translate.emission import LINK_KEY, Emission, Emitted
 from skep.engine.translate.layout import HASH_BITS, Mode
@@ -67,14 +68,16 @@ SCRATCH = 4096
 """Bytes of code that a single instruction may take."""
 GIVE_UP = 200
 """A code page that is written this often is forgotten whole, so that data beside dead code is cheap again."""
-RELAX = 1 << 10
+RELAX = 1 << 14
 """Blocks killed until the writable alias of the code buffer is let go."""
 
 
 @lru_cache(1)
-def _routines() -> CompiledUnit:
-    """What the runtime modules hold, in machine code, the same at any address."""
-    return compile_functions([*ROUTINES, *NARROW_ROUTINES, *SYSTEM_ROUTINES, *BLOCK_ROUTINES], 0)
+def _routines() -> bytes:
+    """What the runtime modules hold, in machine code, the same at any address; before it a line that tells where each
+    routine begins."""
+    unit = compile_functions([*ROUTINES, *NARROW_ROUTINES, *SYSTEM_ROUTINES, *BLOCK_ROUTINES], 0)
+    return json.dumps(unit.entry).encode() + b"\n" + unit.code
 
 
 class Cache:
@@ -89,10 +92,10 @@ class Cache:
         self.code = self.buffer.view
         self._words = self.code.cast("I")
         self.map = CodeMap(memory)
-        unit = _routines()
-        self.code[: len(unit.code)] = unit.code
-        self.routines = {name: self.buffer.rx + offset for name, offset in unit.entry.items()}
-        at = (len(unit.code) + 63) & ~63
+        entries, _, routines = store.made("routines", _routines).partition(b"\n")
+        self.code[: len(routines)] = routines
+        self.routines = {name: self.buffer.rx + offset for name, offset in json.loads(entries).items()}
+        at = (len(routines) + 63) & ~63
         data, self.stubs = Stubs(self.routines).code(self.buffer.rx + at)
         self.code[at : at + len(data)] = data
         self.world = World(self.stubs)
@@ -208,7 +211,7 @@ class Cache:
 
     def _relax(self) -> None:
         """Have the writable alias count no page of code twice for long."""
-        where = (self._state[POS >> 3] >> 20) + self._state[KILLED >> 3] // RELAX
+        where = (self._state[POS >> 3] >> 23) + self._state[KILLED >> 3] // RELAX
         if where != self._relaxed:
             self._relaxed = where
             self.buffer.relax()
@@ -285,13 +288,13 @@ class Cache:
         room = 4096 - offset
         unplaced, *places = self._emission.unplaced(emitted, block.mode, block.live, block.pa2)
         code = bytearray(unplaced)
-        constants_ = () if block.pa2 is not None else emitted.copies
+        constants_ = [copy for copy in emitted.copies if copy[1] + (copy[2] & 15) <= room]
         for to, of, k in constants_:
             k &= 15
             mine = int.from_bytes(code[to : to + k], "little") - int.from_bytes(data[of : of + k], "little")
             code[to : to + k] = (mine & (1 << 8 * k) - 1).to_bytes(k, "little")
         copies = [(to, offset + of, k) for to, of, k in constants_]
-        runs = [Run(offset, data[:room], _mask(len(data), ((of, k & 15) for _, of, k in constants_)))]
+        runs = [Run(offset, data[:room], _mask(min(len(data), room), ((of, k & 15) for _, of, k in constants_)))]
         if block.pa2 is not None:
             runs.append(Run(0, data[room:], second=True))
         looks = {at: (n, constants) for at, (_, n, constants) in self._drafting.looked}

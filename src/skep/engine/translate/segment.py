@@ -51,18 +51,25 @@ MASKS = tuple(sum(0xFF << 8 * i for i in range(8) if bits >> i & 1) for bits in 
 """Bits for bytes, by a name's ``mask``."""
 
 
+def _open(directory: int, name: str) -> int:
+    """Open for reading what only we can have written; raises OSError and ValueError."""
+    file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | _FILE, dir_fd=directory)
+    status = os.fstat(file)
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022:
+        return file
+    os.close(file)
+    raise ValueError("others could have written it")
+
+
 class Segment:
     """One file, open for reading."""
 
     def __init__(self, directory: int, name: str) -> None:
         """Raises OSError where it is not there, and ValueError where it is not what was written."""
         self.name = name
-        self._file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | _FILE, dir_fd=directory)
+        self._file = _open(directory, name)
         try:
-            status = os.fstat(self._file)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-                raise ValueError("others could have written it")
-            self.size = status.st_size
+            self.size = os.fstat(self._file).st_size
             self._load()
         except BaseException:
             os.close(self._file)
@@ -239,6 +246,28 @@ class Draft:
                 pass  # the disk is full
         os.close(self._file)
         _remove(self._directory, f".{self._name}")
+
+
+def read_whole(directory: int, name: str) -> bytes:
+    """What :func:`write_whole` wrote; raises OSError and ValueError."""
+    with os.fdopen(_open(directory, name), "rb") as file:
+        check, data = file.read(4), file.read()
+    if not data or zlib.crc32(data) != int.from_bytes(check, "little"):
+        raise ValueError("it is spoiled")
+    return data
+
+
+def write_whole(directory: int, name: str, data: bytes) -> None:
+    """Keep ``data``, all at once. Raises OSError."""
+    temporary = f".{name}.{os.urandom(8).hex()}"
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE, 0o600, dir_fd=directory)
+    try:
+        with os.fdopen(file, "wb") as out:
+            out.write(zlib.crc32(data).to_bytes(4, "little") + data)
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        _remove(directory, temporary)
+        raise
 
 
 def abandoned(directory: int, name: str) -> bool:

@@ -16,13 +16,23 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from time import time_ns
 from typing import NamedTuple
 
 import iced_x86
 
-from skep.engine.translate.segment import MASKS, Draft, Name, Segment, abandoned, open_directory
+from skep.engine.translate.segment import (
+    MASKS,
+    Draft,
+    Name,
+    Segment,
+    abandoned,
+    open_directory,
+    read_whole,
+    write_whole,
+)
 from skep.engine.translate.tables import COPY, RECORD, RUN, RUN_MASKED, RUN_SECOND, WHICH
 
 LIMIT = 256 << 20
@@ -31,6 +41,8 @@ MAX_SEGMENTS = 6
 """With more, all but the largest and what is new become one segment."""
 WORTH = 64
 """A segment with fewer records, or with less than a twentieth of what was adopted, is not written."""
+OLD = 7 * 86400 * 10**9
+"""Nanoseconds after which what another translator compiled goes."""
 MOST = 48 << 10
 """Bytes of code of a block that is kept."""
 READ = 2 << 20
@@ -202,6 +214,24 @@ class Store:
             os.close(self._directory)
             self._directory = -1
 
+    # What depends on the translator alone
+
+    def made(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """What ``make`` gives, or gave to another VM of this translator."""
+        if self._directory < 0:
+            return make()
+        name = f"{self._identity}.{name}"
+        try:
+            return read_whole(self._directory, name)
+        except (OSError, ValueError):
+            pass  # not there yet, or not what was written
+        data = make()
+        try:
+            write_whole(self._directory, name, data)
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+        return data
+
     # Adopting
 
     def find(self, offset: int, mode: int, head: bytes) -> Iterator[Group]:
@@ -340,9 +370,14 @@ class Store:
                 status = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            if not name.startswith("."):
-                found.append((status.st_mtime_ns, status.st_size, name))
-            elif abandoned(self._directory, name):
+            mine = name.startswith(self._identity)
+            if name[0] == ".":
+                gone = abandoned(self._directory, name)
+            else:
+                gone = not mine and status.st_mtime_ns < time_ns() - OLD
+                if not mine or name.endswith(".seg"):
+                    found.append((status.st_mtime_ns, status.st_size, name))
+            if gone:
                 self._remove(name)
         total = 0
         for _, size, name in sorted(found, reverse=True):
@@ -355,7 +390,6 @@ class Store:
             os.unlink(name, dir_fd=self._directory)
         except FileNotFoundError:
             pass
-
 
 
 def directory() -> Path:
