@@ -311,9 +311,13 @@ class ImageConformance:
                 ["qemu-img", "check", "-f", self.qemu or self.format, cut], capture_output=True, check=False, timeout=60
             )
             assert found.returncode in (0, 3), found.stdout  # 3: leaks only
-        for at in range(0, len(disk), SECTOR):
-            sector = disk[at : at + SECTOR]
-            assert any(one[at : at + SECTOR] == sector for one in allowed), f"sector {at // SECTOR}"
+        step = 128 * SECTOR
+        for first in range(0, len(disk), step):
+            if any(one[first : first + step] == disk[first : first + step] for one in allowed):
+                continue
+            for at in range(first, min(first + step, len(disk)), SECTOR):
+                sector = disk[at : at + SECTOR]
+                assert any(one[at : at + SECTOR] == sector for one in allowed), f"sector {at // SECTOR}"
 
 
 def run(*command: str | Path) -> str:

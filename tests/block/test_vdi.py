@@ -19,7 +19,7 @@ class TestVdi(ImageConformance):
     format = "vdi"
     variants = ({}, {"static": "on"})
     qemu_checks = True
-    cuts = 8
+    cuts = 10
 
 
 def test_a_wrong_count_is_mended(tmp_path: Path) -> None:

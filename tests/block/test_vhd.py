@@ -23,7 +23,7 @@ class TestVhd(ImageConformance):
     format = "vpc"
     variants = ({"force_size": "on"}, {"force_size": "on", "subformat": "fixed"})
     size = 5 << 20
-    cuts = 8
+    cuts = 10
 
 
 class TestOverlay(ImageConformance):
@@ -32,7 +32,7 @@ class TestOverlay(ImageConformance):
     format = "vpc"
     variants: ClassVar = ({"force_size": "on"},)
     qemu = ""
-    cuts = 8
+    cuts = 10
 
     def make(self, options: Mapping[str, str], path: Path | None = None) -> Path:
         path = path or self.path

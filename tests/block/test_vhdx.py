@@ -26,7 +26,7 @@ class TestVhdx(ImageConformance):
     format = "vhdx"
     variants = ({"block_size": "1M"}, {"subformat": "fixed", "block_size": "1M"})
     qemu_checks = True
-    cuts = 8
+    cuts = 10
 
 
 class TestOverlay(ImageConformance):
@@ -35,7 +35,7 @@ class TestOverlay(ImageConformance):
     format = "vhdx"
     variants: ClassVar[tuple[Mapping[str, str], ...]] = ({"block_size": "1M"},)
     qemu = ""
-    cuts = 8
+    cuts = 10
 
     def make(self, options: Mapping[str, str], path: Path | None = None) -> Path:
         path = path or self.path
