@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import boots, figures, guest, picture, suite
+from benchmarks import boots, figures, guest, picture, processors, suite
 from benchmarks.console import BenchmarkError
 from benchmarks.peers import Payload, skep_program
 from benchmarks.rows import NAMES
@@ -68,6 +68,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"host": host(), "version": version_times(5)}
     if options.rows:
         result["suite"] = suite.run(kernel, guest.obtain(), options.rows, options.rounds, options.repetitions, say)
+    if options.processors:
+        result["processors"] = processors.run(kernel, guest.obtain(), options.processors, options.rounds, say)
     if options.boots:
         payload = Payload(kernel, initrd, options.boot_cmdline)
         qemu = result["host"]["qemu"] is not None
@@ -83,6 +85,9 @@ def report(result: dict[str, Any], clock: str) -> None:
         for name, share in measured["idle"].items():
             clock_ratio = measured["clock"][name]
             print(f"{name}: {100 * share:.1f} % of a CPU when idle; its clock goes at {clock_ratio:.3f} of the host's")
+    if "processors" in result:
+        for line in processors.lines(result["processors"]):
+            print(line)
     if "boot" in result:
         for line in figures.boot_lines(result["boot"]):
             print(line)
@@ -102,6 +107,9 @@ def main() -> int:
     parser.add_argument("--rows", type=row_names, default=list(NAMES), metavar="ROW,...", help="only these ('': none)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times over all rows (default %(default)s)")
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="in a round (default %(default)s)")
+    parser.add_argument(
+        "--processors", type=row_names, default=[], metavar="ROW,...", help="these rows by two processes at once, too"
+    )
     parser.add_argument("--boots", type=int, default=9, metavar="N", help="of each (default %(default)s; 0: none)")
     parser.add_argument("--boot-cmdline", default=BOOT_CMDLINE, metavar="TEXT", help="default: %(default)s")
     parser.add_argument("--boot-timeout", type=float, default=120, metavar="S", help="for one (default %(default)g)")

@@ -34,15 +34,20 @@ WANTED = re.compile(
 FLAGS = ("-O2", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-static")
 INIT = """\
 #!/bin/busybox sh
-# The console's other end types "ROW COUNT"; until it does, the guest is idle.
+# The console's other end types "ROW COUNT" or "ROW COUNT COPIES"; until it does, the guest is idle.
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t devtmpfs dev /dev
 cd /tmp
 /bin/busybox stty -echo < /dev/console
 echo READY
-while read -r row count; do
+while read -r row count copies; do
     [ "$row" = off ] && /bin/busybox poweroff -f
-    /bench/bench "$row" "$count"
+    if [ "$copies" ]; then
+        for copy in $(/bin/busybox seq "$copies"); do /bench/bench "$row" "$count" < /dev/null & done
+        wait
+    else
+        /bench/bench "$row" "$count"
+    fi
     echo "DONE $?"
 done
 """

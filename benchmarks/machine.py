@@ -68,6 +68,16 @@ class Guest:
                     raise self._failed(f"{row} ended with status {status}")
                 return done
 
+    def run_copies(self, row: str, count: int, copies: int, timeout: float) -> None:
+        """Do a row ``count`` times in each of several processes at once, which wait for nobody."""
+        deadline = time.monotonic() + timeout
+        self._type(f"{row} {count} {copies}\n")
+        done = 0
+        while not (line := self._line(deadline)).startswith(b"DONE "):
+            done += len(_LINE.findall(line))
+        if done != count * copies:
+            raise self._failed(f"{row} was done {done} times, not {count * copies}")
+
     def clock(self) -> float:
         """How the guest's clock has gone beside the host's, over all that was run: 1 where they agree."""
         (host, guest), (host_end, guest_end) = self._clocks[0], self._clocks[-1]

@@ -25,17 +25,17 @@ def skep_program() -> list[str]:
     return [str(script)] if script.exists() else [sys.executable, "-m", "skep.cli"]
 
 
-def skep_command(payload: Payload, options: Sequence[str] = ()) -> list[str]:
+def skep_command(payload: Payload, options: Sequence[str] = (), cpus: int = 1) -> list[str]:
     return [
         *skep_program(), "run", "--kernel", str(payload.kernel), "--initrd", str(payload.initrd),
-        "--cmdline", payload.cmdline, "--memory", f"{MEMORY_MIB}M", "--cpus", "1", "--engine", "translate",
+        "--cmdline", payload.cmdline, "--memory", f"{MEMORY_MIB}M", "--cpus", str(cpus), "--engine", "translate",
         "--no-reboot", *options,
     ]  # fmt: skip
 
 
-def qemu_command(payload: Payload) -> list[str]:
+def qemu_command(payload: Payload, cpus: int = 1) -> list[str]:
     return [
         "qemu-system-x86_64", "-M", "q35", "-nodefaults", "-accel", "tcg,thread=multi", "-cpu", "max",
-        "-m", str(MEMORY_MIB), "-smp", "1", "-nographic", "-serial", "stdio", "-no-reboot",
+        "-m", str(MEMORY_MIB), "-smp", str(cpus), "-nographic", "-serial", "stdio", "-no-reboot",
         "-kernel", str(payload.kernel), "-initrd", str(payload.initrd), "-append", payload.cmdline,
     ]  # fmt: skip

@@ -52,6 +52,7 @@ def statistics(cache: Cache, vcpus: Iterable[TranslateVcpu]) -> dict[str, int | 
         "blocks forgotten": cache.killed,
         "pieces of the code buffer used again": cache.again,
         "instructions translated": cache.instructions,
+        "times that all vCPUs were stopped": cache.world.stops,
         "bytes of host code": cache.used,
     }
     for kind, name in EXITS.items():

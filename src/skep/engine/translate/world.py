@@ -36,6 +36,7 @@ class World:
         self._stopped = _Stopped(self)
         self._depth = 0
         self.frozen = False
+        self.stops = 0
 
     def add(self, st: StateBlock) -> None:
         with self.lock:
@@ -93,6 +94,7 @@ class World:
         """The lock is held. Returns when no vCPU is in guest code."""
         self._depth += 1
         if self._depth == 1:
+            self.stops += 1
             self._stop(self._roster, len(self.blocks))
 
     def go(self) -> None:
