@@ -156,6 +156,8 @@ class Cache:
         self._begin_piece()
 
     def close(self) -> None:
+        for note in self.store.noted():
+            self._keep(*note)
         self.map.close()
         self._words.release()
         self.blocks.close()
@@ -254,7 +256,7 @@ class Cache:
         self._publish(self.blocks.address, first, adopted or 1)
         block = self.blocks.block(first)
         if not adopted:
-            self._keep(block)
+            self._note(block)
         self._relax()
         return block
 
@@ -277,36 +279,61 @@ class Cache:
                 return found, second
         return 0, NONE
 
-    def _keep(self, block: Block) -> None:
-        """Have the store keep a block that was just made."""
+    def _note(self, block: Block) -> None:
+        """Note what the store will want to know of a block that was just made."""
         made = self._made
         if made is None or not self.store.keeps:
             return
         data, emitted = made
         page = block.pa & ~4095
-        offset = block.pa & 4095
+        looks = [
+            (at, bytes(self.memory.view(page | at, n)), constants) for at, (_, n, constants) in self._drafting.looked
+        ]
+        self.store.note(
+            (
+                block.pa, block.mode, block.size, block.live, block.pa2, block.looked, data, emitted.code,
+                emitted.entry, emitted.links, emitted.copies, emitted.marks, looks,
+            )
+        )  # fmt: skip
+
+    def _keep(
+        self,
+        pa: int,
+        mode: int,
+        size: int,
+        live: int,
+        pa2: int | None,
+        looked: tuple[int, int],
+        data: bytes,
+        code_: bytes,
+        entry: int,
+        links: list[tuple[int, int, int]],
+        copies_: list[tuple[int, int, int]],
+        marks: bytes,
+        looks: list[tuple[int, bytes, tuple[tuple[int, int], ...]]],
+    ) -> None:
+        """Have the store keep a block that was noted."""
+        offset = pa & 4095
         room = 4096 - offset
-        unplaced, *places = self._emission.unplaced(emitted, block.mode, block.live, block.pa2)
+        unplaced, *places = self._emission.unplaced(code_, links, mode, live, pa2)
         code = bytearray(unplaced)
-        constants_ = [copy for copy in emitted.copies if copy[1] + (copy[2] & 15) <= room]
+        constants_ = [copy for copy in copies_ if copy[1] + (copy[2] & 15) <= room]
         for to, of, k in constants_:
             k &= 15
             mine = int.from_bytes(code[to : to + k], "little") - int.from_bytes(data[of : of + k], "little")
             code[to : to + k] = (mine & (1 << 8 * k) - 1).to_bytes(k, "little")
         copies = [(to, offset + of, k) for to, of, k in constants_]
         runs = [Run(offset, data[:room], _mask(min(len(data), room), ((of, k & 15) for _, of, k in constants_)))]
-        if block.pa2 is not None:
+        if pa2 is not None:
             runs.append(Run(0, data[room:], second=True))
-        looks = {at: (n, constants) for at, (_, n, constants) in self._drafting.looked}
-        for at, (n, constants) in looks.items():
-            runs.append(Run(at, bytes(self.memory.view(page | at, n)), _mask(n, constants)))
+        for at, seen, constants in {look[0]: look for look in looks}.values():
+            runs.append(Run(at, seen, _mask(len(seen), constants)))
         second, brk, *span = places
         self.store.put(
-            block.pa >> 12,
+            pa >> 12,
             Record(
-                offset, block.mode, block.size, runs, bytes(code), emitted.entry, block.live,
-                [stub + LINK_KEY for _, stub, _ in emitted.links], copies, second, brk, (span[0], span[1]),
-                block.looked, emitted.marks,
+                offset, mode, size, runs, bytes(code), entry, live, [stub + LINK_KEY for _, stub, _ in links], copies,
+                second, brk, (span[0], span[1]), looked, marks,
             ),
         )  # fmt: skip
 

@@ -401,14 +401,17 @@ class Emission:
         _i32(out, jump, len(out) - jump - 4)
         return bytes(out + restore + call), again
 
-    def unplaced(self, emitted: Emitted, mode: int, live: int, pa2: int | None) -> tuple[bytes, int, int, int, int]:
-        """A block's code without what depends on its place, and on which other blocks there are; and where it wants
-        the displacements of `second` and `brk`, and twice the host address of its second page."""
-        code = bytearray(emitted.code)
+    def unplaced(
+        self, made: bytes, links: list[tuple[int, int, int]], mode: int, live: int, pa2: int | None
+    ) -> tuple[bytes, int, int, int, int]:
+        """The code ``made`` for a block, with such ``links``, without what depends on its place, and on which other
+        blocks there are; and where it wants the displacements of `second` and `brk`, and twice the host address of its
+        second page."""
+        code = bytearray(made)
         _, second, brk, page = self._prologue(mode & ~Mode.PLAIN, bool(live))
         _i32(code, second, 0)
         _i32(code, brk, 0)
-        for site, stub, key in emitted.links:
+        for site, stub, key in links:
             _i32(code, site, stub - site - 4)
             _u64(code, stub + LINK_KEY, key & (1 << Mode.BITS + 12) - 1)
         spans = [0, 0]

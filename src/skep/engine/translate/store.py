@@ -19,10 +19,11 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from time import time_ns
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import iced_x86
 
+from skep.engine.translate.notes import Notes
 from skep.engine.translate.segment import (
     MASKS,
     Draft,
@@ -102,10 +103,10 @@ class Record(NamedTuple):
     """Where the code wants its own place and its second page's: see tables.py"""
     looked: tuple[int, int]
     """Between these offsets of the page lie the runs but the first."""
-    marks: array[int]
+    marks: bytes
 
     def pack(self) -> bytes:
-        code = self.code + bytes(len(self.code) & 1) + self.marks.tobytes()
+        code = self.code + bytes(len(self.code) & 1) + self.marks
         code += bytes(-len(code) & 7)
         parts = [run.pack() for run in self.runs]
         parts += [_COPY.pack(*copy) for copy in self.copies]
@@ -114,7 +115,7 @@ class Record(NamedTuple):
         body += bytes(-len(body) & 7) + code
         head = _HEAD.pack(
             RECORD + len(body), self.offset, self.mode, self.size, len(self.code), len(code) >> 3, self.entry,
-            self.live, len(self.marks), self.second, self.brk, *self.span, len(self.runs), len(self.copies),
+            self.live, len(self.marks) >> 1, self.second, self.brk, *self.span, len(self.runs), len(self.copies),
             len(self.links), *self.looked,
         )  # fmt: skip
         return head + body
@@ -179,6 +180,7 @@ class Store:
         self._seen = array("Q", bytes(8 << SEEN_BITS))
         """Hashed by themselves, checksums of what was put last, so that what is made again is not put again."""
         self.adopted = 0
+        self._notes: Notes | None = None
         self._directory = -1
         if directory is None:
             return
@@ -208,6 +210,9 @@ class Store:
             if self._draft is not None:
                 self._draft.drop()
                 self._draft = None
+            if self._notes is not None:
+                self._notes.close()
+                self._notes = None
             for segment in self._segments:
                 segment.close()
             self._segments.clear()
@@ -266,6 +271,25 @@ class Store:
         self.adopted += count
 
     # Keeping
+
+    def note(self, what: tuple[Any, ...]) -> None:
+        """Write down what shall become a record when the VM ends: to make one costs more than to make a block."""
+        try:
+            if self._notes is None:
+                self._notes = Notes(self._directory)
+            if self._notes.size < self._limit:
+                self._notes.add(what)
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+            self.close()
+
+    def noted(self) -> Iterator[tuple[Any, ...]]:
+        """What was written down."""
+        try:
+            if self._notes is not None:
+                yield from self._notes
+        except OSError as error:
+            self.problem = error.strerror or str(error)
 
     def put(self, page: int, record: Record) -> None:
         """A block was made that no record was. ``page`` is the same for all that are made on one page."""
