@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from skep.engine.amd64.registers import Cr0, Cr4, Pte, Vector
+from skep.engine.translate.layout import Kind
 from tests.engine.place import PAGE
 from tests.engine.tiny import Tiny
 
@@ -218,6 +219,37 @@ def test_what_is_kept(boot: Boot) -> None:
     begin = 2 * len(turn)
     assert misses[begin] - misses[0] > 10
     assert misses[begin + len(turn)] == misses[begin]
+
+
+def test_without_an_exit(boot: Boot) -> None:
+    """CR3 loads, INVLPG and INVPCID."""
+    spaces = start(boot, 0)
+    vcpu = spaces.guest.vcpu
+    first = spaces.tables[1] | 1 | NO_FLUSH
+    steps = [("cr3", first), ("invlpg", V), *[("invpcid", 0)] * 4] * 10
+    script(spaces, [*steps, ("stop", 0)])
+    assert vcpu.counts[Kind.EMULATE] == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pcid", "va", "enabled"),
+    [(4, 1, 0, True), (0, 0x1000, 0, True), (3, 0x1000, 0, True), (0, 1, 1 << 47, True), (1, 5, 0, False)],
+)
+def test_invpcid_refuses(boot: Boot, kind: int, pcid: int, va: int, enabled: bool) -> None:
+    """#GP(0) (SDM 2, INVPCID)."""
+    guest = boot(
+        "start: mov eax, KIND\nwrong: invpcid rax, [rip + what]\nhlt\nalign 16\nwhat: dq PCID, VA".replace(
+            "KIND", str(kind)
+        )
+        .replace("PCID", str(pcid))
+        .replace("VA", str(va))
+    )
+    if enabled:
+        guest.set(cr4=guest.state["cr4"] | Cr4.PCIDE)
+    guest.run()
+    assert guest.exception is not None
+    assert (guest.exception.vector, guest.exception.error) == (Vector.GP, 0)
+    assert guest.exception.rip == guest.program["wrong"]
 
 
 def test_what_became_illegal_meanwhile(boot: Boot) -> None:

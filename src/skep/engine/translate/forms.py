@@ -223,7 +223,8 @@ BORROWED = (RBX, RBP, RSI, RDI, R8, Reg(12), Reg(13), Reg(14), Reg(15), RDX, RCX
 GENERAL_SPECIAL = frozenset(
     getattr(Mnemonic, n)
     for n in (
-        "PUSH POP CALL JMP RET LEAVE PUSHF PUSHFD PUSHFQ POPF POPFD POPFQ STI CLI PAUSE SWAPGS STAC CLAC INVLPG".split()
+        "PUSH POP CALL JMP RET LEAVE PUSHF PUSHFD PUSHFQ POPF POPFD POPFQ STI CLI PAUSE SWAPGS STAC CLAC INVLPG "
+        "INVPCID".split()
     )
 ) | frozenset(STRINGS) - {Mnemonic.MOVSD, Mnemonic.CMPSD}
 """Besides the integer instructions: those whose lowering no CR0, CR4 or XCR0 setting changes."""

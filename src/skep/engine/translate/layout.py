@@ -103,7 +103,7 @@ _FIELDS = (
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
     "slow", "range", "link", "miss", "brk_exit", "emu_exit", "done_exit", "port_exit", "segment_exit",
-    "iret", "syscall", "sysret", "cr3_load", "invlpg", "rep_stos", "rep_movs", "rep_cmps", "yield_",
+    "iret", "syscall", "sysret", "cr3_load", "invlpg", "invpcid", "rep_stos", "rep_movs", "rep_cmps", "yield_",
     "narrow_string", "span", "load_segment", "cpuid", "rdmsr", "wrmsr",
     # counters
     "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link", "n_span", "n_tick", "n_port",

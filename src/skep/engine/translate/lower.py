@@ -178,7 +178,7 @@ class Lowering(Special):
             form.reach = (GPR[ins.memory_base][0], disp, self.size(ins), written, open_.disp, open_.disp_size)
         if form.step is not None:
             spoils.discard(form.step[0])
-        if m == Mnemonic.INVLPG:
+        if m in (Mnemonic.INVLPG, Mnemonic.INVPCID):
             spoils.update(range(16))  # any page may be another from here on
         form.spoils = tuple(spoils)
 
@@ -323,7 +323,7 @@ class Lowering(Special):
             return self.kernel and m == Mnemonic.POPFQ
         if m in (Mnemonic.STI, Mnemonic.CLI, Mnemonic.SWAPGS, Mnemonic.STAC, Mnemonic.CLAC, Mnemonic.INVLPG):
             return self.kernel and (self.wide or m in (Mnemonic.STI, Mnemonic.CLI))
-        if m in (Mnemonic.IRETQ, Mnemonic.RDMSR, Mnemonic.WRMSR):
+        if m in (Mnemonic.IRETQ, Mnemonic.RDMSR, Mnemonic.WRMSR, Mnemonic.INVPCID):
             return self.kernel and self.wide
         if m == Mnemonic.CPUID:
             return self.wide

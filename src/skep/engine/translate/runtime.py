@@ -65,6 +65,8 @@ from skep.engine.translate.tlb_runtime import (
     TLB_ROUTINES,
     enter_page,
     enter_space,
+    flush_tlb,
+    invalidate,
     jump_set,
     leave_space,
     list_jumps,
@@ -741,6 +743,29 @@ def load_cr3(value: int, rip: int) -> int:
     return 1
 
 
+def invalidate_pcid(descriptor: int, rip: int, kind: int) -> int:
+    """INVPCID at ``rip`` (SDM 2): 1, or 0 where Python must look, which faults. ``kind``: an address of a PCID, a PCID,
+    everything, everything but global pages."""
+    word = ld64(descriptor)
+    va = ld64(descriptor + 8)
+    current = st.cr3 & PCID
+    if st.cr4 & PCIDE == 0:
+        current = 0
+    if kind > 3 or word > PCID or (kind == 0 and sar(va, 47) + 1 > 1) or (kind < 2 and word and st.cr4 & PCIDE == 0):
+        st.kind = Kind.EMULATE
+        st.rip = rip
+        return 0
+    if kind >= 2:
+        flush_tlb(kind == 2)
+    elif word != current:
+        st.kept = st.kept & ~(1 << (word & (KEPT_SLOTS - 1)))
+    elif kind == 0:
+        invalidate(va)
+    else:
+        leave_space(0, 0)
+    return 1
+
+
 def descriptor_at(selector: int) -> int:
     """The GDT's descriptor for a selector, or 0 where that is not plain."""
     if selector & 4 or selector & ~3 == 0 or (selector | 7) > st.gdt_limit:
@@ -1107,7 +1132,7 @@ ROUTINES = [
     *TLB_ROUTINES,
     walk, refused, walk_legacy, is_ram, page_fault, fill, fill_range, to_python,
     fill_crossing, supervisor_pointer, deliver, set_mode, find, fetch_page, second_page, barrier, resume,
-    lookup, link, load_cr3, descriptor_at, interrupt_return, system_call, system_return, operand,
+    lookup, link, load_cr3, invalidate_pcid, descriptor_at, interrupt_return, system_call, system_return, operand,
     interrupted, rep_store, mask_at_host, rep_move, rep_down,
     subtract_flags, rep_compare, element, down_elements, lines, is_code, mask_at, announce, elements,
 ]  # fmt: skip

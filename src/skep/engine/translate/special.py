@@ -57,7 +57,7 @@ class Special(Emitter):
             m.PUSHF: self._pushfq, m.PUSHFD: self._pushfq, m.PUSHFQ: self._pushfq,
             m.POPF: self._popfq, m.POPFD: self._popfq, m.POPFQ: self._popfq, m.STI: self._sti, m.CLI: self._cli,
             m.STAC: self._stac, m.CLAC: self._stac, m.SWAPGS: self._swapgs, m.INVLPG: self._invlpg,
-            m.PAUSE: self._pause,
+            m.INVPCID: self._invpcid, m.PAUSE: self._pause,
             m.IRETQ: self._leave_by, m.SYSRETQ: self._leave_by, m.SYSCALL: self._leave_by,
             m.RDTSC: self._rdtsc, m.RDTSCP: self._rdtsc, m.IN: self._port, m.OUT: self._port,
             m.RDFSBASE: self._segment_base, m.RDGSBASE: self._segment_base,
@@ -397,6 +397,13 @@ class Special(Emitter):
         self.address(ins)
         self.hole_push()
         self.a.call(state("invlpg"))
+
+    def _invpcid(self, ins: Instruction) -> None:
+        self.address(ins)
+        self.check(16, READ, anywhere=True)
+        self.load(R11, GPR[ins.op0_register][0])
+        self.hole_push()
+        self.a.call(state("invpcid"))
 
     def _leave_by(self, ins: Instruction) -> None:
         """IRETQ, SYSRETQ, SYSCALL: a routine each."""

@@ -16,6 +16,7 @@ brk_exit               ``jmp``: r10 is the guest address to go on at
 emu_exit               ``jmp``: r10 is the address of an instruction for Python
 iret, syscall, sysret  ``jmp``: r10 is the instruction's address
 cr3_load, invlpg       ``push offset; call``: r10 is the operand
+invpcid                ``push offset; call``: r10 is the descriptor's host address, r11 the type
 span                   ``push offset; call``: r10 is the host address of the block's second page
 load_segment           ``push desc; call``: r10 is the selector
 cpuid, rdmsr, wrmsr    ``push offset; call``
@@ -522,6 +523,7 @@ class Stubs:
         for name, routine in (
             ("cr3_load", "load_cr3"),
             ("invlpg", "invalidate"),
+            ("invpcid", "invalidate_pcid"),
             ("span", "second_page"),
             ("load_segment", "load_segment"),
             ("cpuid", "identify"),
@@ -536,8 +538,10 @@ class Stubs:
             else:
                 a.mov(RDI, R10)
             a.mov(RSI, Mem(RSP, disp=8), size=32)
-            if routine in ("load_cr3", "invalidate"):
+            if routine in ("load_cr3", "invalidate", "invalidate_pcid"):
                 a.add(RSI, field("page"))
+            if routine == "invalidate_pcid":
+                a.mov(RDX, R11)
             self._call(a, routine)
             if routine != "invalidate":
                 a.test(RAX, RAX)
