@@ -15,7 +15,6 @@ from tests.engine.native import OWN
 from tests.engine.oracle import OracleError
 from tests.engine.place import (
     ARITHMETIC,
-    CODE,
     CODE_SIZE,
     DATA,
     GPRS,
@@ -24,6 +23,7 @@ from tests.engine.place import (
     SAVE,
     Batch,
     Outcome,
+    code_start,
     fpu_field,
     status_word,
 )
@@ -172,11 +172,14 @@ def _compare(sequence: RandomSequence, address: int, host: Outcome, guest: Outco
 def run_sequences(generator: Generator, count: int, host: Runner, guest: Runner) -> Iterator[Mismatch]:
     """Run ``count`` sequences on both and give those that differ."""
     placing = random.Random(generator.seed)
-    for start in range(0, count, BATCH):
+    start_of_code = code_start(generator.bits)
+    batch_size = min(BATCH, (1 << generator.bits) // SLOT)
+    for start in range(0, count, batch_size):
         data = data_image(placing)
         placed: list[tuple[RandomSequence, int]] = []
-        for slot in range(min(BATCH, count - start)):
-            address = CODE + slot * SLOT + placing.randrange(_LONGEST, SLOT - (_LONGEST if slot == BATCH - 1 else 1))
+        for slot in range(min(batch_size, count - start)):
+            last = SLOT - (_LONGEST if slot == batch_size - 1 else 1)
+            address = start_of_code + slot * SLOT + placing.randrange(_LONGEST, last)
             placed.append((generator.sequence(), address))
         placed, theirs_all = _finite(data, placed, host)
         batch = Batch(data, tuple(sequence.case(address) for sequence, address in placed))

@@ -43,6 +43,11 @@ _LEFT_OUT = re.compile(
 )
 
 
+_SEGMENTS = re.compile(r"^(L[DE]S|POP[WD]_[A-Z]S$|PUSHD_[A-Z]S$)")
+"""Left out of 16- and 32-bit code: loads of segments, whose tables are not the same, and 32-bit pushes,
+of which it is the CPU's own affair whether they store the upper half (SDM 2, PUSH)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     code: Code_
@@ -68,14 +73,16 @@ def _group(name: str, need: frozenset[str]) -> str:
 
 
 @functools.cache
-def forms(offered: frozenset[str]) -> dict[str, tuple[Form, ...]]:
-    """Forms that a CPU with these features has in 64-bit mode at any privilege, by group."""
+def forms(offered: frozenset[str], bits: int = 64) -> dict[str, tuple[Form, ...]]:
+    """Forms that a CPU with these features has in code of this size at any privilege, by group."""
     found: dict[str, list[Form]] = {}
     for code, name in CODE_NAMES.items():
         info = OpCodeInfo(code)
-        if not info.is_instruction or not info.mode64 or info.encoding not in (EncodingKind.LEGACY, EncodingKind.VEX):
+        if not info.is_instruction or info.encoding not in (EncodingKind.LEGACY, EncodingKind.VEX):
             continue
-        if _LEFT_OUT.match(name) or info.is_privileged:
+        if not info.is_available_in_mode(bits):
+            continue
+        if _LEFT_OUT.match(name) or info.is_privileged or (bits != 64 and _SEGMENTS.match(name)):
             continue
         need = features(code)
         kinds = op_kinds(code)

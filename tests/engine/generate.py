@@ -45,6 +45,7 @@ from tests.engine.place import (
     SAVE,
     STACK,
     XSAVE_SIZE,
+    code_start,
 )
 from tests.engine.sequence import Item, Label, RandomSequence
 
@@ -72,11 +73,11 @@ _DOUBLES = (
     0.0, -0.0, 1.0, -1.0, 0.5, 3.0, 1e300, -1e300, 1e-300, 5e-324, -2.2250738585072014e-308, 1.7976931348623157e308,
     float("inf"), float("-inf"), float("nan"), 2147483647.0, -2147483648.0, 9.3e18, 65504.0, 0.1, 1e38, 1e-45,
 )  # fmt: skip
-_CONDITIONS = ("O", "NO", "B", "AE", "E", "NE", "BE", "A", "S", "NS", "P", "NP", "L", "GE", "LE", "G")
-_JCC = tuple(CODES[f"J{condition}_REL32_64"] for condition in _CONDITIONS)
-_JCC_SHORT = tuple(CODES[f"J{condition}_REL8_64"] for condition in _CONDITIONS)
+CONDITIONS = ("O", "NO", "B", "AE", "E", "NE", "BE", "A", "S", "NS", "P", "NP", "L", "GE", "LE", "G")
+_JCC = tuple(CODES[f"J{condition}_REL32_64"] for condition in CONDITIONS)
+_JCC_SHORT = tuple(CODES[f"J{condition}_REL8_64"] for condition in CONDITIONS)
 _LOOPS = (Code.LOOP_REL8_64_RCX, Code.LOOPNE_REL8_64_RCX, Code.LOOPE_REL8_64_RCX, Code.LOOP_REL8_64_ECX)
-_STRINGS = tuple(
+STRINGS = tuple(
     CODES[name]
     for name in (
         "MOVSB_M8_M8", "MOVSW_M16_M16", "MOVSD_M32_M32", "MOVSQ_M64_M64",
@@ -130,6 +131,8 @@ def _extended(rng: random.Random) -> bytes:
 class Generator:
     """Makes sequences; ``seed`` and the number of the sequence decide everything about each."""
 
+    bits = 64
+
     def __init__(self, seed: str, offered: frozenset[str] = HOST, supervisor: bool = False) -> None:
         self.seed = seed
         self.offered = offered
@@ -137,7 +140,7 @@ class Generator:
         """The sequence will run at CPL 0, where POPF reaches more and selectors differ from the host process's."""
         self.alignment = 0.04
         """How many of the user's sequences run with alignment checked."""
-        self.groups = forms(offered)
+        self.groups = forms(offered, self.bits)
         self.rng = random.Random(seed)
         self._count = 0
 
@@ -152,7 +155,7 @@ class Generator:
             made = self._sequence(seed)
             self._repair(made)
             try:
-                made.layout(CODE)
+                made.layout(code_start(self.bits))
             except ValueError:  # a short branch that does not reach
                 seed += "'"
                 continue
@@ -176,7 +179,7 @@ class Generator:
         self.theme = rng.choices(("mixed", "integer", "sse", "avx", "x87"), (30, 40, 10, 10, 10))[0]
         while self.budget > 0:
             self._step()
-        return RandomSequence(seed, self.items, registers, flags, self.fs_base, self.gs_base, xsave)
+        return RandomSequence(seed, self.items, registers, flags, self.fs_base, self.gs_base, xsave, self.bits)
 
     def _initial(self, register: int) -> int:
         rng = self.rng
@@ -349,13 +352,13 @@ class Generator:
                 return None
             has_memory |= isinstance(operand, Mem)
             operands.append(operand)
-        ins = build(form.code, tuple(operands))
+        ins = build(form.code, tuple(operands), self.bits)
         if ins is None:
             return None
         if form.lockable and rng.random() < (0.3 if has_memory else 0.005):
             ins.has_lock_prefix = True
         try:
-            encode(ins, CODE)
+            encode(ins, code_start(self.bits), self.bits)
         except ValueError:
             return None
         for used in _info.info(ins).used_registers():
@@ -569,7 +572,7 @@ class Generator:
 
     def _string(self) -> None:
         rng = self.rng
-        code = rng.choice(_STRINGS)
+        code = rng.choice(STRINGS)
         if {_RSI, _RDI, _RCX, _RAX} & self.reserved:
             return
         wide = rng.random() < 0.85

@@ -13,6 +13,7 @@ from tests.engine.place import (
     DATA_SIZE,
     FILLER,
     GPRS,
+    LOW_CODE,
     LOW_DATA,
     PAGE,
     PAGES,
@@ -23,7 +24,7 @@ from tests.engine.place import (
     changed_pages,
     comparable_fpu,
 )
-from tests.engine.tiny import CODE64, DATA0, MMIO, NULL_SEGMENT, SEGMENTS, USER64, USER_DATA, Tiny, TinyError
+from tests.engine.tiny import CODE64, DATA0, MMIO, NULL_SEGMENT, SEGMENTS, USER32, USER64, USER_DATA, Tiny, TinyError
 
 CODE_GPA = 0x400000
 DATA_GPA = 0x600000
@@ -41,8 +42,9 @@ class GuestCpu:
         self.tiny.set(cr0=self.tiny.state["cr0"] | Cr0.AM)  # as Linux has it
         self.tiny.unmap(MMIO)  # the host process has nothing there
         user = 0 if supervisor else Pte.US
-        for offset in range(0, CODE_SIZE, PAGE):
-            self.tiny.map(CODE + offset, CODE_GPA + offset, user)
+        for base in (CODE, LOW_CODE):
+            for offset in range(0, CODE_SIZE, PAGE):
+                self.tiny.map(base + offset, CODE_GPA + offset, user)
         for i, access in enumerate(PAGES):
             if access is not Access.NONE:
                 flags = user | Pte.NX | (Pte.RW if access is Access.WRITE else 0)
@@ -54,21 +56,21 @@ class GuestCpu:
         memory = self.tiny.memory
         memory.write(CODE_GPA, FILLER)
         for case in batch.cases:
-            memory.write(CODE_GPA + case.address - CODE, case.code)
+            memory.write(CODE_GPA + case.offset, case.code)
         return [self._run(case, batch.data) for case in batch.cases]
 
     def _run(self, case: Case, data: bytes) -> Outcome:
         tiny = self.tiny
         tiny.memory.write(DATA_GPA, data)
-        stack = SEGMENTS[DATA0 if self.supervisor else USER_DATA]
+        code, stack, data_segment = self._segments(case.bits)
         tiny.set(
             **dict(zip(GPRS, case.registers, strict=True)),
             rip=case.address,
             rflags=case.rflags,
-            cs=SEGMENTS[CODE64 if self.supervisor else USER64],
+            cs=code,
             ss=stack,
-            ds=NULL_SEGMENT,
-            es=NULL_SEGMENT,
+            ds=data_segment,
+            es=data_segment,
             fs={**NULL_SEGMENT, "base": case.fs_base},
             gs={**NULL_SEGMENT, "base": case.gs_base},
             xsave=case.xsave,
@@ -90,6 +92,17 @@ class GuestCpu:
             fpu=comparable_fpu(state["xsave"]),
             pages=changed_pages(data, memory_image(tiny)),
         )
+
+    def _segments(self, bits: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+        """CS, SS and what DS and ES are."""
+        if bits == 64:
+            code, stack = (CODE64, DATA0) if self.supervisor else (USER64, USER_DATA)
+            return SEGMENTS[code], SEGMENTS[stack], NULL_SEGMENT
+        if bits == 32:
+            return SEGMENTS[USER32], SEGMENTS[USER_DATA], SEGMENTS[USER_DATA]
+        narrow = {"selector": 0x07, "base": LOW_CODE, "limit": 0xFFFF, "attributes": 0xFB}
+        data = {"selector": 0x0F, "base": LOW_DATA, "limit": DATA_SIZE - 1, "attributes": 0xF3}
+        return narrow, data, data
 
     def close(self) -> None:
         self.tiny.close()

@@ -27,6 +27,7 @@ from tests.engine.place import (
     DATA_SIZE,
     FILLER,
     GPRS,
+    LOW_CODE,
     LOW_DATA,
     PAGE,
     PAGES,
@@ -48,6 +49,7 @@ OWN = ((CONTEXT, 0x4000), (STUBS, PAGE), (ALTERNATE_STACK, ALTERNATE_SIZE))
 
 # offsets in the context page
 START, RFLAGS, FS_BASE, GS_BASE = 0x80, 0x88, 0x90, 0x98  # the GPRs stand at 0
+FAR, SELECTOR = 0xA0, 0xA6  # a far pointer, and what DS, ES and SS are with it
 HOST_RSP, HOST_FS, HOST_GS = 0x100, 0x108, 0x110
 FRAME = 0x200  # struct sigcontext's registers: 23 words
 IMAGE_IN = 0x1000
@@ -97,6 +99,9 @@ handler:                            ; (rdi signal, rsi siginfo, rdx ucontext)
     lea rdi, [rbx + IMAGE_OUT]
     mov ecx, XSAVE_SIZE
     rep movsb
+    xor eax, eax
+    mov ds, ax
+    mov es, ax
     mov rax, [rbx + HOST_FS]
     wrfsbase rax
     mov rax, [rbx + HOST_GS]
@@ -114,9 +119,21 @@ restorer:
     syscall
 """
 
+_SEGMENTS = """
+    movzx eax, word [rbx + SELECTOR]
+    mov ds, ax
+    mov es, ax
+    mov ss, ax
+    LOAD
+"""
+
 MAP_FIXED_NOREPLACE, MAP_POPULATE = 0x100000, 0x8000
 SA_SIGINFO, SA_RESTORER, SA_ONSTACK, SA_NODEFER = 4, 0x04000000, 0x08000000, 0x40000000
-SYS_RT_SIGACTION, SYS_SIGALTSTACK = 13, 131
+SYS_RT_SIGACTION, SYS_SIGALTSTACK, SYS_MODIFY_LDT = 13, 131, 154
+USER32, USER_DATA = 0x23, 0x2B
+"""Linux's (arch/x86/include/asm/segment.h)."""
+CODE16, DATA16 = 0x07, 0x0F
+"""The first two in the LDT."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -143,7 +160,8 @@ class Native:
         read, write, execute = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
         code = os.memfd_create("code")
         os.ftruncate(code, CODE_SIZE)
-        _map_at(CODE, CODE_SIZE, read | execute, code)
+        for base in (CODE, LOW_CODE):
+            _map_at(base, CODE_SIZE, read | execute, code)
         self.code = mmap.mmap(code, CODE_SIZE)
         data = os.memfd_create("data")
         os.ftruncate(data, DATA_SIZE)
@@ -158,6 +176,9 @@ class Native:
         self.context = (ctypes.c_char * 0x4000).from_address(CONTEXT)
         stubs = self._stubs()
         self.enter = ctypes.CFUNCTYPE(None)(stubs["enter"])
+        self.enter_narrow = ctypes.CFUNCTYPE(None)(stubs["enter_narrow"])
+        self._segment(CODE16, LOW_CODE, 0xFFFF, code=True)
+        self._segment(DATA16, LOW_DATA, DATA_SIZE - 1, code=False)
         stack = struct.pack("<QQQ", ALTERNATE_STACK, 0, ALTERNATE_SIZE)
         if libc.syscall(SYS_SIGALTSTACK, stack, None):
             _fail("sigaltstack")
@@ -168,10 +189,19 @@ class Native:
                 _fail("rt_sigaction")
 
     @staticmethod
+    def _segment(selector: int, base: int, limit: int, *, code: bool) -> None:
+        """A 16-bit segment, code or writable data, in the LDT (modify_ldt(2): struct user_desc)."""
+        descriptor = struct.pack("<4I", selector >> 3, base, limit, 2 << 1 if code else 0)
+        if libc.syscall(SYS_MODIFY_LDT, 0x11, descriptor, len(descriptor)):
+            _fail("modify_ldt")
+
+    @staticmethod
     def _stubs() -> dict[str, int]:
         load = "\n".join(f"mov {r}, [rbx + {8 * i}]" for i, r in enumerate(GPRS) if r != "rbx")
         names = {k: v for k, v in globals().items() if isinstance(v, int)}
-        program = assemble(_ENTER.replace("LOAD", load), STUBS, names)
+        narrow = _ENTER[: _ENTER.index("handler:")].replace("enter:", "enter_narrow:").replace("    LOAD", _SEGMENTS)
+        narrow = narrow.replace("jmp qword [rip + CONTEXT + START]", "JMP_M1632 [rip + CONTEXT + FAR]")
+        program = assemble((_ENTER + narrow).replace("LOAD", load), STUBS, names)
         fd = os.memfd_create("stubs")
         os.write(fd, program.code)
         _map_at(STUBS, PAGE, mmap.PROT_READ | mmap.PROT_EXEC, fd)
@@ -181,8 +211,7 @@ class Native:
     def run(self, batch: Batch) -> list[Outcome]:
         self.code[:] = FILLER
         for case in batch.cases:
-            start = case.address - CODE
-            self.code[start : start + len(case.code)] = case.code
+            self.code[case.offset : case.offset + len(case.code)] = case.code
         return [self._run(case, batch.data) for case in batch.cases]
 
     def _run(self, case: Case, data: bytes) -> Outcome:
@@ -190,9 +219,16 @@ class Native:
         words = struct.pack("<20Q", *case.registers, case.address, case.rflags, case.fs_base, case.gs_base)
         ctypes.memmove(CONTEXT, words, len(words))
         ctypes.memmove(CONTEXT + IMAGE_IN, case.xsave, XSAVE_SIZE)
-        self.enter()
+        if case.bits == 64:
+            self.enter()
+        else:
+            selectors = (USER32, USER_DATA) if case.bits == 32 else (CODE16, DATA16)
+            ctypes.memmove(CONTEXT + FAR, struct.pack("<IHH", case.address, *selectors), 8)
+            self.enter_narrow()
         frame = dict(zip(FRAME_ORDER, struct.unpack_from("<23Q", self.context, FRAME), strict=True))
         image = ctypes.string_at(CONTEXT + IMAGE_OUT, XSAVE_SIZE)
+        if case.bits != 64:  # the kernel's way back to a 16-bit stack leaves something there
+            frame["rsp"] &= 0xFFFFFFFF
         return Outcome(
             registers=tuple(frame[r] for r in GPRS),
             rip=frame["rip"],

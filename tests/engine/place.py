@@ -17,6 +17,8 @@ CODE = 0x2000_0000_0000
 CODE_SIZE = 64 * PAGE
 FILLER = b"\xcc" * CODE_SIZE
 """What stands between the cases: INT3, for one that loses its way."""
+LOW_CODE = 0x6000_0000
+"""The same again, for 32-bit code; 16-bit code has a segment that begins there."""
 DATA = 0x2000_0100_0000
 """Data area, within reach of RIP-relative operands of the code."""
 LOW_DATA = 0x7000_0000
@@ -59,9 +61,17 @@ XSAVE_SIZE = 832
 """XSAVE's standard format with x87, SSE and AVX (SDM 1, 13.4)."""
 
 
+def code_start(bits: int) -> int:
+    """Where the code area is for code of this size."""
+    return {64: CODE, 32: LOW_CODE, 16: 0}[bits]
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Registers and code. The code ends with UD2, so that every case ends by an exception."""
+    """Registers and code. The code ends with UD2, so that every case ends by an exception.
+
+    32-bit code has flat segments; 16-bit code has one that begins at LOW_CODE, and DS, ES and SS have one of 16 bits
+    that is the data area at LOW_DATA."""
 
     address: int
     code: bytes
@@ -71,6 +81,12 @@ class Case:
     fs_base: int
     gs_base: int
     xsave: bytes
+    bits: int = 64
+
+    @property
+    def offset(self) -> int:
+        """Of its first byte in the code area."""
+        return self.address - code_start(self.bits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from iced_x86 import Decoder, FastFormatter, FlowControl, Instruction, Mnemonic, RflagsBits
 
@@ -33,7 +33,7 @@ class Item:
     def is_branch(self) -> bool:
         return self.instruction is not None and self.instruction.flow_control in _BRANCHING
 
-    def encode(self, ip: int, target: int | None) -> bytes:
+    def encode(self, ip: int, target: int | None, bits: int = 64) -> bytes:
         if self.instruction is None:
             return (target or 0).to_bytes(8, "little")
         if self.target is not None:
@@ -41,7 +41,7 @@ class Item:
                 self.instruction.near_branch64 = ip if target is None else target
             else:
                 self.instruction.memory_displacement = ip if target is None else target
-        return self.prefix + encode(self.instruction, ip + len(self.prefix))
+        return self.prefix + encode(self.instruction, ip + len(self.prefix), bits)
 
 
 _BRANCHING = (FlowControl.CONDITIONAL_BRANCH, FlowControl.UNCONDITIONAL_BRANCH, FlowControl.CALL)
@@ -105,6 +105,7 @@ class RandomSequence:
     fs_base: int
     gs_base: int
     xsave: bytes
+    bits: int = 64
     labels: dict[Label, int] = field(default_factory=dict, repr=False)
 
     def layout(self, address: int) -> list[tuple[int, bytes, Item]]:
@@ -118,7 +119,7 @@ class RandomSequence:
                 if isinstance(item, Label):
                     labels[item] = ip
                     continue
-                machine = item.encode(ip, labels.get(item.target) if item.target else None)
+                machine = item.encode(ip, labels.get(item.target) if item.target else None, self.bits)
                 placed.append((ip, machine, item))
                 ip += len(machine)
         self.labels = labels
@@ -126,7 +127,7 @@ class RandomSequence:
 
     def case(self, address: int) -> Case:
         code = b"".join(machine for _, machine, _ in self.layout(address)) + UD2
-        return Case(address, code, self.registers, self.rflags, self.fs_base, self.gs_base, self.xsave)
+        return Case(address, code, self.registers, self.rflags, self.fs_base, self.gs_base, self.xsave, self.bits)
 
     def comparable_flags(self, address: int) -> dict[int, int]:
         """For an exception at each address of the sequence: the flags that are defined, and not dead, there.
@@ -165,8 +166,7 @@ class RandomSequence:
         item = self.items[index]
         if isinstance(item, Label) or item.keep:
             return None
-        items = self.items[:index] + self.items[index + 1 :]
-        return RandomSequence(self.seed, items, self.registers, self.rflags, self.fs_base, self.gs_base, self.xsave)
+        return replace(self, items=self.items[:index] + self.items[index + 1 :], labels={})
 
     def listing(self, address: int) -> str:
         """Disassembly, and the registers at the start."""
@@ -180,7 +180,7 @@ class RandomSequence:
         for ip, machine, item in self.layout(address):
             text = f"dq {self.labels.get(item.target, 0):#x}" if item.target else "dq 0"
             if item.instruction is not None:
-                text = formatter.format(next(iter(Decoder(64, machine, ip=ip))))
+                text = formatter.format(next(iter(Decoder(self.bits, machine, ip=ip))))
             lines.append(f"  {ip:x}: {machine.hex():<30} {text}")
         return "\n".join(lines)
 

@@ -31,6 +31,7 @@ from tests.engine.place import (
     XSAVE_SIZE,
     Batch,
     Case,
+    code_start,
 )
 
 D = DATA + FIRST_DATA
@@ -608,3 +609,39 @@ def test_ring_3_may_not(host: Oracle, guest: GuestCpu, text: str) -> None:
     if text == "iretq":  # what is on the stack decides; make it fault the same way
         text = "push 0\npush 0\npush 0\npush 0\npush 0\niretq"
     agree(host, guest, text, 0)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param("c5f877", id="vzeroupper"),  # of eight registers
+        pytest.param("c5fc77", id="vzeroall"),
+        pytest.param("8b07", id="mov ax, [bx]"),
+        pytest.param("8b4500", id="mov ax, [di]"),
+        pytest.param("678b06", id="mov ax, [esi]"),
+        pytest.param("67668b06", id="mov eax, [esi]"),  # the last two bytes are outside
+        pytest.param("c4060000", id="a pair of registers in 64-bit code"),
+        pytest.param("27", id="daa"),
+        pytest.param("9c589d", id="pushf"),
+        pytest.param("60", id="pusha"),
+        pytest.param("f3a4", id="rep movsb"),  # until it leaves its segment
+        pytest.param("6232", id="bound"),
+        pytest.param("d40a", id="aam"),
+        pytest.param("d400", id="aam 0"),
+    ],
+)
+def test_narrow_code(host: Oracle, bits: int, code: str) -> None:
+    """In 16-bit code si and bp point at the end of the segment."""
+    base = 0 if bits == 16 else LOW_DATA
+    registers = [0x1234] * 16
+    registers[1] = 40  # rcx
+    registers[3] = registers[7] = base + FIRST_DATA  # rbx, rdi
+    registers[4] = base + STACK + PAGE
+    registers[5] = registers[6] = base + DATA_SIZE - 2  # rbp, rsi
+    start = code_start(bits) + 0x300
+    case = Case(start, bytes.fromhex(code) + b"\x0f\x0b", tuple(registers), 0x206, 0, 0, _xsave(), bits)
+    batch = Batch(_image(), (case,))
+    with GuestCpu(translate()) as guest:
+        (theirs,), (ours,) = host.run(batch), guest.run(batch)
+    assert not differences(theirs, ours, 0x8D5 if theirs.vector == 6 and code != "27" and code[:2] != "d4" else 0)

@@ -96,6 +96,16 @@ class Narrow(Lowering):
             return self.kernel
         return super()._allowed_special(ins)
 
+    def generic(self, ins: Instruction, data: bytes) -> None:
+        if ins.mnemonic in (Mnemonic.VZEROUPPER, Mnemonic.VZEROALL):  # of the eight registers that such code has
+            for n in range(8):
+                if ins.mnemonic == Mnemonic.VZEROALL:
+                    self.a.raw(bytes((0xC5, 0x81 | (n ^ 15) << 3, 0xEF, 0xC0 | n << 3 | n)))  # vpxor xmm, xmm, xmm
+                else:
+                    self.a.raw(bytes((0xC5, 0xF8, 0x28, 0xC0 | n << 3 | n)))  # vmovaps xmm, xmm
+        else:
+            super().generic(ins, data)
+
     # Addresses
 
     def segment(self, ins: Instruction) -> None:
