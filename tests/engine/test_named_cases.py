@@ -645,3 +645,29 @@ def test_narrow_code(host: Oracle, bits: int, code: str) -> None:
     with GuestCpu(translate()) as guest:
         (theirs,), (ours,) = host.run(batch), guest.run(batch)
     assert not differences(theirs, ours, 0x8D5 if theirs.vector == 6 and code != "27" and code[:2] != "d4" else 0)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param("6237", id="bound: too low, and the upper bound is not mapped"),
+        pytest.param("c83c0002", id="enter: the outer frame's pointer is beyond 4 GiB"),
+        pytest.param("8b45fd", id="mov: beyond 4 GiB"),
+        pytest.param("8f45fd", id="pop: beyond 4 GiB"),
+    ],
+)
+def test_edges_of_32_bit_code(host: Oracle, code: str) -> None:
+    registers = [0x1234] * 16
+    registers[4] = LOW_DATA + STACK + PAGE
+    registers[5] = 1
+    registers[6] = 1 << 31
+    registers[7] = LOW_DATA + LAST_DATA + PAGE - 4  # the last of what may be read
+    image = bytearray(_image())
+    image[LAST_DATA + PAGE - 4 : LAST_DATA + PAGE] = bytes(4)
+    case = Case(code_start(32) + 0x300, bytes.fromhex(code) + b"\x0f\x0b", tuple(registers), 0x202, 0, 0, _xsave(), 32)
+    batch = Batch(bytes(image), (case,))
+    with GuestCpu(translate()) as guest:
+        (theirs,), (ours,) = host.run(batch), guest.run(batch)
+    assert theirs.vector in (5, 14)
+    found = differences(theirs, ours, 0)
+    assert not [line for line in found if not line.startswith(("page", "memory"))], found  # ENTER: _OWN_AFFAIR

@@ -164,7 +164,7 @@ class Context:
         """The linear address of ``size`` bytes in a segment, with the checks of the mode.
 
         Outside 64-bit mode a null segment, an offset past the limit, a store to code or read-only data fault (SDM 3,
-        5.3 and 5.5). The offset does not wrap inside an access: no compiler and no kernel depends on that.
+        5.3 and 5.5). Inside an access the offset wraps only where the segment has all 4 GiB.
         """
         st = self.st
         vector = Vector.SS if segment == "ss" else Vector.GP
@@ -176,7 +176,8 @@ class Context:
             return offset
         held = segments.held(st, segment)
         start, *ends = segments.window(held, rights=not segments.paragraphs(st))
-        if offset < start or offset + size > ends[write]:
+        end = ends[write]
+        if offset < start or (offset + size > end and end <= M32):
             raise GuestFault(vector, 0)
         return held.base + offset & M32
 

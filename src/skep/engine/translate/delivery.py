@@ -271,7 +271,7 @@ def in_limit(segment: Loaded, offset: int, size: int, error: int = 0, vector: in
         top = M32 if segment.attributes & Attr.D else 0xFFFF
         inside = offset > segment.limit and end <= top
     else:
-        inside = end <= segment.limit
+        inside = end <= segment.limit or segment.limit == segments.FLAT  # where it goes on at 0
     if not inside:
         raise GuestFault(vector, error)
 

@@ -6,7 +6,7 @@ from iced_x86 import Code, Instruction, Mnemonic, Register, RegisterExt
 
 from skep.engine.amd64.registers import Cr0, Rflags, Vector
 from skep.engine.translate import segments
-from skep.engine.translate.context import MASK, RBP, Context, Handler
+from skep.engine.translate.context import M32, MASK, RBP, Context, Handler
 from skep.engine.translate.port import GuestFault
 from skep.engine.translate.segments import check_alignment
 
@@ -150,11 +150,14 @@ def popa(e: Context, i: Instruction) -> None:
 
 
 def bound(e: Context, i: Instruction) -> None:
+    """The upper bound is only read where the lower one is kept."""
     size = RegisterExt.size(i.op0_register)
-    raw = e.read(i, 2 * size)
+    address = e.address(i, 2 * size)
+    check_alignment(e.st, address, size)
     index = _signed(e.get(i.op0_register), size)
-    low, high = (int.from_bytes(part, "little", signed=True) for part in (raw[:size], raw[size:]))
-    if not low <= index <= high:
+    if index < int.from_bytes(e.cpu.read(address, size), "little", signed=True):
+        raise GuestFault(Vector.BR)
+    if index > int.from_bytes(e.cpu.read(address + size & M32, size), "little", signed=True):
         raise GuestFault(Vector.BR)
 
 
