@@ -12,17 +12,18 @@ from skep.engine.translate import TranslateEngine
 from skep.engine.translate.drafting import Drafting
 from skep.engine.translate.layout import Kind, Mode
 from skep.engine.translate.renaming import Renaming, rename
-from tests.engine.assemble import Imm, Reg, assemble
+from tests.engine.assemble import Imm, Mem, Reg, assemble
 from tests.engine.compare import minimize, run_sequences
 from tests.engine.engines import translate
 from tests.engine.generate import Generator
 from tests.engine.guestcpu import GuestCpu
 from tests.engine.oracle import Oracle
-from tests.engine.place import PAGE
+from tests.engine.place import DATA, PAGE
 from tests.engine.sequence import Label
 from tests.engine.tiny import MMIO, Tiny
 
 V, G = 0x400000, 0x300000
+READS = (Code.XOR_R64_RM64, Code.ADD_R64_RM64, Code.MOV_R64_RM64, Code.CMP_R64_RM64)
 OUT = (Code.JO_REL32_64, Code.JB_REL32_64, Code.JLE_REL32_64)
 
 def renamed(body: str) -> Renaming | None:
@@ -230,11 +231,16 @@ class Loops(Generator):
         if counter in self.reserved:
             return
         self._make(Code.MOV_R32_IMM32, Reg(counter - Register.RAX + Register.EAX), Imm(rng.randint(2, 9)))
+        table = self._table_for(counter) if rng.random() < 0.5 else None
         top, end = Label(), Label()
         self.items.append(top)
         self.known = {r: v for r, v in self.known.items() if rng.random() < 0.6}
-        with self._reserve(counter, Register.RSP):
+        with self._reserve(counter, Register.RSP, *([] if table is None else [table.base])):
             before = dict(self.known)
+            if table is not None:
+                byte = rng.choice((Register.AL, Register.CL, Register.DH, Register.DIL, Register.R12L))
+                self._make(Code.MOVZX_R32_RM8, Reg(table.index - Register.RAX + Register.EAX), Reg(byte))
+                self._make(rng.choice(READS), Reg(rng.choice((Register.RDX, Register.RBP, Register.R14))), table)
             for _ in range(rng.randint(1, 7)):
                 if rng.random() < 0.1:
                     self._emit(self._branch_to(rng.choice(OUT)), end)
@@ -243,6 +249,17 @@ class Loops(Generator):
         self._emit(self._branch_to(Code.JNE_REL32_64), top)
         self.items.append(end)
         self._forget(before)
+
+
+    def _table_for(self, counter: int) -> Mem | None:
+        """A table at a register that it loads."""
+        rng = self.rng
+        base, index = rng.choice((Register.RBX, Register.RDI, Register.R10)), rng.choice((Register.RCX, Register.RSI))
+        if counter in (base, index):
+            return None
+        disp = rng.choice((0, 64, -0x1000))
+        self._load(base, DATA + self._place(8, 0.5) - disp)
+        return Mem(base, index, rng.choice((1, 2, 4, 8)), disp)
 
 
 def check(host: Oracle, seed: str, count: int) -> None:

@@ -13,11 +13,12 @@ from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
 from skep.engine.translate.catalog import Catalog
 from skep.engine.translate.drafting import Draft, KnownBlocks
 from skep.engine.translate.forms import HOMES, IN_STATE, TLB_MASK, Ends, Form
+from skep.engine.translate.hoisting import Table, tables
 from skep.engine.translate.layout import JC, JC_ARRAY, OFFSETS, SLOTS, TLB, TLB_ARRAY, TLB_EXEC, TLB_HOST, Mode
 from skep.engine.translate.lower import Lowering
 from skep.engine.translate.narrow import Narrow
 from skep.engine.translate.renaming import rename
-from skep.engine.translate.sharing import shares
+from skep.engine.translate.sharing import Share, shares
 from skep.engine.translate.stubs import field as state
 from skep.engine.translate.stubs import restore_flags, save_flags
 
@@ -77,6 +78,8 @@ def _jumps(opcode: bytes) -> _Jumps:
 
 _RANGE = 1 << 30
 """In a descriptor: several operands share the check (runtime.fill_range)."""
+_TABLE = _RANGE | 1 << 29
+"""The same for a table, whose size is told in words of 8 bytes (runtime.fill_table)."""
 _MOVED = 8
 """With what is said of a check in a template: registers are renamed there."""
 _IN_STATE = sum(1 << n for n in IN_STATE)
@@ -184,7 +187,12 @@ class Emission:
         slow: list[tuple[int, int, int, int]] = []
         copies: list[tuple[int, int, int]] = []
         items = draft.items
-        shared = shares(items, data, offset) if block.wide and not draft.plain else [None] * len(items)
+        loop = draft.loop
+        hoisted = tables(items[:loop], data, offset) if loop else []
+        slots = SLOTS - len(hoisted)
+        shared: list[Share | None] = [None] * len(items)
+        if block.wide and not draft.plain:
+            shared = shares(items, data, offset, slots)
         sharing = any(shared)
         held = -1  # the range whose start is in r10
         marks = array("H")
@@ -192,8 +200,10 @@ class Emission:
         shadow = draft.shadow
         if draft.pa2 is not None:
             self._span(out, mode, offset, draft.pa2)
-        loop = draft.loop
-        redo = self._loop(block, live) if loop else b""
+        redo = self._loop(block, live, hoisted, slow) if loop else b""
+        for slot, table in enumerate(hoisted, slots):
+            for i in table.readers:
+                shared[i] = slot, 0, None
         homes = block.homes
         moved = _MOVED if redo else 0
         for (form, at, n, extra), flags, share in zip(items, needs, shared, strict=True):
@@ -308,14 +318,29 @@ class Emission:
             out += self.long(lowering, target, at, narrow)
         return Emitted(out, block.entry, marks, links, copies)
 
-    def _loop(self, block: _Block, live: int) -> bytes:
-        """Where jumps back to the block's start go. Returns what renames registers, none if none are."""
+    def _loop(
+        self, block: _Block, live: int, hoisted: list[Table], slow: list[tuple[int, int, int, int]]
+    ) -> bytes:
+        """What comes before a loop, and where jumps back to the block's start go. Adds the checks of its tables to
+        ``slow``. Returns what renames registers, none if none are."""
         draft, out = block.draft, block.out
         renaming = rename(draft.items[: draft.loop])
         redo = b""
         if renaming is not None:
             block.homes, redo, block.undo = renaming
             out += redo
+        for slot, table in enumerate(hoisted, SLOTS - len(hoisted)):
+            host = None if block.homes is None else block.homes[table.base]
+            out += _LEA[table.base] if host is None else _LEA_HOST[host]
+            out += table.disp.to_bytes(4, "little", signed=True)
+            base = len(out)
+            code, jump = draft.lowering.range_check(False, live != 0, table.base == 4)
+            out += code
+            _i32(out, base + jump - 6, 4096 - table.length)
+            desc = _TABLE | (draft.mode & 3) << 24 | table.length >> 3 << 12 | draft.pa & 4095
+            how = (1 if live else 0) | (2 if table.base == 4 else 0) | (_MOVED if redo else 0)
+            slow.append((base + jump, len(out), desc, how))
+            out += _KEEP[slot]
         top = len(out)
         out += _CHECK_LIVE if live else _CHECK_DEAD
         block.breaks.append((len(out) - (7 if live else 4), draft.pa & 4095))
@@ -395,6 +420,8 @@ class Emission:
         if not saved & 2:
             return restore + call, 0
         size = desc >> 12 & 1023
+        if desc & _TABLE == _TABLE:
+            size *= 8
         code, jump = lowering.fallback(size, desc >> 22 & 3 != 0, saved & 4 != 0)
         out = bytearray(code + restore + b"\xe9" + bytes(4))
         again = len(out) - 4

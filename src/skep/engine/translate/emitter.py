@@ -14,6 +14,7 @@ bits    access descriptor
 26-27   which access of the instruction this is
 28      it belongs to a REP string instruction
 29      an operand that is not aligned is #GP, before any page fault
+30      of a range that several operands share (sharing.py); with 29: of a table, the size in words of 8 bytes
 ======  ====================================================
 """
 
@@ -500,11 +501,16 @@ class Emitter:
         return -1
 
     def moved(self, ins: Instruction) -> Instruction:
-        """A copy of ``ins`` whose memory operand is [r10], or lies in a range at r10."""
+        """A copy of ``ins`` whose memory operand is [r10], or lies in a range at r10, or in a table there."""
         y = ins.copy()
         y.memory_base = Register.R10
-        y.memory_index = Register.NONE
-        y.memory_index_scale = 1
+        if not self.is_placed or ins.memory_index not in GPR:
+            y.memory_index = Register.NONE
+            y.memory_index_scale = 1
+        else:
+            index = self.homes[GPR[ins.memory_index][0]]
+            assert index is not None
+            y.memory_index = GPR_BY_SIZE[index, 8]
         y.memory_displacement = PLACE if self.is_placed else 0
         y.memory_displ_size = 8 if self.is_placed else 0
         y.segment_prefix = Register.NONE

@@ -108,6 +108,11 @@ class Form:
     stands, bytes)"""
     spoils: tuple[int, ...] = ()
     """General registers that become something else."""
+    table: tuple[int, int, int, int, int, int, int] | None = None
+    """An operand that is read at a register plus another, scaled: base, index, scale, size, constant besides an open
+    displacement, where that stands in the instruction, and in how many bytes"""
+    byte: int | None = None
+    """A register that becomes a byte, zero-extended."""
     uses: int = 0
     """General registers that it touches in any way, as bits; and FIXED"""
     placed: Template | None = None

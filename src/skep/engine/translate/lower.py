@@ -35,6 +35,7 @@ from skep.engine.translate.forms import (
     GENERAL_SPECIAL,
     GPR,
     HOLE_PLACE,
+    HOMES,
     INTEGER,
     MOFFS,
     NO_OPERATION,
@@ -176,6 +177,12 @@ class Lowering(Special):
             disp = 0 if open_.disp_size else sign_extend(ins.memory_displacement & 0xFFFFFFFF, 32)
             written = self._access(info) != READ
             form.reach = (GPR[ins.memory_base][0], disp, self.size(ins), written, open_.disp, open_.disp_size)
+        elif self._may_share(ins, index=True) and m in INTEGER and self._access(info) == READ and self.size(ins) <= 8:
+            disp = 0 if open_.disp_size else sign_extend(ins.memory_displacement & 0xFFFFFFFF, 32)
+            registers = GPR[ins.memory_base][0], GPR[ins.memory_index][0]
+            form.table = (*registers, ins.memory_index_scale, self.size(ins), disp, open_.disp, open_.disp_size)
+        if m == Mnemonic.MOVZX and RegisterExt.size(ins.op0_register) >= 4 and self._reads_byte(ins):
+            form.byte = GPR[ins.op0_register][0]
         if form.step is not None:
             spoils.discard(form.step[0])
         if m in (Mnemonic.INVLPG, Mnemonic.INVPCID):
@@ -224,8 +231,15 @@ class Lowering(Special):
             return False
         return True
 
-    def _may_share(self, ins: Instruction) -> bool:
-        """Whether the instruction is copied with one operand at a 64-bit register plus a constant."""
+    def _reads_byte(self, ins: Instruction) -> bool:
+        """Whether the second operand has 8 bits."""
+        if ins.op1_kind == OpKind.REGISTER:
+            return RegisterExt.size(ins.op1_register) == 1
+        return self.size(ins) == 1
+
+    def _may_share(self, ins: Instruction, index: bool = False) -> bool:
+        """Whether the instruction is copied with one operand at a 64-bit register plus a constant, or plus another
+        64-bit register with a host register (``index``)."""
         m = ins.mnemonic
         return (
             self.memory_operand(ins)
@@ -234,7 +248,11 @@ class Lowering(Special):
             and ins.flow_control == FlowControl.NEXT
             and ins.memory_base in GPR
             and RegisterExt.size(ins.memory_base) == 8
-            and ins.memory_index == Register.NONE
+            and (
+                RegisterExt.size(ins.memory_index) == 8 and HOMES[GPR[ins.memory_index][0]] is not None
+                if index and ins.memory_index in GPR
+                else not index and ins.memory_index == Register.NONE
+            )
             and ins.memory_segment not in (Register.FS, Register.GS)
             and 0 < self.size(ins) <= 64
             and not self._aligned(ins)

@@ -366,6 +366,8 @@ def fill(va: int, desc: int) -> int:
         write = WRITE
     st.n_fill = st.n_fill + 1
     rip = st.page + (desc & 4095)
+    if desc & RANGE and desc & ALIGNED:
+        return fill_table(va, size * 8, array, rip)
     if desc & RANGE:
         return fill_range(va, size, write, array, rip)
     if (va & 4095) + size > 4096:
@@ -423,6 +425,18 @@ def fill_range(va: int, size: int, write: int, array: int, rip: int) -> int:
     return 0
 
 
+def fill_table(va: int, size: int, array: int, rip: int) -> int:
+    """As fill_range, for a loop's table (hoisting.py), which may lie on two pages."""
+    first = 4096 - (va & 4095)
+    if first < size and walk(va, 0, array) == 0:
+        low = st.w_pa
+        if walk(va + first, 0, array) == 0:
+            high = st.w_pa
+            if is_ram(low) and is_ram(high) and (st.watch == 0 or watched(va, size, 0) == 0):
+                return side_by_side(low, high, rip)
+    return fill_range(va, size, 0, array, rip)
+
+
 def to_python(va: int, desc: int, rip: int) -> int:
     st.kind = Kind.MEM
     st.va = va
@@ -458,7 +472,12 @@ def fill_crossing(va: int, desc: int, size: int, write: int, array: int, rip: in
         announce(high)
         if is_code(low, first) or is_code(high, size - first):
             return to_python(va, desc, rip)
-    if low + first == high:
+    return side_by_side(low, high, rip)
+
+
+def side_by_side(low: int, high: int, rip: int) -> int:
+    """The host address of ``low``, in a page that the one of ``high`` is seen to follow."""
+    if (low & ~4095) + 4096 == high & ~4095:
         return st.ram + low
     tag = (low >> 12 << 32) | (high >> 12)
     number = (tag * 0x9E3779B97F4A7C15) >> 52
@@ -1130,8 +1149,8 @@ def down_elements(va: int, shift: int, most: int) -> int:
 
 ROUTINES = [
     *TLB_ROUTINES,
-    walk, refused, walk_legacy, is_ram, page_fault, fill, fill_range, to_python,
-    fill_crossing, supervisor_pointer, deliver, set_mode, find, fetch_page, second_page, barrier, resume,
+    walk, refused, walk_legacy, is_ram, page_fault, fill, fill_range, fill_table, to_python,
+    fill_crossing, side_by_side, supervisor_pointer, deliver, set_mode, find, fetch_page, second_page, barrier, resume,
     lookup, link, load_cr3, invalidate_pcid, descriptor_at, interrupt_return, system_call, system_return, operand,
     interrupted, rep_store, mask_at_host, rep_move, rep_down,
     subtract_flags, rep_compare, element, down_elements, lines, is_code, mask_at, announce, elements,

@@ -30,9 +30,11 @@ _Range = list[Any]
 register is from the origin)"""
 
 
-def shares(items: list[tuple[Form, int, int, int]], data: bytes, offset: int) -> list[Share | None]:
+def shares(
+    items: list[tuple[Form, int, int, int]], data: bytes, offset: int, slots: int = SLOTS
+) -> list[Share | None]:
     """For each of ``items`` how its operand, if it has one, shares a check. ``data``, from ``offset`` of its
-    page on, are the instructions' bytes."""
+    page on, are the instructions' bytes; ``slots`` may be taken."""
     found: list[Share | None] = [None] * len(items)
     members = [i for i, item in enumerate(items) if item[0].reach is not None]
     if len(members) < 2:
@@ -86,7 +88,7 @@ def shares(items: list[tuple[Form, int, int, int]], data: bytes, offset: int) ->
     slot = 0
     for low, high, write, operands in ranges:
         if len(operands) > 1:
-            if slot == SLOTS:
+            if slot == slots:
                 break
             i, at, base, far = operands[0]
             found[i] = (slot, at - low, (base, low - far, high - low, write))
