@@ -40,9 +40,9 @@ from tests.engine.place import (
     comparable_fpu,
 )
 
-CONTEXT = 0x2000_0200_0000
-STUBS = 0x2000_0201_0000
-ALTERNATE_STACK = 0x2000_0300_0000
+CONTEXT = 0x3000_0000_0000  # ours are far from what a bit offset of 32 bits reaches
+STUBS = 0x3000_0001_0000
+ALTERNATE_STACK = 0x3000_0100_0000
 ALTERNATE_SIZE = 1 << 18
 OWN = ((CONTEXT, 0x4000), (STUBS, PAGE), (ALTERNATE_STACK, ALTERNATE_SIZE))
 """What a case reaches here that no guest has."""

@@ -629,6 +629,7 @@ def test_ring_3_may_not(host: Oracle, guest: GuestCpu, text: str) -> None:
         pytest.param("6232", id="bound"),
         pytest.param("d40a", id="aam"),
         pytest.param("d400", id="aam 0"),
+        pytest.param("bd0500c8000005", id="enter: faults in order"),  # mov bp, 5 first, in 16-bit code
     ],
 )
 def test_narrow_code(host: Oracle, bits: int, code: str) -> None:
@@ -644,7 +645,13 @@ def test_narrow_code(host: Oracle, bits: int, code: str) -> None:
     batch = Batch(_image(), (case,))
     with GuestCpu(translate()) as guest:
         (theirs,), (ours,) = host.run(batch), guest.run(batch)
-    assert not differences(theirs, ours, 0x8D5 if theirs.vector == 6 and code != "27" and code[:2] != "d4" else 0)
+    found = differences(theirs, ours, 0x8D5 if theirs.vector == 6 and code != "27" and code[:2] != "d4" else 0)
+    assert not _but_memory(found) if theirs.vector == 14 else not found, found
+
+
+def _but_memory(found: list[str]) -> list[str]:
+    """What ENTER stored before it faulted is the CPU's own affair."""
+    return [line for line in found if not line.startswith(("page", "memory"))]
 
 
 @pytest.mark.parametrize(
@@ -669,5 +676,4 @@ def test_edges_of_32_bit_code(host: Oracle, code: str) -> None:
     with GuestCpu(translate()) as guest:
         (theirs,), (ours,) = host.run(batch), guest.run(batch)
     assert theirs.vector in (5, 14)
-    found = differences(theirs, ours, 0)
-    assert not [line for line in found if not line.startswith(("page", "memory"))], found  # ENTER: _OWN_AFFAIR
+    assert not _but_memory(differences(theirs, ours, 0))

@@ -88,8 +88,8 @@ def sahf(e: Context, i: Instruction) -> None:
 
 
 def enter(e: Context, i: Instruction) -> None:
-    """Every access is tried before the first word is stored; then the words go one by one, as one pushed may be the
-    next one read."""
+    """Every access is tried, in order, before the first word is stored; then the words go one by one, as one pushed may
+    be the next one read."""
     st, size = e.st, _FRAME_SIZE[i.code]
     allocated, level = i.immediate16, i.immediate8_2nd & 31
     mask = e.stack_mask
@@ -99,13 +99,12 @@ def enter(e: Context, i: Instruction) -> None:
         if 0 < n < level:
             sources.append(e.linear("ss", st.q[RBP] - n * size & mask, size))
             check_alignment(st, sources[-1], size)
+            e.cpu.read(sources[-1], size)
         targets.append(e.linear("ss", frame - n * size & mask, size, write=True))
         check_alignment(st, targets[-1], size)
+        e.cpu.check_write(targets[-1], size)
     below = frame - level * size - allocated & mask
-    for address in sources:
-        e.cpu.read(address, size)
-    for address in (*targets, e.linear("ss", below, size, write=True)):
-        e.cpu.check_write(address, size)
+    e.cpu.check_write(e.linear("ss", below, size, write=True), size)
     e.cpu.write(targets[0], (st.q[RBP] & MASK[size]).to_bytes(size, "little"))
     for source, target in zip(sources, targets[1:], strict=False):
         e.cpu.write(target, e.cpu.read(source, size))
