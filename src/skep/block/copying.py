@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,20 +74,26 @@ def convert(
     if compress and Can.COMPRESS not in target.can:
         raise ImageError(f"a {target.format} image has no compressed clusters", target.path)
 
+    rooms = threading.local()
+    """Of each thread, what it reads into: as much memory anew for every transfer takes as long as the transfer."""
+
     def move(spot: Spot) -> int:
-        data, missing = _read(spot.image, spot.extent, salvage)
-        if compress:
-            for at in range(0, len(data), unit):
-                piece = data[at : at + unit]
-                if piece != _ZEROES[: len(piece)] or backing_size is not None:
-                    target.write_compressed(bytes(piece), spot.at + at)
-            return missing
-        with memoryview(data) as view:
-            for start, length, zero in zero_runs(data, sparse) if sparse else ((0, len(data), False),):
+        length = spot.extent.length
+        if length > len(room := getattr(rooms, "room", b"")):
+            room = rooms.room = bytearray(max(PIECE, length))
+        with memoryview(room) as view:
+            missing = _read_into(spot.image, view[:length], spot.extent.offset, salvage)
+            if compress:
+                for at in range(0, length, unit):
+                    piece = bytes(view[at : min(length, at + unit)])
+                    if piece != _ZEROES[: len(piece)] or backing_size is not None:
+                        target.write_compressed(piece, spot.at + at)
+                return missing
+            for start, n, zero in zero_runs(room, sparse, length) if sparse else ((0, length, False),):
                 if not zero:
-                    target.pwritev([view[start : start + length]], spot.at + start)
+                    target.pwritev([view[start : start + n]], spot.at + start)
                 elif not zero_target or backing_size is not None:
-                    target.write_zeroes(spot.at + start, length, True)
+                    target.write_zeroes(spot.at + start, n, True)
         return missing
 
     def clear(spot: Spot) -> int:
@@ -98,7 +105,7 @@ def convert(
             target.write_zeroes(spot.at, spot.extent.length, True)
         return 0
 
-    with ThreadPoolExecutor(workers, "convert") as pool:
+    with ThreadPoolExecutor(min(workers, os.cpu_count() or 1), "convert") as pool:
         under_way: deque[tuple[Spot, Future[int]]] = deque()
 
         def finish(most: int) -> int:
@@ -139,47 +146,49 @@ def _whole_clusters(spots: Iterator[Spot], unit: int) -> Iterator[Spot]:
         end = max(end, last)
 
 
-def _read(image: Image, extent: Extent, salvage: bool) -> tuple[bytearray, int]:
+def _read_into(image: Image, room: memoryview, offset: int, salvage: bool) -> int:
+    """Fill the room; returns how many sectors could not be read, and are zeros."""
     try:
-        return read_at(image, extent.offset, extent.length), 0
+        image.preadv([room], offset)
+        return 0
     except OSError:
         if not salvage:
             raise
-    data, missing = bytearray(extent.length), 0
-    with memoryview(data) as view:
-        for at in range(0, extent.length, SECTOR):
-            try:
-                image.preadv([view[at : at + SECTOR]], extent.offset + at)
-            except OSError:
-                missing += 1
-    return data, missing
+    missing = 0
+    for at in range(0, len(room), SECTOR):
+        try:
+            image.preadv([room[at : at + SECTOR]], offset + at)
+        except OSError:
+            room[at : at + SECTOR] = bytes(len(room[at : at + SECTOR]))
+            missing += 1
+    return missing
 
 
-def zero_runs(data: bytes | bytearray, least: int) -> Iterator[tuple[int, int, bool]]:
-    """(start, length, whether it is zeros) of a buffer; runs of zeros shorter than ``least`` count as data."""
-    start, zero = 0, False
+def zero_runs(data: bytes | bytearray, least: int, length: int | None = None) -> Iterator[tuple[int, int, bool]]:
+    """(start, length, whether it is zeros) of a buffer's first ``length`` bytes, cut at multiples of ``least``; runs of
+    zeros shorter than that count as data."""
     unit = max(SECTOR, least)
-    at = 0
-    while at < len(data):
-        n = min(_COARSE, len(data) - at)
-        if data[at : at + n] == _ZEROES[:n]:
-            if not zero:
-                if at > start:
-                    yield start, at - start, False
-                start, zero = at, True
-            at += n
-            continue
-        end = at + n
-        while at < end:
-            m = min(unit, end - at)
-            is_zero = not data[at] and data[at : at + m] == _ZEROES[:m]
-            if is_zero != zero:
-                if at > start:
-                    yield start, at - start, zero
-                start, zero = at, is_zero
-            at += m
-    if start < len(data):
-        yield start, len(data) - start, zero
+    zeros = _ZEROES[:unit]
+    length = len(data) if length is None else length
+    start = at = 0
+    while (found := data.find(zeros, at, length)) >= 0:
+        first = end = -(-found // unit) * unit
+        while end < length:
+            coarse, fine = min(_COARSE, length - end), min(unit, length - end)
+            if data[end : end + coarse] == _ZEROES[:coarse]:
+                end += coarse
+            elif data[end : end + fine] == _ZEROES[:fine]:
+                end += fine
+            else:
+                break
+        if first < end:
+            if start < first:
+                yield start, first - start, False
+            yield first, end - first, True
+            start = end
+        at = max(end, found + 1)
+    if start < length:
+        yield start, length - start, False
 
 
 class Difference(NamedTuple):

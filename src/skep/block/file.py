@@ -6,9 +6,11 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -55,6 +57,8 @@ class HostFile:
         self._fd = fd
         self._lost: OSError | None = None
         self._nowait = alignment == 1
+        self._in_memory = False
+        """The whole file system is; it knows nothing of RWF_NOWAIT."""
         self._slow_until = 0 if alignment == 1 and write_cache else 1 << 63
         self._lock = Lock("image file", Order.FILE)
         """Over changes of ``size``, and over writes of part of a block under O_DIRECT."""
@@ -81,7 +85,10 @@ class HostFile:
 
     def read_now(self, buffers: Buffers, offset: int) -> bool:
         if not self._nowait or len(buffers) > _IOV_MAX:
-            return False
+            if not self._in_memory:
+                return False
+            _transfer(os.preadv, self._fd, buffers, offset)
+            return True
         try:
             return os.preadv(self._fd, buffers, offset, os.RWF_NOWAIT) == sum(map(len, buffers))
         except BlockingIOError:
@@ -90,7 +97,8 @@ class HostFile:
             if e.errno != errno.EOPNOTSUPP:
                 raise
             self._nowait = False
-            return False
+            self._in_memory = _is_tmpfs(self._fd)
+            return self._in_memory and self.read_now(buffers, offset)
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         # Few file systems have RWF_NOWAIT for writes. To the page cache they seldom wait, and then not alone.
@@ -339,6 +347,15 @@ def _direct_alignment(fd: int, path: str) -> int:
                 continue
         return alignment
     raise HostError("direct I/O does not work on this file system", path, "leave nocache out")
+
+
+def _is_tmpfs(fd: int) -> bool:
+    try:
+        mount = re.search(r"^mnt_id:\s*(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
+        mounts = Path("/proc/self/mountinfo").read_text()
+    except OSError:
+        return False
+    return mount is not None and re.search(rf"^{mount[1]} .* - tmpfs ", mounts, re.MULTILINE) is not None
 
 
 def _transfer(move: Callable[[int, Buffers, int], int], fd: int, buffers: Buffers, offset: int) -> None:

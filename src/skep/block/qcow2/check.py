@@ -29,17 +29,17 @@ class Tally:
         self._more: dict[int, int] = {}
         """What a byte cannot hold."""
 
-    def add(self, index: int) -> int:
-        """One more; returns how many there are now."""
+    def add(self, index: int, times: int = 1) -> int:
+        """So many more; returns how many there are now."""
         number, at = divmod(index, _PIECE)
         piece = self._pieces.get(number)
         if piece is None:
             piece = self._pieces[number] = bytearray(_PIECE)
-        if piece[at] < 255:
-            piece[at] += 1
-            return piece[at]
-        self._more[index] = self._more.get(index, 255) + 1
-        return self._more[index]
+        count = self[index] + times
+        piece[at] = min(count, 255)
+        if count >= 255:
+            self._more[index] = count
+        return count
 
     def __getitem__(self, index: int) -> int:
         piece = self._pieces.get(index // _PIECE)
@@ -63,6 +63,13 @@ class Tally:
         """The counts of the ``_PIECE`` clusters from ``start``, a multiple of that, on; 255 stands for more too."""
         return self._pieces.get(start // _PIECE, _NONE)
 
+    def spans(self, size: int) -> set[int]:
+        """Which of the parts of ``size`` clusters each, a power of 2, have one with a reference."""
+        if size >= _PIECE:
+            return {number * _PIECE // size for number in self._pieces}
+        per_piece = _PIECE // size
+        return {number * per_piece + i for number in self._pieces for i in range(per_piece)}
+
     @property
     def end(self) -> int:
         """Behind the last cluster with a reference."""
@@ -84,7 +91,12 @@ class Checker:
         self._fix = fix
         self._cluster = image.cluster_size
         self._end = -(-image.file.size // self._cluster)
-        self._seen_tables: set[int] = set()
+        self._tables: dict[int, int] = {}
+        """How many L1 tables lead to an L2 table, by where that is; each is looked at once."""
+        self._active: set[int] = set()
+        """Those that the disk itself uses."""
+        self.blocks: dict[int, int] = {}
+        """Where the sound refcount blocks are, by number."""
         self._next = 0
 
     def look(self) -> None:
@@ -94,6 +106,8 @@ class Checker:
         self._tree(image.l1(), active=True)
         if header.nb_snapshots:
             self._snapshots()
+        for offset, times in self._tables.items():
+            self._table(offset, times, offset in self._active)
         try:
             for index in image.tracker.clusters():
                 self._refer(index, 1, "bitmap")
@@ -114,12 +128,13 @@ class Checker:
             self.broken = True
             if self._fix:
                 self.result.corruptions_fixed += 1
-            self.image.refcounts.table[number] = 0
         elif self.tally.add(index) > 1:
             self.result.corrupt(f"refcount block {number} at {offset:#x} lies over something else")
             self.broken = True
             if self._fix:
                 self.result.corruptions_fixed += 1
+        else:
+            self.blocks[number] = offset
 
     def _snapshots(self) -> None:
         image = self.image
@@ -127,6 +142,9 @@ class Checker:
             entries, size = snapshots.read(image), snapshots.table_size(image)
         except DamagedImage as error:
             self.result.corrupt(str(error))
+            return
+        if sum(entry.l1_size for entry in entries) * 8 > image.file.size:
+            self.result.corrupt("the L1 tables of the snapshots are larger than the file")
             return
         self._span(image.header.snapshots_offset, size, "snapshot table")
         for entry in entries:
@@ -139,33 +157,38 @@ class Checker:
             first = offset // self._cluster
             self._refer(first, -(-(offset + size) // self._cluster) - first, what)
 
-    def _refer(self, first: int, count: int, what: str) -> bool:
+    def _refer(self, first: int, count: int, what: str, times: int = 1) -> bool:
         if first + count > self._end + (1 if what == "data cluster" else 0):
             self.result.corrupt(f"{what} beyond the end of the file, at {first * self._cluster:#x}")
             return False
         for index in range(first, first + count):
-            self.tally.add(index)
+            self.tally.add(index, times)
         return True
 
     def _tree(self, l1: array[int], *, active: bool) -> None:
+        seen = set()
         for i, entry in enumerate(l1):
             offset = entry & OFFSET
             if not offset:
                 continue
-            if offset % self._cluster:
-                self.result.corrupt(f"L1 entry {i} leads to {offset:#x}")
+            if offset % self._cluster or offset in seen:
+                self.result.corrupt(f"L1 entry {i} leads to {offset:#x}" + (" too" if offset in seen else ""))
                 self._drop_l1(i, active)
             elif not self._refer(offset // self._cluster, 1, f"L2 table of L1 entry {i}"):
                 self._drop_l1(i, active)
             else:
-                self._table(i, offset, active)
+                seen.add(offset)
+                self._tables[offset] = self._tables.get(offset, 0) + 1
+        if active:
+            self._active = seen
 
     def _drop_l1(self, index: int, active: bool) -> None:
         if self._fix and active:
             self.image.change_l1(index, 0)
             self.result.corruptions_fixed += 1
 
-    def _table(self, l1_index: int, offset: int, active: bool) -> None:
+    def _table(self, offset: int, times: int, active: bool) -> None:
+        """What an L2 table refers to, as often as it counts."""
         image, cluster, result = self.image, self._cluster, self.result
         words = from_big_endian(read_at(image.file, offset, cluster))
         step = 2 if image.header.extended_l2 else 1
@@ -179,7 +202,8 @@ class Checker:
                     result.compressed += 1
                     result.fragmented += 1
                 first = host // cluster
-                if word & COPIED or not self._refer(first, (host + size - 1) // cluster - first + 1, "data cluster"):
+                count = (host + size - 1) // cluster - first + 1
+                if word & COPIED or not self._refer(first, count, "data cluster", times):
                     if word & COPIED:
                         result.corrupt(f"a compressed cluster at {host:#x} has the flag COPIED")
                     bad.append(at)
@@ -201,7 +225,7 @@ class Checker:
                 elif host % cluster:
                     result.corrupt(f"a data cluster is at {host:#x}")
                     bad.append(at)
-                elif not self._refer(host // cluster, 1, "data cluster"):
+                elif not self._refer(host // cluster, 1, "data cluster", times):
                     bad.append(at)
             elif step == 2 and words[at + 1] & 0xFFFF_FFFF:
                 result.corrupt(f"subclusters {words[at + 1]:#x} of no cluster")
@@ -215,40 +239,35 @@ class Checker:
     def _counted_end(self) -> int:
         """Behind the last cluster that has a count."""
         counts = self.image.refcounts
-        for number in reversed(range(len(counts.table))):
-            if counts.table[number]:
-                values = counts.values(number)
-                step = min(_PIECE, len(values))
-                for start in reversed(range(0, len(values), step)):
-                    if any(values[start : start + step]):
-                        last = max(i for i in range(start, start + step) if values[i])
-                        return number * counts.per_block + last + 1
+        for number in sorted(self.blocks, reverse=True):
+            values = counts.values(number)
+            step = min(_PIECE, len(values))
+            for start in reversed(range(0, len(values), step)):
+                if any(values[start : start + step]):
+                    last = max(i for i in range(start, start + step) if values[i])
+                    return number * counts.per_block + last + 1
         return 0
 
     def differences(self) -> Iterator[tuple[int, int, int]]:
         """(cluster, its count, references found) wherever the two are not the same."""
         counts = self.image.refcounts
-        for number, offset in enumerate(counts.table):
+        for number in sorted(self.blocks.keys() | self.tally.spans(counts.per_block)):
             first = number * counts.per_block
-            last = first + counts.per_block
-            if offset:
-                values = counts.values(number)
-                step = min(_PIECE, len(values))
-                for start in range(0, len(values), step):
-                    part = values[start : start + step]
-                    at = (first + start) % _PIECE
-                    if list(part) == list(self.tally.piece(first + start)[at : at + step]) and 255 not in part:
-                        continue
-                    for index in range(first + start, first + start + step):
-                        count, found = values[index - first], self.tally[index]
-                        if count != found:
-                            yield index, count, found
-            else:
-                for index in self.tally.numbers(first, last):
+            if number not in self.blocks:
+                for index in self.tally.numbers(first, first + counts.per_block):
                     yield index, 0, self.tally[index]
-        beyond = len(counts.table) * counts.per_block
-        for index in self.tally.numbers(beyond, max(beyond, self.tally.end)):
-            yield index, 0, self.tally[index]
+                continue
+            values = counts.values(number)
+            step = min(_PIECE, len(values))
+            for start in range(0, len(values), step):
+                part = values[start : start + step]
+                at = (first + start) % _PIECE
+                if list(part) == list(self.tally.piece(first + start)[at : at + step]) and 255 not in part:
+                    continue
+                for index in range(first + start, first + start + step):
+                    count, found = values[index - first], self.tally[index]
+                    if count != found:
+                        yield index, count, found
 
     def compare(self) -> None:
         for index, count, found in self.differences():
@@ -262,8 +281,9 @@ class Checker:
         image = self.image
         for i, entry in enumerate(image.l1()):
             table = entry & OFFSET
-            if not table or table % self._cluster or table // self._cluster >= self._end:
+            if table not in self._active:
                 continue
+            self._active.discard(table)
             if bool(entry & COPIED) != (image.count_of(table // self._cluster) == 1):
                 self.result.corrupt(f"OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x}")
             if image.has_data_file:
@@ -301,9 +321,10 @@ def repair(image: Qcow2Image, leaks_only: bool) -> CheckResult:
         before.leaks_fixed = before.leaks
         return before
     if before.corruptions or before.leaks:
-        checker = Checker(image, fix=True)
-        checker.look()
+        Checker(image, fix=True).look()
         image.forget_tables()
+        checker = Checker(image)
+        checker.look()
         if checker.broken:
             _rebuild(image, checker)
         else:

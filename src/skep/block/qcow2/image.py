@@ -111,6 +111,8 @@ class Qcow2Image(Image):
         self._bits = self.header.cluster_bits
         self._cluster = self.header.cluster_size
         self._subcluster = self._cluster // 32 if self.header.extended_l2 else self._cluster
+        self._unusual = ((1 << 64) - 1) & ~(COPIED | OFFSET) | (self._cluster - 1)
+        """Bits that the entry of a cluster of data does not have."""
         self._lock = Lock(f"qcow2 {self.path}", Order.IMAGE)
         self._gate = Lock(f"qcow2 flush {self.path}", Order.IMAGE_FLUSH)
         self._lost: OSError | None = None
@@ -263,31 +265,28 @@ class Qcow2Image(Image):
 
     def _known_host(self, offset: int, length: int, flags: int) -> int | None:
         """Where the bytes are, if they are all data, in a row, their entries have all these flags, and nobody has to
-        wait to find it out."""
-        if not length or not self._lock.try_enter():
-            return None
-        try:
-            first, last = offset >> self._bits, (offset + length - 1) >> self._bits
-            host = None
-            for index in range(first, last + 1):
-                found = self._tables.cached(index)
-                if found is None or index in self._busy:
-                    return None
-                word = found[0].words[found[1]]
-                place = word & OFFSET
-                if word & (COMPRESSED | ZERO) or not place or place & (self._cluster - 1) or word & flags != flags:
-                    return None
-                if self._tables.words == 2 and found[0].words[found[1] + 1] != ALL_SUBCLUSTERS:
-                    return None
-                if host is None:
-                    host = place
-                elif place != host + ((index - first) << self._bits):
-                    return None
-            return None if host is None else host + (offset & (self._cluster - 1))
-        except DamagedImage:
-            return None  # whoever may wait will say so
-        finally:
-            self._lock.__exit__(None, None, None)
+        wait to find it out.
+
+        Without the lock: an entry is one word, and whoever takes a cluster out of the tables changes its entry before
+        he draws the number by which :meth:`_flush` knows which transfers may have seen the old one. Who calls this has
+        his own number already.
+        """
+        first, host = offset >> self._bits, None
+        for index in range(first, ((offset + length - 1) >> self._bits) + 1):
+            found = self._tables.cached(index)
+            if found is None:
+                return None
+            word = found[0].words[found[1]]
+            place = word & OFFSET
+            if word & self._unusual or not place or word & flags != flags:
+                return None
+            if self._tables.words == 2 and found[0].words[found[1] + 1] != ALL_SUBCLUSTERS:
+                return None
+            if host is None:
+                host = place
+            elif place != host + ((index - first) << self._bits):
+                return None
+        return None if host is None else host + (offset & (self._cluster - 1))
 
     def _unpack(self, word: int) -> bytes:
         data = self._unpacked.get(word)
@@ -1071,19 +1070,20 @@ class Qcow2Image(Image):
 
     def set_copied_flags(self, l1_index: int) -> None:
         """COPIED in one L2 table, by the counts."""
-        for index in range(l1_index * self._tables.entries, (l1_index + 1) * self._tables.entries):
-            with self._lock:
+        if self.has_data_file:
+            return
+        with self._lock:
+            for index in range(l1_index * self._tables.entries, (l1_index + 1) * self._tables.entries):
                 found = self._tables.find(index)
                 if found is None:
                     return
                 word = found[0].words[found[1]]
-                if not word & OFFSET or word & COMPRESSED or self.has_data_file:
-                    continue
-                alone = self._refcounts.get((word & OFFSET) >> self._bits) == 1
-                if alone != bool(word & COPIED):
-                    self._tables.change(found, word & ~COPIED | (COPIED if alone else 0))
-            if self._tables.crowded:
-                self.flush()
+                if word & OFFSET and not word & COMPRESSED:
+                    alone = self._refcounts.get((word & OFFSET) >> self._bits) == 1
+                    if alone != bool(word & COPIED):
+                        self._tables.change(found, word & ~COPIED | (COPIED if alone else 0))
+        if self._tables.crowded:
+            self.flush()
 
     # What tools ask for.
 

@@ -104,10 +104,9 @@ class Refcounts:
         self.per_block = self._cluster * 8 // self._packing.bits
         """Clusters that one block counts."""
         size = header.refcount_table_clusters << self._bits
-        self.table = from_big_endian(read_at(file, header.refcount_table_offset, size))
+        table = from_big_endian(read_at(file, header.refcount_table_offset, size))
+        self.table = array("Q", [entry & _OFFSET for entry in table])
         """Where the blocks are, by number; 0 for one that there is not."""
-        for i, entry in enumerate(self.table):
-            self.table[i] = entry & _OFFSET
         self.table_offset = header.refcount_table_offset
         self._changed: set[int] = set()
         self._moved: tuple[int, int] | None = None

@@ -176,19 +176,23 @@ def _clusters_of(image: Qcow2Image, l1_entry: int) -> list[int]:
 
 def _count(image: Qcow2Image, l1: array[int], change: int) -> None:
     """References of the tree under an L1 table, which is all in the file: one more, or one fewer, of each."""
+    seen = set()
     for entry in l1:
         if entry & OFFSET:
-            if entry & OFFSET & (image.cluster_size - 1):
+            if entry & OFFSET & (image.cluster_size - 1) or entry & OFFSET in seen:
                 raise DamagedImage(image.path, f"an L2 table is at {entry & OFFSET:#x}")
+            seen.add(entry & OFFSET)
             image.count([(entry & OFFSET) // image.cluster_size, *_clusters_of(image, entry)], change)
 
 
 def set_flags(image: Qcow2Image) -> None:
     """COPIED says that a cluster has one reference: in the active tables, after the counts have changed."""
+    seen = set()
     for i, entry in enumerate(image.l1()):
-        if not entry & OFFSET:
-            continue
         table = entry & OFFSET
+        if not table or table in seen:
+            continue
+        seen.add(table)
         image.change_l1(i, table | (COPIED if image.count_of(table // image.cluster_size) == 1 else 0))
         image.set_copied_flags(i)
 

@@ -47,6 +47,7 @@ class Tables:
         """Of an entry."""
         self._slice = min(_SLICE, self._cluster)
         self._per_slice = self._slice // 8 // self.words
+        self._slice_bits = self._per_slice.bit_length() - 1
         self.l1_offset = header.l1_table_offset
         self.l1 = from_big_endian(read_at(file, header.l1_table_offset, header.l1_size * 8))
         self._l1_changed: set[int] = set()
@@ -80,10 +81,9 @@ class Tables:
 
     def cached(self, index: int) -> tuple[Slice, int] | None:
         """The same without reading, so None may also mean that it is not known."""
-        l1_index, at = divmod(index, self.entries)
-        number, at = divmod(at, self._per_slice)
-        found = self._slices.get((self.l1[l1_index] & OFFSET) + number * self._slice)
-        return None if found is None else (found, at * self.words)
+        entry = self.l1[index // self.entries] & OFFSET
+        found = self._slices.get(entry + (index % self.entries >> self._slice_bits) * self._slice)
+        return None if found is None else (found, (index & (self._per_slice - 1)) * self.words)
 
     def _load(self, offset: int) -> Slice:
         found = self._slices.get(offset)
