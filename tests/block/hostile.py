@@ -24,6 +24,7 @@ from skep.block.backend import read_at, write_at
 from skep.block.crc32c import crc32c
 from skep.block.format import Image
 from skep.block.image import create_image, open_image
+from skep.block.qcow2.image import Qcow2Image
 from skep.block.vhdx import layout
 from skep.errors import UserError
 
@@ -83,6 +84,14 @@ def seeds(format: str, directory: Path) -> list[Path]:
         make(made[-1])
 
     match format:
+        case "qcow2":
+            for options in (
+                {"cluster_size": "4096"},
+                {"compat": "0.10"},
+                {"cluster_size": "512", "refcount_bits": "64"},
+                {"cluster_size": "16k", "extended_l2": "on"},
+            ):
+                add(lambda path, options=options: with_snapshot(path, options))
         case "vhdx":
             for options in ({"block_size": "1M"}, {"block_size": "1M", "subformat": "fixed"}):
                 add(lambda path, options=options: written(path, format, options))
@@ -109,6 +118,18 @@ def seeds(format: str, directory: Path) -> list[Path]:
             add(lambda path: path.write_bytes(dmg(model, kinds)) and None)
             add(lambda path: path.write_bytes(dmg(model, kinds, plist=False)) and None)
     return made
+
+
+def with_snapshot(path: Path, options: Mapping[str, str]) -> None:
+    """A qcow2 image with compressed clusters, a snapshot, and a bitmap where it can have one."""
+    written(path, "qcow2", options)
+    with open_image(path, format="qcow2") as image:
+        assert isinstance(image, Qcow2Image)
+        image.write_compressed(b"ab" * (image.cluster_size // 2), MIB + MIB // 2)
+        image.snapshot_create("first")
+        if image.header.version > 2:
+            image.tracker.add("marks", None)
+        write_at(image, 0, b"newer" * 512)
 
 
 def with_log(source: Path, path: Path) -> None:
@@ -207,8 +228,10 @@ def use(path: Path, format: str, rng: random.Random) -> str:
 
 
 def exercise(image: Image, rng: random.Random, write: bool) -> None:
-    sectors = image.size // 512
+    sectors = max(1, image.size // 512)
     for _ in range(6):
+        if not image.size:
+            break
         at = min(rng.choice((0, 128, 2048, 4096, rng.randrange(sectors))), sectors - 1)
         n = min(rng.choice((1, 8, 200)), sectors - at)
         attempt(lambda at=at, n=n: read_at(image, at * 512, n * 512))
@@ -219,6 +242,10 @@ def exercise(image: Image, rng: random.Random, write: bool) -> None:
         attempt(image.flush)
     attempt(lambda: list(islice(image.extents(), 1000)))
     attempt(image.check)
+    attempt(image.snapshots)
+    if write and rng.random() < 0.3:
+        do = rng.choice((image.snapshot_delete, image.snapshot_apply, image.snapshot_create))
+        attempt(lambda: do("first"))
     image.info()
 
 
