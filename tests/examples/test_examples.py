@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import re
 import runpy
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
+
+from skep.cli import main
 from skep.guest.debian import Guest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -40,6 +46,24 @@ def test_a_disk_that_goes_bad(guest: Guest, tmp_path: Path) -> None:
     )
     assert before.endswith("STATUS 0\r\n") and "error" not in before.lower()
     assert after.endswith("STATUS 1\r\n") and "I/O error" in after, after
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext4"])
+def test_a_file_out_of_an_image(tmp_path: Path, kind: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    files = tmp_path / "files"
+    (files / "etc").mkdir(parents=True)
+    (files / "etc/hostname").write_bytes(b"skep\n")
+    large = random.Random(1).randbytes(600_000)
+    (files / "large").write_bytes(large)
+    raw, image = tmp_path / "raw", tmp_path / "disk.qcow2"
+    subprocess.run(
+        ["mke2fs", "-q", "-F", "-t", kind, "-b", "1024", "-d", files, raw, "8M"], check=True, timeout=60
+    )
+    assert main(["image", "convert", "-c", "-O", "qcow2", str(raw), str(image)]) == 0
+    for name, content in (("/etc/hostname", b"skep\n"), ("large", large)):
+        with mock.patch("sys.argv", ["read_qcow2.py", str(image), name]):
+            function("read_qcow2.py", "main")()
+        assert capfdbinary.readouterr().out == content
 
 
 def test_every_example_is_tested() -> None:
