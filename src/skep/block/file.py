@@ -85,20 +85,17 @@ class HostFile:
 
     def read_now(self, buffers: Buffers, offset: int) -> bool:
         if not self._nowait or len(buffers) > _IOV_MAX:
-            if not self._in_memory:
-                return False
-            _transfer(os.preadv, self._fd, buffers, offset)
-            return True
+            return False
         try:
-            return os.preadv(self._fd, buffers, offset, os.RWF_NOWAIT) == sum(map(len, buffers))
+            flags = 0 if self._in_memory else os.RWF_NOWAIT
+            return os.preadv(self._fd, buffers, offset, flags) == sum(map(len, buffers))
         except BlockingIOError:
             return False
         except OSError as e:
             if e.errno != errno.EOPNOTSUPP:
                 raise
-            self._nowait = False
-            self._in_memory = _is_tmpfs(self._fd)
-            return self._in_memory and self.read_now(buffers, offset)
+            self._nowait = self._in_memory = _is_tmpfs(self._fd)
+            return self._nowait and self.read_now(buffers, offset)
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         # Few file systems have RWF_NOWAIT for writes. To the page cache they seldom wait, and then not alone.
