@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,28 @@ def test_threads_that_share_everything(stressed: Guest, cpus: int, threads: int,
         print(said)
         assert said.startswith("DONE")
         linux.power_off()
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads", "times"), [(4, 8, 300), pytest.param(48, 48, 10000, marks=pytest.mark.slow)]
+)
+def test_frozen_at_any_moment(stressed: Guest, cpus: int, threads: int, times: int) -> None:
+    rng = random.Random(times)
+    with Linux(stressed, memory="1G" if cpus > 8 else "512M", cpus=cpus) as linux:
+        vm = linux.vm
+        linux(f"stress {threads} 1000000 > /tmp/said 2>&1 &")
+        time.sleep(1)
+        took = []
+        for _ in range(times):
+            before = time.monotonic()
+            vm.freeze()
+            took.append(1000 * (time.monotonic() - before))
+            vm.thaw()
+            time.sleep(rng.expovariate(500))
+        linux("kill -TERM $(pidof stress); while pidof stress > /dev/null; do usleep 100000; done")
+        said = linux("cat /tmp/said")
+        assert said.startswith("DONE"), said
+        linux.power_off()
+    took.sort()
+    median, p99 = took[len(took) // 2], took[len(took) * 99 // 100]
+    print(f"{said}frozen {times} times: median {median:.2f} ms, p99 {p99:.2f} ms, longest {took[-1]:.2f} ms")
