@@ -227,7 +227,7 @@ def test_a_breakpoint_that_comes_and_goes() -> None:
     text = """
         start: test edi, edi
         jne runner
-        mov ecx, 400
+        mov ecx, 150
         writer: mov byte [rip + patch], 0xcc
         mov edx, 50
         wait1: pause

@@ -67,7 +67,7 @@ from skep.engine.translate.layout import (
 )
 from skep.engine.translate.parking import go_all, park, say_in, say_out, stop_all
 from skep.engine.translate.ticks import SYS_TIMERFD_SETTIME, watch_ticks
-from skep.engine.translate.turns import EXPIRED, HAS_TURN, IDLE, give, give_way, take, watch_turns
+from skep.engine.translate.turns import HAS_TURN, IDLE, give, give_way, take, watch_turns
 
 CALLER_SAVED = {"rax": RAX, "rcx": RCX, "rdx": RDX, "rsi": RSI, "rdi": RDI, "r8": R8, "rsp": R9}
 """Guest registers (by name) in host registers that a routine may change."""
@@ -136,17 +136,14 @@ class Stubs:
             a.mov(field("host_rsp"), RSP)
             a.stmxcsr(field("host_mxcsr"))
             if name == "enter":
-                self._take_part(a, enter, nowhere)
+                self._take_part(a, enter)
                 a.bind(enter)
             say_in(a, waits if name == "enter" else refused)
             a.jmp(resume if name == "enter" else here)
-        # The turn is over: to somebody else, and then one of those that wait.
+        # The turn is over, or there was no time to wait for one: among those that wait.
         a.bind(self._hand_on)
-        a.mov(gs(BRK_TURN), 0, size=8)
         say_out(a)
-        a.call(self._give_turn)
-        a.mov(RSI, EXPIRED, size=32)
-        a.call(self._take_turn)
+        self._change_turns(a)
         say_in(a, self._park)
         a.jmp(inside)
         a.bind(waits)
@@ -182,29 +179,34 @@ class Stubs:
         a.bind(nowhere)
         self._leave(a)
 
-    def _take_part(self, a: Assembler, enter: Label, nowhere: Label) -> None:
-        """To ``enter`` with a turn, where turns are taken; to ``nowhere`` if something is to be delivered before it
-        waits for one: the block must be all of the state meanwhile."""
-        fresh, wait = a.label(), a.label()
+    def _take_part(self, a: Assembler, enter: Label) -> None:
+        """To ``enter`` with a turn, where turns are taken; or with one to be had at the first look, behind the delivery
+        of an interrupt: the block must be all of the state while it waits."""
+        wait, later = a.label(), a.label()
         a.mov(RDI, field("seat"))
         a.test(RDI, RDI)
         a.jcc(Cond.E, enter)
-        a.mov(RSI, IDLE, size=32)
         a.cmp(gs(BRK_TURN), 0, size=8)
-        a.jcc(Cond.E, fresh)
-        a.cmp(field("inject"), 0)
-        a.jcc(Cond.NE, enter)
-        a.mov(gs(BRK_TURN), 0, size=8)
-        a.call(self._give_turn)
-        a.mov(RSI, EXPIRED, size=32)
-        a.jmp(wait)
-        a.bind(fresh)
+        a.jcc(Cond.NE, wait)
         a.cmp(Mem(RDI, disp=HAS_TURN), 0, size=32)
         a.jcc(Cond.NE, enter)
-        a.cmp(field("inject"), 0)
-        a.mov(field("kind"), Kind.DELIVER)
-        a.jcc(Cond.NE, nowhere)
         a.bind(wait)
+        a.cmp(field("inject"), 0)
+        a.jcc(Cond.NE, later)
+        self._change_turns(a)
+        a.jmp(enter)
+        a.bind(later)
+        a.mov(gs(BRK_TURN), 1, size=8)
+
+    def _change_turns(self, a: Assembler) -> None:
+        """Give the turn away, if the vCPU has one, and wait for another."""
+        a.mov(gs(BRK_TURN), 0, size=8)
+        a.mov(RDI, field("seat"))
+        a.mov(RSI, IDLE, size=32)
+        a.sub(RSI, Mem(RDI, disp=HAS_TURN), size=32)
+        a.push(RSI)
+        a.call(self._give_turn)
+        a.pop(RSI)
         a.call(self._take_turn)
 
     def _leave(self, a: Assembler) -> None:

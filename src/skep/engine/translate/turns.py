@@ -34,7 +34,8 @@ _HEAD = 64
 HAS_TURN, _QUEUED, _AGED, _BLOCK = 0, 4, 8, 16
 _SEAT_SHIFT = 6
 IDLE, EXPIRED = 2, 1
-"""What a vCPU was before it waits. Every fourth turn is given without looking at that, so that nobody starves."""
+"""What a vCPU was before it waits: 2 less its turns. Every fourth turn is given without looking at that, so that nobody
+starves."""
 
 
 def give(a: Assembler) -> None:
