@@ -708,3 +708,15 @@ class TestAlignment:
         guest = self.boot(boot, text)
         frame = fault(guest)
         assert (frame.vector, frame.rip, guest.reg("rcx")) == (17, guest.program["last"], 2)
+
+
+@pytest.mark.parametrize("rsp", [0xD15EA5ED00000800, 1 << 63, (1 << 47) + 64])
+@pytest.mark.parametrize(
+    "text", ["push rax", "mov rax, [rsp]", "mov [rsp + 0x10], ecx", "call last", "add qword [rsp + rcx*8 - 8], 1"]
+)
+def test_a_stack_that_is_not_canonical(boot: Boot, text: str, rsp: int) -> None:
+    """#SS, not #GP; one address stands for no page in the stack's check (layout.NO_STACK)."""
+    guest = boot(f"last: {text}\nhlt", user=True)
+    guest.set(rsp=rsp)
+    frame = fault(guest)
+    assert (frame.vector, frame.error, frame.rip) == (12, 0, guest.program["last"])

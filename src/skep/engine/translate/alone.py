@@ -258,6 +258,12 @@ class Alone(Access, ABC):
             vector = Vector.SS if self._stack_access(0) else Vector.GP
         return GuestFault(vector, 0)
 
+    def _beside_the_stack(self) -> bool:
+        """Whether the instruction at rip addresses what stands for no stack's page (layout.NO_STACK)."""
+        ins = self.instruction()
+        memory = any(ins.op_kind(i) == OpKind.MEMORY for i in range(ins.op_count))
+        return self._stack_access(0) and not canonical(self.emulator.offset(ins) if memory else self.st.rsp)
+
     def _finish_access(self) -> None:
         """An operand lies in a device, in code, or nowhere. Code is forgotten and the instruction goes on by itself,
         unless it overwrites itself; else it runs with a buffer in the operand's place."""
@@ -310,5 +316,7 @@ class Alone(Access, ABC):
             st.rax, st.rdx, st.flags = st.t0, st.t1, st.t2 & 0xCD5 | 2
         if fault.vector == Vector.XM and not st.cr4 & Cr4.OSXMMEXCPT:
             return GuestFault(Vector.UD)
+        if fault.vector == Vector.GP and self._beside_the_stack():
+            return GuestFault(Vector.SS, 0)
         error = 0 if fault.vector == Vector.GP else None
         return GuestFault(fault.vector, error)
