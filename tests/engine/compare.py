@@ -37,7 +37,7 @@ _LONGEST = 0x100
 _ES = 0x80
 _OWN_AFFAIR: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = (
     # which of its pushes are in memory when a later one faults
-    (re.compile(r"ENTER"), ("page", "memory")),
+    (re.compile(r"ENTER|PUSHA"), ("page", "memory")),
     # ten bytes, which some CPUs store in two pieces: the first may be there when the second faults
     (re.compile(r"FB?STP_M80"), ("page", "memory")),
     # whether the conversion's exceptions are noted before its store

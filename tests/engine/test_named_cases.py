@@ -661,6 +661,7 @@ def _but_memory(found: list[str]) -> list[str]:
         pytest.param("c83c0002", id="enter: the outer frame's pointer is beyond 4 GiB"),
         pytest.param("8b45fd", id="mov: beyond 4 GiB"),
         pytest.param("8f45fd", id="pop: beyond 4 GiB"),
+        pytest.param("8d67ff60", id="pusha: faults in order"),  # lea esp, [edi - 1] first
     ],
 )
 def test_edges_of_32_bit_code(host: Oracle, code: str) -> None:

@@ -134,8 +134,16 @@ def ret(e: Context, i: Instruction) -> None:
 
 
 def pusha(e: Context, i: Instruction) -> None:
-    size = -i.stack_pointer_increment // 8
-    e.push(b"".join((e.st.q[n] & MASK[size]).to_bytes(size, "little") for n in reversed(range(8))), size)
+    """Eight pushes, tried in order before the first is done."""
+    st, mask, size = e.st, e.stack_mask, -i.stack_pointer_increment // 8
+    places = []
+    for n in range(8):
+        places.append(e.linear("ss", st.rsp - (n + 1) * size & mask, size, write=True))
+        check_alignment(st, places[-1], size)
+        e.cpu.check_write(places[-1], size)
+    for n, address in enumerate(places):
+        e.cpu.write(address, (st.q[n] & MASK[size]).to_bytes(size, "little"))
+    st.rsp = st.rsp & ~mask | st.rsp - 8 * size & mask
 
 
 def popa(e: Context, i: Instruction) -> None:
