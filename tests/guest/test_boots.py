@@ -51,6 +51,11 @@ def test_a_boot_and_power_off(guest: Guest, tmp_path: Path, memory: str) -> None
     assert 0.999 < (int(seen[1]) << 10) / MEMORY[memory] < 1
 
 
+def test_little_room_for_code(guest: Guest, tmp_path: Path) -> None:
+    """What was translated goes again and again, and the guest notices nothing."""
+    boot(guest, "512M", tmp_path / "console", "-o", "code_size=8M", "-o", "code_cache=off")
+
+
 def form(name: str) -> Guest:
     """The cloud or the full kernel, as it is packed or unpacked: "full vmlinux"."""
     kernel, file = name.split()

@@ -71,6 +71,9 @@ class Settings:
     code_cache: str = option(
         values.text, "on", doc="where the translator keeps its work for the next time: on, off, or a directory"
     )
+    code_size: int = option(
+        values.code_size, 64 * values.MIB, doc="bytes of code that the translator has at a time, 8M to 1G"
+    )
     stats: bool = option(values.boolean, False, doc="tell at the VM's end what the engine did")
     perf_map: bool = option(values.boolean, False, doc="name the guest's code for Linux perf, in /tmp/perf-PID.map")
     control: bool = option(values.boolean, True, doc="`skep run` opens a control socket, for skep ctl and skep list")

@@ -73,6 +73,14 @@ def size(value: str) -> int:
     return int(found[1]) << _SHIFT[found[2].lower()]
 
 
+def code_size(value: str) -> int:
+    """What a block's jumps reach, and enough for the largest blocks."""
+    number = size(value)
+    if not 8 * MIB <= number <= 1024 * MIB:
+        raise ValueError(f"{value} is not between 8M and 1G")
+    return number
+
+
 def memory_size(value: str) -> int:
     """A size; as in bhyve a bare number below 1048576 counts MiB, and any other counts bytes."""
     number = size(value)

@@ -101,13 +101,13 @@ def build(tree: Tree, settings: Settings, memory: GuestMemory, events: Events, p
     return Amd64Board(tree, settings, memory, events, plug)
 
 
-def choose_engine(wanted: str, code_cache: str) -> tuple[Engine, str]:
-    """The engine for "auto", or for its name, and why it was taken; ``code_cache``: the setting of that name. Raises
-    UserError where it cannot work here."""
+def choose_engine(wanted: str, code_cache: str, code_size: int = 64 << 20) -> tuple[Engine, str]:
+    """The engine for "auto", or for its name, and why it was taken; ``code_cache`` and ``code_size``: the settings of
+    those names. Raises UserError where it cannot work here."""
     _check_host()
     from skep.machine import amd64
 
-    return amd64.choose_engine(wanted, code_cache)
+    return amd64.choose_engine(wanted, code_cache, code_size)
 
 
 def _check_host() -> None:

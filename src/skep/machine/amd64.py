@@ -346,16 +346,16 @@ def startup_state(vector: int) -> CpuState:
 # Engines.
 
 
-def choose_engine(wanted: str, code_cache: str) -> tuple[Engine, str]:
+def choose_engine(wanted: str, code_cache: str, code_size: int) -> tuple[Engine, str]:
     """See :func:`skep.machine.choose_engine`."""
     if wanted == "kvm":
         return _kvm(), "as configured"
     if wanted == "translate":
-        return _translate(code_cache), "as configured"
+        return _translate(code_cache, code_size), "as configured"
     why = why_not_kvm()
     if why is None:
         return _kvm(), "the CPU has hardware virtualization, and /dev/kvm opens"
-    return _translate(code_cache), why
+    return _translate(code_cache, code_size), why
 
 
 def why_not_kvm() -> str | None:
@@ -384,7 +384,7 @@ def _kvm() -> Engine:
     return KvmEngine()
 
 
-def _translate(code_cache: str) -> Engine:
+def _translate(code_cache: str, code_size: int) -> Engine:
     try:
         from skep.engine.translate import TranslateEngine, store
     except ImportError as error:
@@ -392,4 +392,4 @@ def _translate(code_cache: str) -> Engine:
             raise
         raise HostError("the translator needs the Python package iced-x86", None, "install it") from None
     kept = {"on": store.directory(), "off": None}
-    return TranslateEngine(kept[code_cache] if code_cache in kept else Path(code_cache))
+    return TranslateEngine(kept[code_cache] if code_cache in kept else Path(code_cache), code_size)

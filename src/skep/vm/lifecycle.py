@@ -136,7 +136,9 @@ class Vm:
         self._board: Board | None = None
         self._thread: threading.Thread | None = None
         try:
-            self._engine, self.engine_why = choose_engine(self.settings.engine, self.settings.code_cache)
+            self._engine, self.engine_why = choose_engine(
+                self.settings.engine, self.settings.code_cache, self.settings.code_size
+            )
             self._memory = GuestMemory(self.settings.memory_size)
             self._board = build(self.tree, self.settings, self._memory, self._events(), self.plugs.plug)
         except BaseException:

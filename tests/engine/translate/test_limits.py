@@ -33,6 +33,8 @@ SUM = sum(i & 0xFF for i in range(ROUNDS))
     [
         (blocks, "MAX_USED", 16),
         (catalog, "MAX_FORMS", 4),
+        (catalog, "MAX_SHAPES", 4),
+        (catalog, "MAX_MODES", 1),
         (blocks, "MAX_SINGLES", 1),
         (blocks, "GIVE_UP", 3),
     ],
@@ -50,12 +52,10 @@ def test_small_bounds(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name:
 def test_a_small_code_buffer(monkeypatch: pytest.MonkeyPatch, code: bool) -> None:
     """What was translated the longest time ago goes, a piece of the buffer at a time."""
     if code:
-        monkeypatch.setattr(blocks, "CODE_SIZE", 2 << 20)
-        monkeypatch.setattr(blocks.Cache.__init__, "__defaults__", (2 << 20,))
         monkeypatch.setattr(blocks, "LARGEST", 118 << 10)
     else:
-        monkeypatch.setattr(blocks, "AVERAGE", 1 << 20)  # three blocks
-    with Tiny(TranslateEngine(), TEXT) as guest:
+        monkeypatch.setattr(blocks, "AVERAGE", 40 << 10)  # three blocks
+    with Tiny(TranslateEngine(None, 2 << 20), TEXT) as guest:
         cache: Cache = guest.vcpu.cache  # type: ignore[attr-defined]
         guest.run()
         assert guest.reg("rbx") == SUM

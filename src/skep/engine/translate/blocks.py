@@ -62,6 +62,7 @@ LARGEST = 64 << 10
 """Bytes of code that a block may take; a piece with less room is full."""
 AVERAGE = 416
 """A piece has room for a description for so many bytes of it."""
+MAX_BLOCKS = (1 << HASH_BITS) * 5 // 8
 MAX_USED = (1 << HASH_BITS) * 3 // 4
 MAX_SINGLES = 1024
 SCRATCH = 4096
@@ -103,7 +104,7 @@ class Cache:
         self.limit = size
         self._piece = 0
         self._piece_size = (size - self.first) // PIECES & ~63
-        self._quota = self._piece_size // AVERAGE
+        self._quota = min(self._piece_size // AVERAGE, MAX_BLOCKS // PIECES)
         self._counts = [0] * PIECES
         """By piece: how many blocks it got."""
         self.blocks = Tables((memory.top + 4095) >> 12, PIECES * self._quota)
@@ -131,7 +132,7 @@ class Cache:
         self.again = 0
         """How often a piece of the code buffer was used again."""
         self.stalls: deque[int] = deque(maxlen=1000)
-        """How long that took the last times, in nanoseconds."""
+        """How long that, and making the block table anew, took the last times, in nanoseconds."""
 
     def _routine(self, name: str, arguments: int) -> Callable[..., int]:
         """A routine that is called with the interpreter's lock held: they are short."""
@@ -205,11 +206,13 @@ class Cache:
 
     def _renew_table(self) -> None:
         """Make the block table anew, without the places of blocks that are gone: a search ends at a free one."""
+        began = perf_counter_ns()
         with self.world.stopped():
             self.blocks.empty()
             self._counts[self._piece] = self._state[NEXT >> 3] - 1 - self._piece * self._quota
             for piece, count in enumerate(self._counts):
                 self._rehash(self.blocks.address, piece * self._quota + 1, count)
+        self.stalls.append(perf_counter_ns() - began)
 
     def _relax(self) -> None:
         """Have the writable alias count no page of code twice for long."""

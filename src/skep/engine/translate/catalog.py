@@ -9,8 +9,11 @@ from skep.engine.translate.layout import Mode
 from skep.engine.translate.lower import Lowering
 from skep.engine.translate.narrow import Narrow
 
-MAX_FORMS = 1 << 17
+MAX_FORMS = 1 << 16
 """Instructions whose bytes are remembered, by mode: what a guest can make us keep has a bound."""
+MAX_SHAPES = 1 << 15
+"""The same with their constants blanked out, each with its templates."""
+MAX_MODES = 64
 SHORT = 7
 """Bytes of the longest instruction that is remembered with its constants: longer ones seldom come again."""
 _TAILS = (4, 1, 5, 8, 2, 3, 6)
@@ -50,6 +53,8 @@ class Catalog:
         mode &= ~Mode.PLAIN
         known = self._modes.get(mode)
         if known is None:
+            if len(self._modes) >= MAX_MODES:
+                self._modes.clear()
             known = self._modes[mode] = Seen(Narrow(mode) if mode & Mode.NARROW else Lowering(mode))
         return known
 
@@ -65,14 +70,17 @@ class Catalog:
         else:
             form = self._shape(seen, key, ins, decoder)
         if len(key) <= SHORT and not form.wrap:
+            if len(seen.forms) >= MAX_FORMS:
+                seen.forms.clear()
             seen.forms[key] = form
         return form
 
     def _shape(self, seen: Seen, key: bytes, ins: Instruction, decoder: Decoder) -> Form:
         """The form of an instruction seen for the first time: that of its bytes without the constants left open."""
         lowering = seen.lowering
-        if len(seen.forms) >= MAX_FORMS or len(seen.shapes) >= MAX_FORMS or len(self._general) >= MAX_FORMS:
-            seen.clear()
+        if max(len(seen.shapes), len(seen.heads), len(self._general)) >= MAX_SHAPES:
+            for one in self._modes.values():
+                one.clear()
             self._general.clear()
         where = decoder.get_constant_offsets(ins)
         target = near_branch(ins)

@@ -9,6 +9,7 @@ from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.amd64 import features
 from skep.engine.translate import emission
+from skep.engine.translate.blocks import CODE_SIZE, Cache
 from skep.engine.translate.faults import CATCHER
 from skep.engine.translate.shared import Shared
 from skep.engine.translate.statistics import statistics
@@ -24,9 +25,11 @@ class TranslateEngine:
     name = "translate"
     description = f"translate, {'pure Python' if emission.__file__.endswith('.py') else 'compiled by mypyc'}"
 
-    def __init__(self, code_cache: Path | None = None) -> None:
-        """``code_cache``: the directory where translations are kept from one VM to the next; None: they are not."""
+    def __init__(self, code_cache: Path | None = None, code_size: int = CODE_SIZE) -> None:
+        """``code_cache``: the directory where translations are kept from one VM to the next; None: they are not.
+        ``code_size``: bytes of translated code that a VM has at a time, 8 MiB to 1 GiB."""
         self._code_cache = code_cache
+        self._code_size = code_size
 
     def create_vm(
         self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
@@ -34,17 +37,18 @@ class TranslateEngine:
         features.require()
         kept = self._code_cache
         store = Store(kept, store_identity() if kept else "")
-        return TranslateVm(memory, io, max_vcpus, cpu_model, tsc_offset, store)
+        cache = Cache(memory, store, self._code_size)
+        return TranslateVm(memory, io, max_vcpus, cpu_model, tsc_offset, cache)
 
 
 class TranslateVm:
     """A VM's part of the translator: the translations and what they rest on."""
 
     def __init__(
-        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int, store: Store
+        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int, cache: Cache
     ) -> None:
         self.max_vcpus = max_vcpus
-        self.shared = Shared(memory, io, max_vcpus, cpu_model, tsc_offset, store)
+        self.shared = Shared(memory, io, max_vcpus, cpu_model, tsc_offset, cache)
         self.cache = self.shared.cache
         self.vcpus: list[TranslateVcpu] = []
         self._observed = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from skep.contracts.io import IoSpace
 from skep.engine.translate.blocks import Cache
 from skep.engine.translate.pairs import Pairs
-from skep.engine.translate.store import Store
 from skep.engine.translate.ticks import Ticker
 from skep.engine.translate.turns import Turns, host_cpus
 from skep.engine.translate.watch import PerfMap
@@ -16,14 +15,14 @@ class Shared:
     """A VM's memory and devices, and the translations of its code."""
 
     def __init__(
-        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int, store: Store
+        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int, cache: Cache
     ) -> None:
         self.memory = memory
         self.io = io
         self.max_vcpus = max_vcpus
         self.cpu_model = cpu_model
         self.tsc_offset = tsc_offset
-        self.cache = Cache(memory, store)
+        self.cache = cache
         self.pairs = Pairs(memory)
         self.ticker = Ticker(self.cache.stubs["watch_ticks"])
         self.turns = Turns(self.cache.stubs["watch_turns"], max_vcpus) if max_vcpus > host_cpus() else None

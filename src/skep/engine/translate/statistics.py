@@ -71,7 +71,7 @@ def statistics(cache: Cache, vcpus: Iterable[TranslateVcpu]) -> dict[str, int | 
         told["seconds in Python"] = (running - guest) / 1e9
     if cache.stalls:
         most = sorted(cache.stalls)[len(cache.stalls) * 99 // 100]
-        told["milliseconds that using a piece again took, 99 %"] = most / 1e6
+        told["milliseconds that making room took, 99 %"] = most / 1e6
     told["seconds translating"] = cache.translating / 1e9
     if cache.instructions:
         told["microseconds a translated instruction"] = cache.translating / 1e3 / cache.instructions
