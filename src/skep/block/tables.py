@@ -18,7 +18,8 @@ _CACHE_BYTES = 4 << 20
 class Table:
     """``count`` entries of fixed width, in pages of ``per_page`` of them. The caller's lock is held over each call.
 
-    ``where`` gives the offset of a page in the file; None: the page is in none, and its entries are all ``absent``.
+    ``where`` gives the offset of a page in the file; None: the page is in none, and its entries are all ``absent``,
+    which is 0 or all ones.
     Raises OSError where the file cannot be read.
     """
 
@@ -70,12 +71,23 @@ class Table:
         return index // self._per_page in self._pages
 
     def skip(self, index: int) -> int:
-        """The first index from here on whose page may have an entry that is not absent, or ``count``. Large disks are
-        mostly empty."""
-        if self._new or self._going or index % self._per_page:
+        """The first index from here on whose entry may not be absent, or ``count``. Large disks are mostly empty."""
+        if self._new or self._going:
             return index
-        while index < self.count and self._page(index // self._per_page) == self._absent:
-            index += self._per_page
+        width = self._entry.size
+        while index < self.count:
+            number, at = divmod(index, self._per_page)
+            page = self._page(number)
+            if page[at * width] != self._absent[0]:
+                break
+            if not at and page == self._absent:
+                index += self._per_page
+                continue
+            rest = page[at * width :]
+            present = rest.lstrip(self._absent[:1])
+            index += (len(rest) - len(present)) // width
+            if present:
+                break
         return min(index, self.count)
 
     def _page(self, number: int) -> bytes | bytearray:

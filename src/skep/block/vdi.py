@@ -160,6 +160,8 @@ class VdiImage(SparseImage):
         for base in range(0, self.header.blocks, _WINDOW):
             marks = bytearray(min(_WINDOW, self.header.blocks - base))
             for _, part in self._map():
+                if part.count(_FREE) == len(part):
+                    continue
                 for number in part:
                     if base <= number < base + _WINDOW and number - base < len(marks):
                         marks[number - base] = 1
