@@ -63,9 +63,9 @@ def test_memory_is_bounded(tmp_path: Path, format: str, size: int, options: Mapp
 
 @pytest.mark.parametrize("format", ["vhdx", "vmdk", "vpc", "vdi"])
 def test_opening_takes_little_time(tmp_path: Path, format: str) -> None:
-    """No more than an eighth of a second of CPU above what Python itself takes."""
+    """Tens of milliseconds of CPU above what Python itself takes; more here, for machines that have much else to do."""
     path = tmp_path / "disk"
     create_image(path, format, 1 << 40)
     opening = "import sys; from skep.block.image import open_image; open_image(sys.argv[1], read_only=True).info()"
     took = min(python(opening, path)[1] for _ in range(3)) - min(python("", path)[1] for _ in range(3))
-    assert took < 0.125, took
+    assert took < 0.3, took
