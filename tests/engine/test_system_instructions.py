@@ -26,8 +26,8 @@ AT = 0x180000
 
 def left_to_python(guest: Tiny) -> int:
     """One HLT ends each program; in ring 3 it needs an exception that is Python's, too."""
-    count: int = guest.vcpu.counts[Kind.EMULATE]  # type: ignore[attr-defined]
-    return count
+    counts: list[int] = guest.vcpu.counts  # type: ignore[attr-defined]
+    return counts[Kind.EMULATE] + counts[Kind.MSR] + counts[Kind.HALT]
 
 
 # CPUID
@@ -184,6 +184,22 @@ def test_prediction_commands(boot: Boot, value: int, vector: int | None) -> None
     guest = boot(f"mov ecx, 0x49\nmov eax, {value & 0xFFFFFFFF}\nmov edx, {value >> 32}\nwrmsr\nhlt")
     guest.run()
     assert (guest.exception.vector if guest.exception is not None else None) == vector
+
+
+@pytest.mark.parametrize("prefix", ["", "db 0x66\n", "db 0x48, 0xF2\n"])
+@pytest.mark.parametrize("known", [True, False])
+def test_msrs_of_pythons(boot: Boot, prefix: str, known: bool) -> None:
+    """IA32_PAT, and one that there is not; prefixes that mean nothing are part of the instruction."""
+    index = 0x277 if known else 0x12345
+    write, read = f"at: {prefix}wrmsr\n", f"{prefix}rdmsr\n"
+    guest = boot(f"mov ecx, {index}\nmov eax, 0x01040600\nmov edx, 0x05060107\n{write}xor eax, eax\n{read}hlt")
+    guest.run()
+    if known:
+        assert guest.exception is None
+        assert (guest.reg("rax"), guest.reg("rdx")) == (0x01040600, 0x05060107)
+    else:
+        assert guest.exception is not None and guest.exception.vector == 13
+        assert guest.exception.rip == guest.program["at"]
 
 
 @pytest.mark.parametrize("text", ["mov ecx, 0xC0000100\nat: wrmsr", "mov ecx, 0xC0000100\nat: rdmsr"])

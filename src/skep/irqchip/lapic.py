@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MSR_APIC_BASE = 0x1B
 MSR_TSC_DEADLINE = 0x6E0
 MSR_X2APIC = 0x800
+_MSR_ICR = 0x830
 
 DEFAULT_BASE = 0xFEE0_0000
 BASE_BSP, BASE_EXTD, BASE_EN = 1 << 8, 1 << 10, 1 << 11
@@ -239,7 +240,8 @@ class LocalApic(Fields):
 
     def write_msr(self, index: int, value: int) -> bool:
         with self.lock:
-            self._take_back()
+            if index != _MSR_ICR:  # that changes nothing that is lent
+                self._take_back()
             if index == MSR_TSC_DEADLINE:
                 self.timer.set_tsc_deadline(value)
                 return True

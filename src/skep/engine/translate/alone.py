@@ -40,8 +40,8 @@ _STATE = (
     Mnemonic.XSAVEOPT64,
 )
 _MASKED_BY_XCR0 = set(_STATE) - set(_FX)
-_LEAVING = (Mnemonic.IRETQ, Mnemonic.SYSCALL, Mnemonic.SYSRETQ)
-"""In translated code these go on in the guest."""
+_LEAVING = (Mnemonic.IRETQ, Mnemonic.SYSCALL, Mnemonic.SYSRETQ, Mnemonic.HLT)
+"""In translated code these go on in the guest, or have been done when they leave it."""
 _COMPARES = tuple(getattr(Mnemonic, op + size) for op in ("CMPS", "SCAS") for size in "BWDQ")
 _IRETS = (Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
 
@@ -201,7 +201,7 @@ class Alone(Access, ABC):
                 self._fill_bounce(number, buffers, pending)
             elif kind == Kind.PAIR:
                 self.pairs.map(st.info, self.cache.world)
-            elif kind == Kind.EMULATE:
+            elif kind in (Kind.EMULATE, Kind.MSR):
                 return self._emulate(True)
             elif kind == Kind.EXCEPTION:
                 raise GuestFault(Vector.PF, st.w_error, st.va)

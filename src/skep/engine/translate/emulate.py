@@ -79,6 +79,12 @@ class Emulator(Context):
             st.sysfl &= ~Rflags.RF
         return self.halted
 
+    def step_msr(self, write: bool) -> None:
+        """The RDMSR or WRMSR of two bytes at rip, in 64-bit mode at CPL 0."""
+        self.bits = 64
+        (emulate_system.write_msr if write else emulate_system.read_msr)(self)
+        self.st.rip += 2
+
     def _fetch(self) -> Instruction:
         """The instruction at rip; the second page is only touched if the instruction reaches it."""
         st = self.st

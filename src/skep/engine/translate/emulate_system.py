@@ -49,6 +49,15 @@ def hypercall(e: Context, i: Instruction) -> None:
 
 def rdmsr(e: Context, i: Instruction) -> None:
     e.require_cpl0()
+    read_msr(e)
+
+
+def wrmsr(e: Context, i: Instruction) -> None:
+    e.require_cpl0()
+    write_msr(e)
+
+
+def read_msr(e: Context) -> None:
     q = e.st.q
     value = e.msrs.read(q[RCX] & M32)
     if value is None:
@@ -56,8 +65,7 @@ def rdmsr(e: Context, i: Instruction) -> None:
     q[RAX], q[RDX] = value & M32, value >> 32
 
 
-def wrmsr(e: Context, i: Instruction) -> None:
-    e.require_cpl0()
+def write_msr(e: Context) -> None:
     q = e.st.q
     index = q[RCX] & M32
     if not e.msrs.write(index, q[RAX] & M32 | (q[RDX] & M32) << 32):

@@ -229,7 +229,7 @@ GENERAL_SPECIAL = frozenset(
     getattr(Mnemonic, n)
     for n in (
         "PUSH POP CALL JMP RET LEAVE PUSHF PUSHFD PUSHFQ POPF POPFD POPFQ STI CLI PAUSE SWAPGS STAC CLAC INVLPG "
-        "INVPCID".split()
+        "INVPCID HLT".split()
     )
 ) | frozenset(STRINGS) - {Mnemonic.MOVSD, Mnemonic.CMPSD}
 """Besides the integer instructions: those whose lowering no CR0, CR4 or XCR0 setting changes."""

@@ -102,7 +102,7 @@ _FIELDS = (
     "stack_offset",  # a temporary of the check that looks there
     "pdep_mask",  # jump-cache set number to byte offset
     # host addresses of the stubs that templates reach through GS (stubs.py)
-    "slow", "range", "link", "miss", "brk_exit", "emu_exit", "done_exit", "port_exit", "segment_exit",
+    "slow", "range", "link", "miss", "brk_exit", "emu_exit", "done_exit", "port_exit", "segment_exit", "halt_exit",
     "iret", "syscall", "sysret", "cr3_load", "invlpg", "invpcid", "rep_stos", "rep_movs", "rep_cmps", "yield_",
     "narrow_string", "span", "load_segment", "cpuid", "rdmsr", "wrmsr",
     # counters
@@ -197,6 +197,8 @@ class Kind:
     SEGMENT = 11  # an access outside its segment, or (at `va`) not aligned: exception `info` with error code 0
     DELIVER = 10  # the interrupt in `inject` is for Python to deliver
     PLAIN = 12  # the plain twin of the block at rip is wanted
+    MSR = 13  # RDMSR or (info 1) WRMSR, at CPL 0, that is Python's
+    HALT = 14  # HLT at CPL 0; rip is behind it
     PAIR = 6  # map the frames of tag `info` side by side, then run the instruction at rip again
 
 

@@ -132,7 +132,7 @@ class Lowering(Special):
         elif m in POP_FLAGS:
             form.ends = Ends.LOOK
             form.keeps = form.reads = 0
-        elif m in (Mnemonic.IN, Mnemonic.OUT):
+        elif m in (Mnemonic.IN, Mnemonic.OUT, Mnemonic.HLT):
             form.ends = Ends.YES
             form.keeps = ALL_FLAGS
         elif m in (Mnemonic.STAC, Mnemonic.CLAC):
@@ -341,7 +341,11 @@ class Lowering(Special):
             return self.kernel and m == Mnemonic.POPFQ
         if m in (Mnemonic.STI, Mnemonic.CLI, Mnemonic.SWAPGS, Mnemonic.STAC, Mnemonic.CLAC, Mnemonic.INVLPG):
             return self.kernel and (self.wide or m in (Mnemonic.STI, Mnemonic.CLI))
-        if m in (Mnemonic.IRETQ, Mnemonic.RDMSR, Mnemonic.WRMSR, Mnemonic.INVPCID):
+        if m in (Mnemonic.IRETQ, Mnemonic.INVPCID):
+            return self.kernel and self.wide
+        if m in (Mnemonic.RDMSR, Mnemonic.WRMSR):
+            return self.kernel and self.wide and ins.len == 2
+        if m == Mnemonic.HLT:
             return self.kernel and self.wide
         if m == Mnemonic.CPUID:
             return self.wide

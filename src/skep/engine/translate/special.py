@@ -56,6 +56,7 @@ class Special(Emitter):
             m.CALL: self._call, m.JMP: self._jmp, m.RET: self._ret,
             m.PUSHF: self._pushfq, m.PUSHFD: self._pushfq, m.PUSHFQ: self._pushfq,
             m.POPF: self._popfq, m.POPFD: self._popfq, m.POPFQ: self._popfq, m.STI: self._sti, m.CLI: self._cli,
+            m.HLT: self._hlt,
             m.STAC: self._stac, m.CLAC: self._stac, m.SWAPGS: self._swapgs, m.INVLPG: self._invlpg,
             m.INVPCID: self._invpcid, m.PAUSE: self._pause,
             m.IRETQ: self._leave_by, m.SYSRETQ: self._leave_by, m.SYSCALL: self._leave_by,
@@ -340,6 +341,10 @@ class Special(Emitter):
         self.a.mov(state("info"), info)
         self.page_plus(R10, HOLE_NEXT)
         self.a.jmp(state("port_exit"))
+
+    def _hlt(self, ins: Instruction) -> None:
+        self.page_plus(R10, HOLE_NEXT)
+        self.a.jmp(state("halt_exit"))
 
     def _sti(self, ins: Instruction) -> None:
         a = self.a

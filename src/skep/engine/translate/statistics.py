@@ -16,6 +16,8 @@ EXITS = {
     Kind.PORT: "ports",
     Kind.MEM: "devices' memory, stores into code",
     Kind.EMULATE: "rare instructions",
+    Kind.MSR: "model-specific registers",
+    Kind.HALT: "HLT",
     Kind.BREAK: "asked for",
     Kind.EXCEPTION: "exceptions that Python delivers",
     Kind.FAULT: "faults of the host's CPU",

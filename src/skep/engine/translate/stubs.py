@@ -239,6 +239,7 @@ class Stubs:
         for name, kind in (
             ("emu_exit", Kind.EMULATE),
             ("segment_exit", Kind.SEGMENT),
+            ("halt_exit", Kind.HALT),
         ):
             self._begin(name)
             a.mov(field("rip"), R10)

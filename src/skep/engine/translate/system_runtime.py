@@ -47,6 +47,15 @@ def python(desc: int) -> int:
     return 0
 
 
+@inline
+def python_msr(desc: int, write: int) -> int:
+    """As python, for RDMSR and WRMSR."""
+    st.rip = st.page + (desc & 4095)
+    st.kind = Kind.MSR
+    st.info = write
+    return 0
+
+
 def load_segment(selector: int, desc: int) -> int:
     """MOV to DS, ES, FS or GS: the null selectors, and data segments of the GDT whose accessed bit is set."""
     me = st.self_ + (desc >> 12) * 8
@@ -129,7 +138,7 @@ def read_msr(unused: int, desc: int) -> int:
     elif index == KERNEL_GS_BASE:
         value = st.kernel_gs_base
     else:
-        return python(desc)
+        return python_msr(desc, 0)
     st.rax = value & M32
     st.rdx = value >> 32
     return 1
@@ -152,7 +161,7 @@ def set_deadline(now: int, value: int, desc: int) -> int:
     before or after, stays due whatever is written next: Python sees to that."""
     now = now + st.tsc_offset
     if (st.apic_deadline and st.apic_deadline <= now) or (value and value <= now):
-        return python(desc)
+        return python_msr(desc, 1)
     st.apic_deadline = value
     if value:
         return arm_tick(value - now)
@@ -206,7 +215,7 @@ def write_msr(now: int, desc: int) -> int:
     if index == IA32_PRED_CMD and value & ~PRED_CMD_IBPB == 0:
         return 1
     if sar(value, 47) + 1 > 1:
-        return python(desc)
+        return python_msr(desc, 1)
     if index == FS_BASE:
         st.fs_base = value
     elif index == GS_BASE:
@@ -214,7 +223,7 @@ def write_msr(now: int, desc: int) -> int:
     elif index == KERNEL_GS_BASE:
         st.kernel_gs_base = value
     else:
-        return python(desc)
+        return python_msr(desc, 1)
     return 1
 
 

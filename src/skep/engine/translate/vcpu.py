@@ -103,7 +103,7 @@ class TranslateVcpu(Alone):
         self._loan = ApicLoan(st, shared.ticker)
         self._fresh = True
         self.hits = 0
-        self.counts = [0] * 13
+        self.counts = [0] * 15
         self.watch: Watch | None = None
         st.q[XSAVE_AREA >> 3] = 0x37F
         st.bytes[XSAVE_AREA + 24 : XSAVE_AREA + 28] = (0x1F80).to_bytes(4, "little")
@@ -186,6 +186,10 @@ class TranslateVcpu(Alone):
                         return self._halted()
                 elif kind == Kind.PORT:
                     self._port()
+                elif kind == Kind.MSR:
+                    self.emulator.step_msr(bool(st.info))
+                elif kind == Kind.HALT:
+                    return self._halted()
                 elif kind == Kind.MEM:
                     self._finish_access()
                 elif kind == Kind.EXCEPTION:
