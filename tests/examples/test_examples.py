@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import os
 import re
 import runpy
+import subprocess
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +65,14 @@ def test_a_file_out_of_an_image(tmp_path: Path, kind: str, capfdbinary: pytest.C
         with mock.patch("sys.argv", ["read_qcow2.py", str(image), name]):
             function("read_qcow2.py", "main")()
         assert capfdbinary.readouterr().out == content
+
+
+def test_a_vmdk_from_a_raw_disk(tmp_path: Path) -> None:
+    raw, vmdk = tmp_path / "disk.img", tmp_path / "disk.vmdk"
+    raw.write_bytes((b"data" * 50_000 + bytes(1 << 20) + os.urandom(100_000)).ljust(3 << 20, b"\0"))
+    function("build_vmdk.py", "build")(str(raw), str(vmdk))
+    assert vmdk.stat().st_size < 300_000
+    subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", "vmdk", raw, vmdk], check=True, timeout=60)
 
 
 def test_every_example_is_tested() -> None:
