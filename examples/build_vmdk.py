@@ -18,7 +18,7 @@ def build(raw: str, vmdk: str) -> None:
         create_image(vmdk, "vmdk", source.size, options={"subformat": "streamOptimized"})
         with open_image(vmdk, format="vmdk") as target:
             for at in range(0, source.size, GRAIN):
-                target.write_compressed(read_at(source, at, min(GRAIN, source.size - at)), at)
+                target.write_compressed(bytes(read_at(source, at, min(GRAIN, source.size - at))), at)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import os
+import random
 import re
 import runpy
-import subprocess
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
