@@ -26,9 +26,11 @@ class Order(enum.IntEnum):
     """Every register of every device of one VM; vCPU threads, timers and backends' callbacks take it."""
     BLOCK = 30
     """A disk's queue of requests."""
-    IMAGE_FLUSH = 31
+    COPY_ON_READ = 31
+    """One change after the other of an image that keeps what is read from below it."""
+    IMAGE_FLUSH = 32
     """Taken by one flush of an image after the other, while it writes."""
-    IMAGE = 32
+    IMAGE = 33
     """An image format's tables. Held while they are read from the image's file, so never taken by who must not wait."""
     FILE = 34
     """The length of an image's file, and its writes of part of a block."""

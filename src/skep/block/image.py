@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from skep.block.backend import BlockBackend
 from skep.block.file import HostFile, open_file
+from skep.block.filters import CopyOnRead, Throttle, Trace
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.block.options import BlockOptions
 from skep.block.record import Recorder
@@ -175,9 +176,28 @@ def open_disk(options: BlockOptions) -> BlockBackend:
             alignment = image.file.alignment
             todo = f"say sectorsize={alignment}, or leave nocache out"
             raise HostError(f"direct I/O works in blocks of {alignment} bytes here, not {unit}", options.path, todo)
-        return image if options.record is None else Recorder(image, options.record)
+        return _filtered(image, options)
     except BaseException:
         image.close()
+        raise
+
+
+def _filtered(image: Image, options: BlockOptions) -> BlockBackend:
+    """The layers over the image that were asked for."""
+    disk: BlockBackend = image
+    try:
+        if options.copy_on_read:
+            if options.read_only or image.backing is None:
+                what = "copyonread needs an image that is written to, over another"
+                raise ImageError(what, options.path, "leave it out")
+            disk = CopyOnRead(image)
+        if options.record is not None:
+            disk = Recorder(disk, options.record)
+        if options.bytes_per_second or options.requests_per_second:
+            disk = Throttle(disk, options.bytes_per_second, options.requests_per_second)
+        return disk if options.trace is None else Trace(disk, options.trace)
+    except BaseException:
+        disk.close()
         raise
 
 

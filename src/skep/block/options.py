@@ -46,6 +46,14 @@ def serial_number(value: str) -> str:
     return value
 
 
+def _rate(value: str) -> int:
+    """A slower disk would keep a VM from ending: what is under way is waited for."""
+    rate = values.size(value)
+    if rate < 1 << 20:
+        raise ValueError(f"{value!r} is less than 1M")
+    return rate
+
+
 @dataclass(frozen=True, slots=True)
 class BlockOptions:
     """One disk, in bhyve's keys where bhyve has them."""
@@ -87,6 +95,16 @@ class BlockOptions:
         values.integer(0, 65535), None, key="bootindex", doc="firmware boots from the lowest first"
     )
     lock: bool = option(values.boolean, True, doc="false: open without locks, on file systems that have none")
+    bytes_per_second: int | None = option(
+        _rate, None, key="bps", doc="how much is read and written in a second, at most: 1M or more"
+    )
+    requests_per_second: int | None = option(
+        values.integer(10, 10**9), None, key="iops", doc="how many requests in a second, at most: 10 or more"
+    )
+    copy_on_read: bool = option(
+        values.boolean, False, key="copyonread", doc="keep in the image what is read from its backing file"
+    )
+    trace: str | None = option(values.text, None, doc="a file that receives a line for each request")
     record: str | None = option(
         values.text, None, doc="a file that receives a log of every write and flush (skep.block.record)"
     )
