@@ -3,8 +3,9 @@
 A guest's cluster is found through two levels of tables: L1, which is kept in memory, and L2 tables, of which slices are
 cached (``tables``). Every cluster of the file has a count of who refers to it (``refcounts``); one with a count of 1
 may be written in place, and its L2 entry has the flag COPIED. ``header``, ``snapshots`` and ``bitmaps`` are what their
-names say, ``compression`` packs clusters, ``check`` counts all references and mends, ``create`` lays out a new image,
-``image`` is the disk.
+names say, ``compression`` packs clusters, ``check`` counts all references and mends, ``create`` lays out a new image.
+The disk itself is a class in four parts, each upon the one before: ``mapping`` finds and reads, ``owning`` takes
+clusters, gives them back and flushes, ``writing`` writes, ``image`` has its size, snapshots and all else.
 
 The order of writes, which leaves nothing worse than leaked clusters when the power goes at any moment: a write to a new
 cluster goes to the file at once, but nothing refers to it before the next flush, which writes
