@@ -462,7 +462,8 @@ class Assembler:
     def imul(self, dst: int, src: Source, imm: int | None = None, size: int = 64) -> None:
         """``dst *= src``, or ``dst = src * imm``; ``imul(dst, number)`` multiplies dst by it."""
         if not isinstance(src, Reg | Mem):
-            src, imm = Reg(dst), src
+            imm = src
+            src = Reg(dst)
         if imm is None:
             self._op(b"\x0f\xaf", dst, src, size)
         else:

@@ -52,21 +52,13 @@ Peek = tuple[int, int, tuple[tuple[int, int], ...]]
 those constants stand (offset, bytes), which do not count."""
 
 
-class Known(Protocol):
-    """A block that there is."""
-
-    @property
-    def entry(self) -> int:
-        """Its plain entry's offset in the code buffer."""
-        ...
-
-
 class KnownBlocks(Protocol):
     """The blocks there are, by their keys."""
 
     def __contains__(self, key: int) -> bool: ...
 
-    def get(self, key: int) -> Known | None: ...
+    def entry(self, key: int) -> int:
+        """The plain entry's offset in the code buffer, or 0."""
 
 
 class Drafting:

@@ -304,8 +304,8 @@ class Emission:
         links: list[tuple[int, int, int]] = []
         for site, key in block.links:
             here = len(out)
-            known = self._known.get(key)
-            _i32(out, site, (here if known is None else known.entry - start) - site - 4)
+            entry = self._known.entry(key)
+            _i32(out, site, (entry - start if entry else here) - site - 4)
             links.append((site, here, key))
             out += _LINK.pack(b"\x49\xbb", key, _LINK_CALL, site - (here + _LINK_SITE))
         for site, target in block.breaks:

@@ -86,6 +86,7 @@ from skep.engine.translate.segments import ALIGNMENT
 from skep.engine.translate.stubs import field as state
 from skep.engine.translate.stubs import jump_set, restore_flags, save_flags
 
+_MEMORY = OpKind.MEMORY
 SAVED_STACK = (0, 2, 6)
 """Emitter.on_stack in a template's checks."""
 PLACE = 0x1D7C6B5A
@@ -170,7 +171,10 @@ class Emitter:
 
     @staticmethod
     def memory_operand(ins: Instruction) -> bool:
-        return any(ins.op_kind(i) == OpKind.MEMORY for i in range(ins.op_count))
+        for i in range(ins.op_count):  # noqa: SIM110  (a generator costs as much again, and this is asked often)
+            if ins.op_kind(i) == _MEMORY:
+                return True
+        return False
 
     @staticmethod
     def size(ins: Instruction) -> int:
