@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from skep.block.backend import Buffers
-from skep.block.sparse import Kind, Run, SparseImage, split
+from skep.block.sparse import MOST_PENDING, Kind, Run, SparseImage, split
 from skep.block.tables import Table
 
 
@@ -143,7 +143,7 @@ class SectorImage(SparseImage):
             first += n
 
     def _after_write(self) -> None:
-        if self._bits.pending > (0 if not self.write_cache else 16384):
+        if self._bits.pending > (MOST_PENDING if self.write_cache else 0):
             self.flush()
         super()._after_write()
 

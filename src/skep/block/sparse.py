@@ -21,7 +21,7 @@ from skep.block.places import Owned, examine
 from skep.block.tables import Table
 from skep.locks import Lock, Order
 
-_PENDING = 16384
+MOST_PENDING = 16384
 """So many changes of tables wait for a flush, in 2 MiB of memory; then they are committed unasked."""
 _COPY = 1 << 20
 """Bytes of memory for one copy of what a block held before."""
@@ -220,7 +220,7 @@ class SparseImage(Image):
         """These bytes are in their blocks now: formats that know it of each sector note it."""
 
     def _after_write(self) -> None:
-        if self._table.pending > (0 if not self.write_cache else _PENDING):
+        if self._table.pending > (0 if not self.write_cache else MOST_PENDING):
             self.flush()
 
     def _copy_on_write(self, buffers: Buffers, offset: int, length: int) -> None:
@@ -416,6 +416,8 @@ class SparseImage(Image):
 
     def repair(self, *, leaks_only: bool = False) -> CheckResult:
         """Entries that make no sense, or point at what another one has, become those of blocks that are not there."""
+
+        self._must_be_writable()
 
         def forget(number: int) -> None:
             with self._lock:

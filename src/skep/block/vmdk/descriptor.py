@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
-from skep.block.format import SECTOR, ImageError
+from skep.block.format import ImageError
 
 MOST_BYTES = 1 << 17
 MOST_EXTENTS = 1024
 NO_PARENT = 0xFFFFFFFF
+_MOST_SECTORS = 1 << 53
 
 _EXTENT = re.compile(r'(RW|RDONLY|NOACCESS)\s+(\d{1,18})\s+([A-Z]+)(?:\s+"([^"]*)"(?:\s+(\d{1,18}))?)?')
 _ENTRY = re.compile(r'([\w.]+)\s*=\s*(?:"([^"]*)"|(\S*))')
@@ -59,8 +60,8 @@ class Descriptor:
             raise ImageError("a VMDK descriptor of a version that is not known", path)
         if not extents or len(extents) > MOST_EXTENTS:
             raise ImageError(f"a VMDK with {len(extents)} extents is not possible", path, f"1 to {MOST_EXTENTS} are")
-        if sum(extent.sectors for extent in extents) * SECTOR >= 1 << 62:
-            raise ImageError("a VMDK as large as that is not possible", path)
+        if not 0 < sum(extent.sectors for extent in extents) < _MOST_SECTORS:
+            raise ImageError("a VMDK of that size is not possible", path)
         try:
             cid, parent_cid = (int(entries.get(name, "ffffffff"), 16) for name in ("CID", "parentCID"))
         except ValueError:

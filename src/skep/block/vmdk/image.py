@@ -150,12 +150,14 @@ class VmdkImage(Image):
             part.pwritev(piece, start)
 
     def read_now(self, buffers: Buffers, offset: int) -> bool:
-        part, start, n = next(self._split(offset, sum(map(len, buffers))))
-        return n == sum(map(len, buffers)) and part.read_now(buffers, start)
+        length = sum(map(len, buffers))
+        part, start, n = next(self._split(offset, length), (None, 0, 0))
+        return part is not None and n == length and part.read_now(buffers, start)
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
-        part, start, n = next(self._split(offset, sum(map(len, buffers))))
-        return self._changed and n == sum(map(len, buffers)) and part.write_now(buffers, start)
+        length = sum(map(len, buffers))
+        part, start, n = next(self._split(offset, length), (None, 0, 0))
+        return self._changed and part is not None and n == length and part.write_now(buffers, start)
 
     def discard(self, offset: int, length: int) -> None:
         if not self._changed:
