@@ -70,7 +70,7 @@ def test_an_unpacked_kernel_boots_by_pvh(tmp_path: Path) -> None:
     boot(form("cloud vmlinux"), "512M", tmp_path / "console")
 
 
-@pytest.mark.parametrize("cpus", [2, pytest.param(48, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cpus", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (48, 64))])
 def test_several_processors(guest: Guest, tmp_path: Path, cpus: int) -> None:
     log = boot(guest, "1G" if cpus > 8 else "512M", tmp_path / "console", "--cpus", str(cpus))
     assert f"smp: Brought up 1 node, {cpus} CPUs" in log
