@@ -42,7 +42,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, let_go: threading.Eve
 
     def start(program: Callable[[ScriptedVcpu], Exit], **options: Any) -> Vm:
         engine = ScriptedEngine(program)
-        monkeypatch.setattr("skep.vm.lifecycle.choose_engine", lambda wanted, kept: (engine, "the test wants it"))
+        monkeypatch.setattr("skep.vm.lifecycle.choose_engine", lambda *_: (engine, "the test wants it"))
         made.append(Vm(kernel=tmp_path / "vmlinuz", memory="64M", name="hung", **options))
         made[-1].start()
         return made[-1]

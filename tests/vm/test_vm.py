@@ -47,7 +47,7 @@ def make(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
 
     def make(program: Program, **options: Any) -> Vm:
         engine = ScriptedEngine(program)
-        monkeypatch.setattr("skep.vm.lifecycle.choose_engine", lambda wanted, kept: (engine, "the test wants it"))
+        monkeypatch.setattr("skep.vm.lifecycle.choose_engine", lambda *_: (engine, "the test wants it"))
         made.append(Vm(**{"kernel": kernel, "memory": "64M", **options}))
         return made[-1]
 
