@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from tests.block.conformance import ImageConformance
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from skep.block.backend import read_at, write_at
+from skep.block.format import BackingName, Image
+from skep.block.image import create_image, open_image
+from skep.block.qcow2.header import Incompatible
+from skep.block.qcow2.image import Qcow2Image
+from skep.errors import UserError
+from tests.block.conformance import ImageConformance, run
+
+MIB = 1 << 20
 
 
 class TestConformance(ImageConformance):
@@ -19,3 +35,201 @@ class TestConformance(ImageConformance):
         {"extended_l2": "on"},
         {"preallocation": "metadata", "lazy_refcounts": "on"},
     )
+
+
+class TestWithSnapshots(ImageConformance):
+    """The same while snapshots are taken, applied and deleted."""
+
+    format = "qcow2"
+    qemu_checks = True
+    variants = ({"cluster_size": "4096"}, {"extended_l2": "on", "cluster_size": "16k"})
+
+    def make(self, options: Mapping[str, str], path: Path | None = None) -> Path:
+        self.kept: dict[str, bytes] = {}
+        return super().make(options, path)
+
+    def traffic(self, image: Image, model: bytearray, rng: random.Random, steps: int) -> None:
+        for _ in range(steps):
+            super().traffic(image, model, rng, 1)
+            if rng.random() < 0.7:
+                continue
+            names = sorted(self.kept)
+            what = rng.choice(("take", "apply", "delete")) if names else "take"
+            if what == "take":
+                name = f"s{rng.randrange(10**9)}"
+                image.snapshot_create(name)
+                self.kept[name] = bytes(model)
+            elif what == "apply":
+                name = rng.choice(names)
+                image.snapshot_apply(name)
+                model[:] = self.kept[name]
+            else:
+                name = rng.choice(names)
+                image.snapshot_delete(name)
+                del self.kept[name]
+            assert {one.name for one in image.snapshots()} == set(self.kept)
+
+    def test_resize(self) -> None:
+        pytest.skip("a disk has its snapshots' sizes")
+
+    def test_what_a_snapshot_keeps(self) -> None:
+        for options in self.each():
+            self.make(options)
+            model = bytearray(self.size)
+            with self.open() as image:
+                self.traffic(image, model, random.Random(11), 40)
+                image.flush()
+            for name, disk in self.kept.items():
+                with self.open(read_only=True) as image:
+                    image.show_snapshot(name)
+                    self.same(image, disk)
+                run("qemu-img", "convert", "-l", name, "-O", "raw", self.path, self.path.with_suffix(".then"))
+                assert self.path.with_suffix(".then").read_bytes() == disk
+            self.judge(model)
+
+
+@pytest.mark.parametrize("how", ["no_cache", "synchronous", "no_cache synchronous"])
+def test_direct_and_synchronous(tmp_path: Path, how: str) -> None:
+    traffic = TestConformance()
+    path, model, rng = tmp_path / "disk", bytearray(MIB), random.Random(1)
+    create_image(path, "qcow2", MIB, options={"cluster_size": "4096"})
+    try:
+        image = open_image(path, **dict.fromkeys(how.split(), True))  # type: ignore[arg-type]
+    except UserError as error:
+        pytest.skip(str(error))
+    with image:
+        assert image.write_cache == ("synchronous" not in how)
+        traffic.traffic(image, model, rng, 40)
+        traffic.same(image, model)
+        if not image.write_cache:
+            with open_image(path, read_only=True, lock=False) as seen:
+                traffic.same(seen, model)
+    run("qemu-img", "check", path)
+
+
+def test_a_dirty_image_is_counted_anew(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    create_image(path, "qcow2", MIB, options={"lazy_refcounts": "on"})
+    # QEMU leaves refcounts for later, and dies.
+    command = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 192k", "-c", "flush", "-c", "abort", str(path)]
+    subprocess.run(command, check=False, capture_output=True, timeout=60)
+    with open_image(path, read_only=True) as image:
+        assert image.dirty
+    with open_image(path) as image:
+        assert not image.dirty and image.check().clean
+        assert read_at(image, 0, 192 << 10) == b"\7" * (192 << 10)
+    run("qemu-img", "check", path)
+
+
+def test_a_corrupt_image_is_only_read_before_it_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    create_image(path, "qcow2", MIB)
+    with open_image(path) as image:
+        assert isinstance(image, Qcow2Image)
+        write_at(image, 0, b"x" * 4096)
+        image.flush()
+        image.header.incompatible |= Incompatible.CORRUPT
+        image.write_header()
+    with open_image(path) as image:
+        assert image.corrupted and read_at(image, 0, 4096) == b"x" * 4096
+        with pytest.raises(OSError, match="corrupt"):
+            write_at(image, 0, bytes(512))
+        image.repair()
+        write_at(image, 0, b"y" * 512)
+    run("qemu-img", "check", path)
+
+
+@pytest.mark.parametrize("part", ["refcount table", "refcount block", "L2 entry", "COPIED"])
+def test_repair(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "disk"
+    create_image(path, "qcow2", MIB, options={"cluster_size": "4096"})
+    data = random.Random(2).randbytes(MIB // 2)
+    with open_image(path) as image:
+        assert isinstance(image, Qcow2Image)
+        write_at(image, 0, data)
+        image.flush()
+        table = image.header.refcount_table_offset
+        l2 = image.l1()[0] & 0xFFFF_FFFF_FE00
+        counts = int.from_bytes(read_at(image.file, table, 8), "big")
+    with path.open("r+b") as file:
+        where = {"refcount table": table, "refcount block": counts + 40, "L2 entry": l2 + 8 * 200, "COPIED": l2 + 8}
+        file.seek(where[part])
+        before = file.read(8)
+        file.seek(where[part])
+        values = {"refcount table": 1 << 50, "refcount block": 0, "L2 entry": 1 << 63 | 1 << 40}
+        file.write(values.get(part, int.from_bytes(before, "big") ^ 1 << 63).to_bytes(8, "big"))
+    with open_image(path, read_only=True) as image:
+        assert image.check().corruptions
+    with open_image(path) as image:
+        assert image.repair().corruptions_fixed
+        assert image.check().clean
+        assert read_at(image, 0, MIB // 2) == data
+        write_at(image, 0, data[::-1])
+    run("qemu-img", "check", path)
+    with open_image(path) as image:
+        assert read_at(image, 0, MIB // 2) == data[::-1]
+
+
+def test_what_nobody_knows_is_kept(tmp_path: Path) -> None:
+    """Header extensions of others, through everything that writes the header."""
+    path = tmp_path / "disk"
+    create_image(path, "qcow2", MIB)
+    with open_image(path) as image:
+        assert isinstance(image, Qcow2Image)
+        image.header.extensions[0x12345678] = b"somebody's own"
+        image.write_header()
+    with open_image(path) as image:
+        image.snapshot_create("one")
+        image.resize(300 << 20)
+        image.set_backing(BackingName("below", "raw"))
+    with open_image(path, backing=False, read_only=True) as image:
+        assert isinstance(image, Qcow2Image)
+        assert image.header.extensions[0x12345678] == b"somebody's own"
+    assert "below" in run("qemu-img", "info", "-U", path)
+
+
+def test_a_terabyte_takes_little(tmp_path: Path) -> None:
+    """Memory, with tables all over the disk."""
+    path = tmp_path / "disk"
+    create_image(path, "qcow2", 1 << 40)
+    program = (
+        "import re, sys\n"
+        "from skep.block.backend import read_at, write_at\n"
+        "from skep.block.image import open_image\n"
+        "with open_image(sys.argv[1]) as image:\n"
+        "    for i in range(2000):\n"
+        "        write_at(image, i * (image.size // 2000) // 512 * 512, b'x' * 512)\n"
+        "    image.flush()\n"
+        "    for i in range(2000):\n"
+        "        assert read_at(image, i * (image.size // 2000) // 512 * 512, 512) == b'x' * 512\n"
+        "with open_image(sys.argv[1], read_only=True) as image:\n"
+        "    assert image.check().clean\n"
+        "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
+    )
+    source = Path(__file__).parents[2] / "src"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        env={"PYTHONPATH": str(source), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 60 << 10, f"{done.stdout} KiB"
+
+
+def test_a_chain_of_fifty(tmp_path: Path) -> None:
+    create_image(tmp_path / "0", "raw", MIB)
+    (tmp_path / "0").write_bytes(b"a" * MIB)
+    for i in range(1, 51):
+        below = BackingName(str(i - 1), "qcow2" if i > 1 else "raw")
+        options = {"cluster_size": "4096"}
+        create_image(tmp_path / str(i), "qcow2", MIB, options=options, backing=below, check_backing=False)
+        with open_image(tmp_path / str(i), backing=False) as image:
+            write_at(image, i * 8192, bytes([i]) * 4096)
+    with open_image(tmp_path / "50", read_only=True) as image:
+        for i in range(1, 51):
+            assert read_at(image, i * 8192, 4096) == bytes([i]) * 4096
+        assert read_at(image, 0, 512) == b"a" * 512
+        assert {extent.depth for extent in image.extents()} >= {0, 50}

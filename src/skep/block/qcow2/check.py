@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _PIECE = 256
 """Counts that are kept together: an image may be large, and may refer to few of its clusters."""
 _NONE = bytes(_PIECE)
+_EMPTY = array("Q", [0]) * _PIECE
 
 
 class Tally:
@@ -193,7 +194,7 @@ class Checker:
         words = from_big_endian(read_at(image.file, offset, cluster))
         step = 2 if image.header.extended_l2 else 1
         bad = []
-        for at in range(0, len(words), step):
+        for at in _in_use(words, step):
             word = words[at]
             if word & COMPRESSED:
                 host, size = image.packed_extent(word)
@@ -289,12 +290,19 @@ class Checker:
             if image.has_data_file:
                 continue
             words = from_big_endian(read_at(image.file, table, self._cluster))
-            for word in words[:: 2 if image.header.extended_l2 else 1]:
+            for word in map(words.__getitem__, _in_use(words, 2 if image.header.extended_l2 else 1)):
                 host = word & OFFSET
                 if word & COMPRESSED or not host or host % self._cluster or host // self._cluster > self._end:
                     continue
                 if bool(word & COPIED) != (image.count_of(host // self._cluster) == 1):
                     self.result.corrupt(f"OFLAG_COPIED data cluster: l2_entry={word:x}")
+
+
+def _in_use(words: array[int], step: int) -> Iterator[int]:
+    """The numbers of a table's entries, of ``step`` words each, but for long rows of zeros."""
+    for start in range(0, len(words), _PIECE):
+        if words[start : start + _PIECE] != _EMPTY:
+            yield from range(start, min(start + _PIECE, len(words)), step)
 
 
 def check(image: Qcow2Image) -> CheckResult:
