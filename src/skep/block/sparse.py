@@ -390,6 +390,7 @@ class SparseImage(Image):
         """Everything that entries of tables point at, and entries that make no sense."""
         block = 0
         while block < self._blocks:
+            wrong = None
             with self._lock:
                 block = self._skip(block)
                 if block >= self._blocks:
@@ -397,9 +398,10 @@ class SparseImage(Image):
                 try:
                     kind, host = self._find(block)
                 except DamagedImage as e:
-                    yield Owned(block, 0, 0, e.strerror)
-                    kind = Kind.ABSENT
-            if kind is Kind.DATA:
+                    wrong = e.strerror
+            if wrong is not None:
+                yield Owned(block, 0, 0, wrong)
+            elif kind is Kind.DATA:
                 yield Owned(block, *self._footprint(block, host))
             block += 1
 
