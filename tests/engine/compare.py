@@ -68,7 +68,7 @@ def _stored_nothing(name: str, host: Outcome, guest: Outcome) -> bool:
     defined (SDM 3, table 6-2), and a guest that maps the page and comes back gets the same."""
     if name.startswith("VEX_VCVTPS2PH"):
         return (guest.vector, host.vector) == (14, 19) and host.rip == guest.rip
-    return guest.vector in (14, 17) and _X87_STORE.match(name) is not None and bool(
+    return guest.vector in (12, 13, 14, 17) and _X87_STORE.match(name) is not None and bool(
         status_word(host.fpu) & ~status_word(guest.fpu) & _ES
     )
 
