@@ -487,6 +487,16 @@ class TestUnprivilegedAndSystem:
         assert state["r13"] & 0x601 == 0 and state["r14"] == 0x10
         assert state["r8"] & 0xFF == 1  # the flags came back
 
+    def test_sysret_that_sets_tf_traps_at_once(self, boot: Boot) -> None:
+        """As if the SYSCALL had just been stepped over (KVM-unit-tests, syscall.c)."""
+        guest = boot("mov rcx, 0x400000\nmov r11, 0x102\nsysretq")
+        guest.map(0x400000, 0x300000, Pte.US)
+        guest.memory.write(0x300000, bytes.fromhex("ffc0 0f0b"))  # inc eax; ud2
+        guest.set(msrs={0xC0000081: 0x10 << 32 | 0x20 << 48})
+        frame = fault(guest)
+        assert (frame.vector, frame.rip, frame.cs, guest.reg("rax")) == (1, 0x400000, 0x33, 0)
+        assert guest.state["dr6"] & 1 << 14
+
     def test_syscall_without_sce_is_ud(self, boot: Boot) -> None:
         guest = boot("syscall", user=True)
         guest.set(efer=guest.state["efer"] & ~Efer.SCE)

@@ -13,7 +13,7 @@ from skep.engine.amd64.registers import Cr0, Cr4, Rflags, Vector, canonical
 from skep.engine.translate import allowed, breakpoints, delivery
 from skep.engine.translate.access import WRITE, Access, Unsupported
 from skep.engine.translate.blocks import Cache
-from skep.engine.translate.breakpoints import DR6_HITS
+from skep.engine.translate.breakpoints import DR6_BS, DR6_HITS
 from skep.engine.translate.context import operand_segment
 from skep.engine.translate.emulate import Emulator
 from skep.engine.translate.faults import HostFault
@@ -24,7 +24,6 @@ from skep.engine.translate.pairs import Pairs
 from skep.engine.translate.port import GuestFault
 
 _X87, _SSE, _AVX = mnemonics(allowed.X87), mnemonics(allowed.SSE), mnemonics(allowed.AVX)
-_DR6_BS = 1 << 14
 _INFO, _RIP, _RAX, _RDX = (OFFSETS[name] >> 3 for name in ("info", "rip", "rax", "rdx"))
 """Fields of the state block as indices of its words, where every exit comes by."""
 _NEAR = 256
@@ -131,7 +130,7 @@ class Alone(Access, ABC):
         if one and not (ins.mnemonic in _COMPARES and bool(st.flags & 0x40) == ins.has_repne_prefix):
             st.rip = start
         if st.sysfl & Rflags.TF or not self.emulator.entered:
-            self.hits |= _DR6_BS
+            self.hits |= DR6_BS
         return halted
 
     def stop_at_breakpoint(self) -> None:

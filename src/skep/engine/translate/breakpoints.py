@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from skep.engine.amd64.registers import Cr4
 from skep.engine.translate.layout import StateBlock
 
+DR6_BS = 1 << 14
 DR6_HITS = 0xF
 """Bits that a #DB sets or clears; the others of DR6 it only sets."""
 INSTRUCTION, WRITE, PORT, ACCESS = range(4)

@@ -7,7 +7,7 @@ from iced_x86 import Code, Instruction, Mnemonic, OpKind
 
 from skep.engine.amd64.registers import Attr, Cr0, Efer, Rflags, SystemType, Vector, canonical
 from skep.engine.translate import delivery, segments, tasks
-from skep.engine.translate.breakpoints import DR6_HITS
+from skep.engine.translate.breakpoints import DR6_BS, DR6_HITS
 from skep.engine.translate.context import M32, M64, MASK, RCX, RDX, RSP, Context, Handler
 from skep.engine.translate.emulate_integer import require_virtual_iopl
 from skep.engine.translate.port import GuestFault
@@ -345,6 +345,8 @@ def sysret(e: Context, i: Instruction) -> None:
         raise GuestFault(Vector.GP, 0)
     selector = st.star >> 48
     st.rflags = q[R11] & SYSRET_FLAGS
+    if st.sysfl & Rflags.TF:  # #DB at its end, as if SYSCALL had just been done
+        e.cpu.hits |= DR6_BS
     code = _flat_code(selector + (16 if wide else 0), 3, wide=wide)
     _switch(e, code, _flat_stack(selector + 8, 3), 3, rip)
 
