@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import signal
 import sys
@@ -27,6 +28,7 @@ def run(tree: Tree, verbose: bool) -> int:
     if settings.config_dump:
         sys.stdout.write(tree.dump())
         return 0
+    gc.disable()  # nothing of what is imported and made now goes again; vm/interpreter.py does the same later
     from skep.control.controller import Controller
     from skep.vm import Vm
 

@@ -60,6 +60,8 @@ PIECES = 16
 """The code buffer is used again a piece at a time."""
 LARGEST = 64 << 10
 """Bytes of code that a block may take; a piece with less room is full."""
+AHEAD = 256 << 10
+"""Bytes of the buffer whose pages are asked for together."""
 AVERAGE = 416
 """A piece has room for a description for so many bytes of it."""
 MAX_BLOCKS = (1 << HASH_BITS) * 5 // 8
@@ -185,6 +187,7 @@ class Cache:
         state[END >> 3] = min(self.first + (piece + 1) * self._piece_size, self.limit) - LARGEST
         state[NEXT >> 3] = piece * self._quota + 1
         state[LAST >> 3] = (piece + 1) * self._quota
+        self._prepared = state[POS >> 3] & ~4095
 
     def _next_piece(self) -> None:
         """This piece is full: what is in the next, which was used the longest time ago, goes."""
@@ -236,6 +239,9 @@ class Cache:
             self._next_piece()
         elif state[PLACES >> 3] >= MAX_USED:
             self._renew_table()
+        if state[POS >> 3] + LARGEST > self._prepared:
+            self.buffer.prepare(self._prepared, min(AHEAD, self.buffer.size - self._prepared))
+            self._prepared += AHEAD
         map_ = self.map
         if map_.wmapped[pa >> 12]:
             with self.world.stopped():

@@ -10,8 +10,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _MREMAP_MAYMOVE, _MAP_NORESERVE = 1, 0x4000
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -31,6 +33,11 @@ class CodeBuffer:
         if self.rx == _FAILED or _libc.mprotect(self.rx, size, mmap.PROT_READ | mmap.PROT_EXEC):
             raise OSError(ctypes.get_errno(), f"no executable memory: {os.strerror(ctypes.get_errno())}")
         self.view = memoryview(self._rw)
+
+    def prepare(self, start: int, size: int) -> None:
+        """Have the pages of a range at once, where the kernel can (Linux 5.14), instead of by two faults each."""
+        _libc.madvise(self.rw + start, size, _MADV_POPULATE_WRITE)
+        _libc.madvise(self.rx + start, size, _MADV_POPULATE_READ)
 
     def relax(self) -> None:
         """Let go of the writable alias's page-table entries: else every page of code counts twice as resident."""
