@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from skep.engine.translate import TranslateEngine, blocks, store
+from skep.engine.translate import TranslateEngine, blocks, engine, store
 from skep.engine.translate.blocks import Cache
 from tests.engine.tiny import Tiny
 
@@ -355,7 +356,7 @@ def test_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = tmp_path / "code"
     run(there)
     (old,) = segments(there)
-    monkeypatch.setattr(store.Store.__init__, "__defaults__", ("", old.stat().st_size * 3 // 2))
+    monkeypatch.setattr(engine, "Store", partial(store.Store, limit=old.stat().st_size * 3 // 2))
     os.utime(old, ns=(0, 0))
     run(there, text=TEXT.replace("inc r14", "inc r14\ninc r14").replace("again:", "nop\nagain:"))
     (new,) = segments(there)
