@@ -472,7 +472,7 @@ class Assembler:
             self._op(b"\x6b" if small else b"\x69", dst, src, size)
             self._imm(value, 8 if small else min(size, 32))
 
-    def _shift(self, n: int, dst: Rm, count: int, size: int) -> None:
+    def _shift(self, n: int, dst: Rm, count: int | Reg, size: int) -> None:
         if isinstance(count, Reg):
             if count != RCX:
                 raise ValueError("a shift count is an immediate or cl")
@@ -483,20 +483,20 @@ class Assembler:
             self._sized(0xC1, n, dst, size, digit=True)
             self._imm(count, 8)
 
-    def rol(self, dst: Rm, count: int, size: int = 64) -> None:
+    def rol(self, dst: Rm, count: int | Reg, size: int = 64) -> None:
         """By an immediate, or by CL when ``count`` is RCX; so too the next four."""
         self._shift(0, dst, count, size)
 
-    def ror(self, dst: Rm, count: int, size: int = 64) -> None:
+    def ror(self, dst: Rm, count: int | Reg, size: int = 64) -> None:
         self._shift(1, dst, count, size)
 
-    def shl(self, dst: Rm, count: int, size: int = 64) -> None:
+    def shl(self, dst: Rm, count: int | Reg, size: int = 64) -> None:
         self._shift(4, dst, count, size)
 
-    def shr(self, dst: Rm, count: int, size: int = 64) -> None:
+    def shr(self, dst: Rm, count: int | Reg, size: int = 64) -> None:
         self._shift(5, dst, count, size)
 
-    def sar(self, dst: Rm, count: int, size: int = 64) -> None:
+    def sar(self, dst: Rm, count: int | Reg, size: int = 64) -> None:
         self._shift(7, dst, count, size)
 
     # BMI1 and BMI2 leave the flags alone (andn excepted)
