@@ -100,7 +100,8 @@ class Checker:
         """Where the sound refcount blocks are, by number."""
         self._next = 0
 
-    def look(self) -> None:
+    def look(self, *, counts: bool = True) -> None:
+        """At everything; without ``counts`` as if there were no refcount table and no blocks."""
         image, header = self.image, self.image.header
         self._refer(0, 1, "header")
         self._span(header.l1_table_offset, header.l1_size * 8, "L1 table")
@@ -114,11 +115,12 @@ class Checker:
                 self._refer(index, 1, "bitmap")
         except DamagedImage as error:
             self.result.corrupt(str(error))
-        counts = image.refcounts
-        self._span(counts.table_offset, len(counts.table) * 8, "refcount table")
-        for number, offset in enumerate(counts.table):
-            if offset:
-                self._refcount_block(number, offset)
+        if counts:
+            table = image.refcounts.table
+            self._span(image.refcounts.table_offset, len(table) * 8, "refcount table")
+            for number, offset in enumerate(table):
+                if offset:
+                    self._refcount_block(number, offset)
         self.result.clusters = -(-image.size // self._cluster)
         self.result.end = self._cluster * max(self.tally.end, self._counted_end())
 
@@ -334,7 +336,7 @@ def repair(image: Qcow2Image, leaks_only: bool) -> CheckResult:
         checker = Checker(image)
         checker.look()
         if checker.broken:
-            _rebuild(image, checker)
+            _rebuild(image)
         else:
             _set(image, [(i, found) for i, _, found in checker.differences()])
         snapshots.set_flags(image)
@@ -357,14 +359,13 @@ def _set(image: Qcow2Image, wanted: list[tuple[int, int]]) -> None:
     image.settle()
 
 
-def _rebuild(image: Qcow2Image, checker: Checker) -> None:
+def _rebuild(image: Qcow2Image) -> None:
     """A new refcount table and new blocks, behind everything else."""
     cluster, header = image.cluster_size, image.header
     packing = Packing(1 << header.refcount_order)
     per_block = cluster * 8 // packing.bits
     fresh = Checker(image)
-    fresh.image.refcounts.table = array("Q")
-    fresh.look()
+    fresh.look(counts=False)
     tally, start = fresh.tally, max(fresh.tally.end, -(-image.file.size // cluster))
     blocks = table = 0
     while True:
