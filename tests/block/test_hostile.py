@@ -36,4 +36,4 @@ def test_damaged_images(format: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_many_damaged_images(format: str) -> None:
-    harm(format, 50_000, 1, 3000)
+    harm(format, 50_000, 1, 6000)
