@@ -48,6 +48,8 @@ class Table:
         """Changes of which no commit knows."""
         self._going: dict[int, int] = {}
         """Changes that a commit is writing."""
+        self._touched: set[int] = set()
+        """Pages of which those are."""
 
     @property
     def pending(self) -> int:
@@ -65,6 +67,7 @@ class Table:
 
     def __setitem__(self, index: int, value: int) -> None:
         self._new[index] = value
+        self._touched.add(index // self._per_page)
 
     def cached(self, index: int) -> bool:
         """A look at the entry needs no file."""
@@ -72,11 +75,11 @@ class Table:
 
     def skip(self, index: int) -> int:
         """The first index from here on whose entry may not be absent, or ``count``. Large disks are mostly empty."""
-        if self._new or self._going:
-            return index
         width = self._entry.size
         while index < self.count:
             number, at = divmod(index, self._per_page)
+            if number in self._touched:
+                break
             page = self._page(number)
             if page[at * width] != self._absent[0]:
                 break
@@ -147,6 +150,7 @@ class Table:
             if page is not None:
                 self._entry.pack_into(page, index % self._per_page * width, value)
         self._going = {}
+        self._touched = {index // self._per_page for index in self._new}
 
 
 def contiguous(offset: int, page_size: int) -> Callable[[int], int]:
