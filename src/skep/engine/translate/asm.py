@@ -525,24 +525,24 @@ class Assembler:
 
     # Bits
 
-    def _bit(self, n: int, dst: Rm, bit: int, size: int) -> None:
+    def _bit(self, n: int, dst: Rm, bit: int | Reg, size: int) -> None:
         if isinstance(bit, Reg):
             self._op(bytes((0x0F, 0x83 | n << 3)), bit, dst, size)
         else:
             self._op(b"\x0f\xba", n, dst, size)
             self._imm(bit, 8)
 
-    def bt(self, dst: Rm, bit: int, size: int = 64) -> None:
+    def bt(self, dst: Rm, bit: int | Reg, size: int = 64) -> None:
         """By register on memory, this reaches beyond the operand, as the CPU does."""
         self._bit(4, dst, bit, size)
 
-    def bts(self, dst: Rm, bit: int, size: int = 64) -> None:
+    def bts(self, dst: Rm, bit: int | Reg, size: int = 64) -> None:
         self._bit(5, dst, bit, size)
 
-    def btr(self, dst: Rm, bit: int, size: int = 64) -> None:
+    def btr(self, dst: Rm, bit: int | Reg, size: int = 64) -> None:
         self._bit(6, dst, bit, size)
 
-    def btc(self, dst: Rm, bit: int, size: int = 64) -> None:
+    def btc(self, dst: Rm, bit: int | Reg, size: int = 64) -> None:
         self._bit(7, dst, bit, size)
 
     def bsf(self, dst: int, src: Rm, size: int = 64) -> None:
