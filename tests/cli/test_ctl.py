@@ -126,7 +126,7 @@ def test_threads_are_named_and_say_where_they_are(run: Start) -> None:
     text = skep("ctl", "web", "threads")
     for name in ("MainThread", "skep-web", "skep-web-cpu0", "skep-web-control", "skep-web-loop", "skep-clock"):
         assert re.search(rf"^{name} \(\d+, [RSD]\)", text, re.MULTILINE), text
-    assert re.search(r"^  \S+/vm\.py:\d+ wait: ", text, re.MULTILINE)
+    assert re.search(r"^  \S+/vm/lifecycle\.py:\d+ wait: ", text, re.MULTILINE)
 
 
 def test_what_a_guest_does_is_explained(run: Start) -> None:
