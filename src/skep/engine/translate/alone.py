@@ -59,6 +59,8 @@ class Alone(Access, ABC):
     emulator: Emulator
     msrs: ModelSpecific
     _scratch: int
+    counts: list[int]
+    """Exits, by Kind."""
     _enter_at: Callable[[], None]
     _leave: Callable[[], None]
 
@@ -177,6 +179,7 @@ class Alone(Access, ABC):
             start = st.rip
             self._enter_at()
             if st.kind == Kind.STOPPED:  # while others wait for this instruction's end, perhaps: it is begun
+                self.counts[Kind.STOPPED] += 1
                 with self.cache.world.alone(st):
                     self._enter_at()
             st.single = 0

@@ -25,6 +25,7 @@ EXITS = {
     Kind.SPAN: "blocks on two pages",
     Kind.PAIR: "operands on two pages",
     Kind.PLAIN: "checks that cannot be shared",
+    Kind.STOPPED: "single instructions that had to wait",
     Kind.DELIVER: "interrupts that Python delivers",
 }
 WITHOUT_EXIT = {
@@ -68,9 +69,8 @@ def statistics(cache: Cache, vcpus: Iterable[TranslateVcpu]) -> dict[str, int | 
     for mnemonic, count in rare.most_common():
         told[f"rare instruction: {_MNEMONICS[mnemonic]}"] = count
     if watches:
-        running, guest = (sum(getattr(watch, name) for watch in watches) for name in ("running", "guest"))
-        told["seconds in guest code"] = guest / 1e9
-        told["seconds in Python"] = (running - guest) / 1e9
+        told["seconds in guest code"] = sum(watch.guest for watch in watches) / 1e9
+        told["seconds in Python"] = sum(watch.python for watch in watches) / 1e9
     if cache.stalls:
         most = sorted(cache.stalls)[len(cache.stalls) * 99 // 100]
         told["milliseconds that making room took, 99 %"] = most / 1e6

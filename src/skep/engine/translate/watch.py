@@ -16,10 +16,12 @@ class Watch:
     """Where one vCPU's time goes, in nanoseconds, and which rare instructions it meets."""
 
     def __init__(self) -> None:
-        self.running = 0
-        """In ``run``: all but halts."""
+        self.python = 0
+        """In ``run``, but for guest code; halts are not in it."""
         self.guest = 0
-        """Of that, in guest code and what it calls in machine code."""
+        """In guest code and what it calls in machine code; a stay in which the vCPU is frozen counts when it ends."""
+        self._since = 0
+        """When it came to Python."""
         self.rare: Counter[int] = Counter()
         """By mnemonic."""
 
@@ -28,17 +30,19 @@ class Watch:
 
         def timed() -> None:
             start = perf_counter_ns()
+            self.python += start - self._since
             enter()
-            self.guest += perf_counter_ns() - start
+            self._since = perf_counter_ns()
+            self.guest += self._since - start
 
         return timed
 
     def run(self, body: Callable[[], Any]) -> Any:
-        start = perf_counter_ns()
+        self._since = perf_counter_ns()
         try:
             return body()
         finally:
-            self.running += perf_counter_ns() - start
+            self.python += perf_counter_ns() - self._since
 
 
 class PerfMap:
