@@ -260,7 +260,7 @@ def test_a_breakpoint_that_comes_and_goes() -> None:
             state = vcpu.get_state()
             assert 0x100000 < state["rip"] < 0x200000, hex(state["rip"])
             hits += state["r15"]
-        assert hits > 0
+        assert hits >= 20
 
 
 def test_pages_that_are_code_and_data_by_turns() -> None:

@@ -28,12 +28,14 @@ def run(tree: Tree, verbose: bool) -> int:
     if settings.config_dump:
         sys.stdout.write(tree.dump())
         return 0
-    gc.disable()  # nothing of what is imported and made now goes again; vm/interpreter.py does the same later
-    from skep.control.controller import Controller
-    from skep.vm import Vm
-
     messages = Messages()
     with ExitStack() as last:
+        if gc.isenabled():
+            gc.disable()  # nothing of what is imported and made now goes again; vm/interpreter.py does the same later
+            last.callback(gc.enable)
+        from skep.control.controller import Controller
+        from skep.vm import Vm
+
         claim = _claim(tree, settings, messages) if settings.control else None
         if claim is not None:
             last.enter_context(claim)
