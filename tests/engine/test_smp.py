@@ -239,7 +239,9 @@ def test_a_breakpoint_that_comes_and_goes() -> None:
         dec edx
         jne wait2
         dec ecx
-        jne writer
+        jg writer
+        cmp dword [0x181008], 20        ; they have all the time they need to meet it
+        jb writer
         mov dword [0x181000], 1
         hlt
         runner: inc r14
@@ -248,10 +250,12 @@ def test_a_breakpoint_that_comes_and_goes() -> None:
         je runner
         hlt
         hit: inc r15
+        lock inc dword [0x181008]
         mov qword [rsp], offset patch + 2
         iretq
     """.replace("offset patch + 2", "{after}")
-    after = Tiny(TranslateEngine(), text.replace("{after}", "0")).program["patch"] + 2
+    with Tiny(TranslateEngine(), text.replace("{after}", "0")) as guest:
+        after = guest.program["patch"] + 2
     with Tiny(TranslateEngine(), text.replace("{after}", str(after)), cpus=CPUS, handlers={3: "hit"}) as guest:
         guest.run_together(60)
         assert guest.exception is None
