@@ -23,7 +23,7 @@ from benchmarks.peers import Payload, qemu_command, skep_command
 CMDLINE = "console=ttyS0 quiet"
 READY_TIMEOUT = 120.0
 BATCH_TIMEOUT = 600.0
-IDLE_SECONDS = 2.0
+SETTLE_SECONDS, IDLE_SECONDS = 3.0, 10.0
 
 Samples = dict[str, dict[str, list[Repetition]]]
 """By row, by machine."""
@@ -42,7 +42,6 @@ def run(
             one.wait_ready(READY_TIMEOUT)
         with tempfile.TemporaryDirectory(prefix="skep-bench-") as directory:
             machines: dict[str, Guest | Host] = {"native": Host(guest.root, Path(directory)), **guests}
-            idle = _idle(guests)
             batches(machines, rows, 1, "warming up: ", say)
             samples: Samples = {row: {name: [] for name in machines} for row in rows}
             for number in range(rounds):
@@ -50,6 +49,7 @@ def run(
                 for row, done in batches(machines, rows, 1 + repetitions, begin, say).items():
                     for name, batch in done.items():
                         samples[row][name] += batch[1:]
+            idle = _idle(guests)
     finally:
         for one in guests.values():
             one.close()
@@ -78,7 +78,8 @@ def batches(
 
 
 def _idle(guests: dict[str, Guest]) -> dict[str, float]:
-    """The part of a CPU that each waiting guest takes."""
+    """The part of a CPU that each waiting guest takes, when it has done what its kernel put off."""
+    time.sleep(SETTLE_SECONDS)
     before = {name: guest.cpu() for name, guest in guests.items()}
     time.sleep(IDLE_SECONDS)
     return {name: (guest.cpu() - before[name]) / IDLE_SECONDS for name, guest in guests.items()}
