@@ -105,3 +105,28 @@ def split(buffers: Buffers, n: int) -> tuple[list[memoryview], list[memoryview]]
             return [*buffers[:i], buffer[:n]] if n else list(buffers[:i]), [buffer[n:], *buffers[i + 1 :]]
         n -= len(buffer)
     return list(buffers), []
+
+
+_PIECE = 1 << 20
+_ZEROES = memoryview(bytes(_PIECE))
+
+
+def fill_zeroes(buffers: Buffers) -> None:
+    for buffer in buffers:
+        for at in range(0, len(buffer), _PIECE):
+            n = min(_PIECE, len(buffer) - at)
+            buffer[at : at + n] = _ZEROES[:n]
+
+
+def read_padded(storage: BlockBackend | None, buffers: Buffers, offset: int) -> None:
+    """Fill the buffers; zeros beyond the end, or where there is nothing."""
+    there, beyond = split(buffers, 0 if storage is None else max(0, storage.size - offset))
+    if there and storage is not None:
+        storage.preadv(there, offset)
+    fill_zeroes(beyond)
+
+
+def write_zeroes_as_data(storage: BlockBackend, offset: int, length: int) -> None:
+    end = offset + length
+    for at in range(offset, end, _PIECE):
+        storage.pwritev([_ZEROES[: end - at]], at)

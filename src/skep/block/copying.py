@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from skep.block.backend import Extent, read_at
-from skep.block.format import SECTOR, BackingName, Can, Image, ImageError, read_backing
+from skep.block.backend import Extent, read_at, read_padded
+from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.errors import UserError
 
 PIECE = 2 << 20
@@ -291,8 +291,8 @@ def rebase(image: Image, new: Image | None, name: BackingName | None, progress: 
         for at in range(first, extent.offset + extent.length, PIECE):
             n = min(PIECE, extent.offset + extent.length - at)
             old, now = bytearray(n), bytearray(n)
-            read_backing(image.backing, [memoryview(old)], at)
-            read_backing(new, [memoryview(now)], at)
+            read_padded(image.backing, [memoryview(old)], at)
+            read_padded(new, [memoryview(now)], at)
             if old == now:
                 continue
             for start in range(0, n, unit):

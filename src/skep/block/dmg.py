@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
-from skep.block.backend import Buffers, Extent, read_at
+from skep.block.backend import Buffers, Extent, fill_zeroes, read_at, split
 from skep.block.file import HostFile
 from skep.block.format import SECTOR, Can, DamagedImage, Image, ImageError
-from skep.block.sparse import fill_zeroes, split
 
 _TRAILER = struct.Struct(">4sIII5Q160x2Q")
 _TABLE = struct.Struct(">4sIQQQII24x136xI")

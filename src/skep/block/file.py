@@ -14,14 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from skep.block.backend import Buffers, Extent, split
+from skep.block.backend import Buffers, Extent, split, write_zeroes_as_data
 from skep.block.locking import lock_image
 from skep.errors import HostError, UserError
 from skep.locks import Lock, Order
 
 _IOV_MAX = 1024  # Linux's UIO_MAXIOV
 _BOUNCE = 1 << 20
-_ZEROES = bytes(1 << 20)
 _SHORT = "the image ends before the disk does"
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10  # fallocate(2)
@@ -116,9 +115,7 @@ class HostFile:
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         mode = _PUNCH_HOLE if unmap else _ZERO_RANGE
         if not self._allocate(mode | _KEEP_SIZE, offset, length):
-            end = offset + length
-            for at in range(offset, end, len(_ZEROES)):
-                self.pwritev([memoryview(_ZEROES)[: end - at]], at)
+            write_zeroes_as_data(self, offset, length)
 
     def _allocate(self, mode: int, offset: int, length: int) -> bool:
         """fallocate(2), which block devices have too. False: not on this file system."""

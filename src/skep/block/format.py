@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self
 
-from skep.block.backend import Buffers, Extent
+from skep.block.backend import Buffers, Extent, write_zeroes_as_data
 from skep.block.file import HostFile
 from skep.errors import UserError
 
@@ -184,7 +184,7 @@ class Image(ABC):
         """Nothing, in a format that cannot."""
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        write_zeroes(self, offset, length)
+        write_zeroes_as_data(self, offset, length)
 
     def flush(self) -> None:
         self.file.flush()
@@ -319,26 +319,3 @@ def _through(backing: Image, hole: Extent) -> Iterator[Extent]:
     if there < hole.length:
         # Zeros that the end of the file below stands for.
         yield Extent(hole.offset + there, hole.length - there, zero=True, depth=1)
-
-
-_ZEROES = memoryview(bytes(1 << 20))
-
-
-def write_zeroes(image: Image, offset: int, length: int) -> None:
-    """Zeros, written as data."""
-    end = offset + length
-    for at in range(offset, end, len(_ZEROES)):
-        image.pwritev([_ZEROES[: end - at]], at)
-
-
-def read_backing(backing: Image | None, buffers: Buffers, offset: int) -> None:
-    """Fill the buffers from what is below; zeros beyond its end, or where nothing is."""
-    there = 0 if backing is None else max(0, backing.size - offset)
-    for buffer in buffers:
-        part = min(len(buffer), there)
-        if backing is not None and part:
-            backing.preadv([buffer[:part]], offset)
-        if part < len(buffer):
-            buffer[part:] = bytes(len(buffer) - part)
-        offset += len(buffer)
-        there -= part

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from skep.block.backend import Buffers, Extent
+from skep.block.backend import Buffers, Extent, read_padded
 from skep.block.file import HostFile, create_file
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError, Option
 
@@ -28,21 +28,9 @@ class RawImage(Image):
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
         if self.file.size < self.size:
-            buffers = self._beyond(buffers, offset)
-        self.file.preadv(buffers, offset)
-
-    def _beyond(self, buffers: Buffers, offset: int) -> Buffers:
-        """What of the buffers the file has; the others become zeros."""
-        there = self.file.size - offset
-        inside = []
-        for buffer in buffers:
-            part = max(0, min(len(buffer), there))
-            if part:
-                inside.append(buffer[:part])
-            if part < len(buffer):
-                buffer[part:] = bytes(len(buffer) - part)
-            there -= part
-        return inside
+            read_padded(self.file, buffers, offset)
+        else:
+            self.file.preadv(buffers, offset)
 
     def pwritev(self, buffers: Buffers, offset: int) -> None:
         self.file.pwritev(buffers, offset)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from skep.block.backend import Buffers
-from skep.block.sparse import MOST_PENDING, Kind, Run, SparseImage, split
+from skep.block.backend import Buffers, split
+from skep.block.sparse import MOST_PENDING, Kind, Run, SparseImage
 from skep.block.tables import Table
 
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from skep.block.backend import Buffers, Extent
+from skep.block.backend import Buffers, Extent, fill_zeroes, read_padded, split, write_zeroes_as_data
 from skep.block.file import HostFile
-from skep.block.format import CheckResult, DamagedImage, Image, read_backing
+from skep.block.format import CheckResult, DamagedImage, Image
 from skep.block.places import Owned, examine
 from skep.block.tables import Table
 from skep.locks import Lock, Order
@@ -25,7 +25,6 @@ MOST_PENDING = 16384
 """So many changes of tables wait for a flush, in 2 MiB of memory; then they are committed unasked."""
 _COPY = 1 << 20
 """Bytes of memory for one copy of what a block held before."""
-_ZEROES = memoryview(bytes(_COPY))
 
 
 class Kind(Enum):
@@ -102,7 +101,7 @@ class SparseImage(Image):
         return self.backing is not None
 
     def _read_below(self, buffers: Buffers, offset: int) -> None:
-        read_backing(self.backing, buffers, offset)
+        read_padded(self.backing, buffers, offset)
 
     def _commit(self) -> None:
         """Write the changes that :meth:`_begin` took; what they point at is durable."""
@@ -330,8 +329,7 @@ class SparseImage(Image):
                 if kind is Kind.DATA:
                     self.file.write_zeroes(host, part, unmap)
                 elif kind is Kind.PACKED or (kind is Kind.ABSENT and self._has_below()):
-                    for done in range(0, part, _COPY):
-                        self.pwritev([_ZEROES[: min(_COPY, part - done)]], at + done)
+                    write_zeroes_as_data(self, at, part)
                 at += part
             offset += n
             length -= n
@@ -448,19 +446,3 @@ class SparseImage(Image):
     def _finish(self) -> None:
         if self._table.pending:
             self.flush()
-
-
-def split(buffers: Buffers, n: int) -> tuple[list[memoryview], list[memoryview]]:
-    """The first n bytes, and the rest."""
-    for i, buffer in enumerate(buffers):
-        if n < len(buffer):
-            return [*buffers[:i], buffer[:n]] if n else list(buffers[:i]), [buffer[n:], *buffers[i + 1 :]]
-        n -= len(buffer)
-    return list(buffers), []
-
-
-def fill_zeroes(buffers: Buffers) -> None:
-    for buffer in buffers:
-        for at in range(0, len(buffer), _COPY):
-            n = min(_COPY, len(buffer) - at)
-            buffer[at : at + n] = _ZEROES[:n]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
-from skep.block.backend import Buffers, Extent, read_at, split
+from skep.block.backend import Buffers, Extent, fill_zeroes, read_at, read_padded, split
 from skep.block.file import HostFile
-from skep.block.format import BackingName, DamagedImage, Image, ImageError, read_backing
+from skep.block.format import BackingName, DamagedImage, Image, ImageError
 from skep.block.qcow2.compression import decompress
 from skep.block.qcow2.header import Extension, Incompatible, read_header
 from skep.block.qcow2.refcounts import Refcounts
@@ -106,19 +106,14 @@ class Mapped(Image):
 
     def _read_run(self, run: Run, buffers: Buffers, offset: int) -> None:
         if run.kind is Kind.DATA:
-            there = self._data.size - run.host
-            if there >= run.length:
+            if self._data.size - run.host >= run.length:
                 self._data.preadv(buffers, run.host)
-                return
-            # The file may end before its last cluster is full.
-            inside, outside = split(buffers, max(0, there))
-            if inside:
-                self._data.preadv(inside, run.host)
-            _clear(outside)
+            else:  # the file may end before its last cluster is full
+                read_padded(self._data, buffers, run.host)
         elif run.kind is Kind.NONE:
-            read_backing(self.backing, buffers, offset)
+            read_padded(self.backing, buffers, offset)
         elif run.kind is Kind.ZERO:
-            _clear(buffers)
+            fill_zeroes(buffers)
         else:
             data = self._unpack(run.host)
             at = offset & (self._cluster - 1)
@@ -293,8 +288,3 @@ def _subcluster_kind(bitmap: int, number: int, place: int) -> Kind | None:
     if data:
         return None if zero or place < 0 else Kind.DATA
     return Kind.ZERO if zero else Kind.NONE
-
-
-def _clear(buffers: Buffers) -> None:
-    for buffer in buffers:
-        buffer[:] = ZEROES[: len(buffer)] if len(buffer) <= len(ZEROES) else bytes(len(buffer))

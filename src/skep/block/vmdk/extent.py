@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from sys import byteorder
 from typing import NamedTuple, Self
 
-from skep.block.backend import BlockBackend, Buffers, Extent, read_at, write_at
+from skep.block.backend import BlockBackend, Buffers, Extent, fill_zeroes, read_at, read_padded, write_at
 from skep.block.file import HostFile
 from skep.block.format import SECTOR, CheckResult, DamagedImage, Image, ImageError
 from skep.block.places import Owned, examine
-from skep.block.sparse import Kind, Run, SparseImage, fill_zeroes, split
+from skep.block.sparse import Kind, Run, SparseImage
 from skep.block.tables import Table
 
 HOSTED, ESX = b"KDMV", b"COWD"
@@ -447,12 +447,7 @@ Part = SparseExtent | FlatExtent | ZeroExtent
 
 
 def read_below(below: Below, buffers: Buffers, offset: int) -> None:
-    backing = below.disk.backing
-    offset += below.offset
-    there, beyond = split(buffers, 0 if backing is None else max(0, backing.size - offset))
-    if there and backing is not None:
-        backing.preadv(there, offset)
-    fill_zeroes(beyond)
+    read_padded(below.disk.backing, buffers, offset + below.offset)
 
 
 def _read_directory(file: BlockBackend, sector: int, count: int) -> array[int]:

@@ -8,11 +8,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from skep.block.backend import Buffers, Extent, read_at, write_at
+from skep.block.backend import Buffers, Extent, read_at, split, write_at
 from skep.block.choices import choice, switch
 from skep.block.file import HostFile, create_file, open_file
 from skep.block.format import SECTOR, BackingName, Can, CheckResult, Image, ImageError, Option
-from skep.block.sparse import split
 from skep.block.vmdk.descriptor import MOST_BYTES, NO_PARENT, Descriptor, ExtentLine, cid_place
 from skep.block.vmdk.extent import (
     ESX,
