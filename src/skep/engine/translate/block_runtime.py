@@ -77,11 +77,11 @@ FARTHEST = (1 << 31) - 8192
 """From here on a displacement relative to RIP may be one of more than 32 bits relative to the page."""
 
 
-def place_of(c: int, key: int) -> int:
-    """The block table's entry for a key, or 0."""
+def find(table: int, key: int) -> int:
+    """The block table's entry for a key (physical address << Mode.BITS | mode), or 0."""
     number = (key * 0x9E3779B97F4A7C15) >> (64 - HASH_BITS)
     while True:
-        entry = ld64(c + HASH) + number * HASH_ENTRY
+        entry = table + number * HASH_ENTRY
         have = ld64(entry)
         if have == key + TABLE_KEY:
             return entry
@@ -124,7 +124,7 @@ def publish(c: int, number: int, count: int) -> int:
     while count:
         block = ld64(c + DESCRIPTIONS) + number * DESCRIPTION
         key = ld64(block + KEY)
-        if place_of(c, key):  # a group had two that fit
+        if find(ld64(c + HASH), key):  # a group had two that fit
             st64(block + KEY, 0)
         else:
             head = ld64(c + HEADS) + (key >> FRAME_SHIFT) * HEAD
@@ -300,7 +300,7 @@ def adopt(c: int, records: int, size: int, page: int, second: int, which: int) -
     while record < end:
         length = ld32(record + LENGTH)
         key = (page << Mode.BITS) + (ld16(record + WHICH) << Mode.BITS) + ld16(record + WHICH + 2)
-        if ld32(record + WHICH) != which and place_of(c, key) == 0:
+        if ld32(record + WHICH) != which and find(ld64(c + HASH), key) == 0:
             if ld64(c + POS) + length > ld64(c + END) or ld64(c + NEXT) > ld64(c + LAST):
                 break
             if shown(c, record, page, second) == 1:
@@ -335,7 +335,7 @@ def kill(c: int, number: int) -> int:
     address."""
     block = ld64(c + DESCRIPTIONS) + number * DESCRIPTION
     key = ld64(block + KEY)
-    place = place_of(c, key)
+    place = find(ld64(c + HASH), key)
     if place and ld64(place + 24) == number:
         st64(place, 1)
     start = ld32(block + START)
@@ -442,6 +442,6 @@ def evict(c: int, number: int, count: int) -> int:
 
 
 BLOCK_ROUTINES = [
-    place_of, enter, following, publish, rehash, shown, mark, put, adopt, unlist, jump, kill, keep_bits, forget, drop,
+    find, enter, following, publish, rehash, shown, mark, put, adopt, unlist, jump, kill, keep_bits, forget, drop,
     evict,
 ]  # fmt: skip

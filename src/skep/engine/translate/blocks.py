@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from time import perf_counter_ns
 
-from skep.engine.translate.block_runtime import BLOCK_ROUTINES, NONE, WANTED
+from skep.engine.translate.block_runtime import NONE, WANTED
 from skep.engine.translate.catalog import Catalog
 from skep.engine.translate.codebuffer import CodeBuffer
 from skep.engine.translate.codemap import CodeMap
@@ -79,7 +79,7 @@ RELAX = 1 << 14
 def _routines() -> bytes:
     """What the runtime modules hold, in machine code, the same at any address; before it a line that tells where each
     routine begins."""
-    unit = compile_functions([*ROUTINES, *NARROW_ROUTINES, *SYSTEM_ROUTINES, *BLOCK_ROUTINES], 0)
+    unit = compile_functions([*ROUTINES, *NARROW_ROUTINES, *SYSTEM_ROUTINES], 0)
     return json.dumps(unit.entry).encode() + b"\n" + unit.code
 
 

@@ -9,6 +9,7 @@ with ``st.kind`` saying why.
 from __future__ import annotations
 
 from skep.engine.amd64.registers import Cr0, Cr4, Efer, PfError, Pte, Rflags
+from skep.engine.translate.block_runtime import BLOCK_ROUTINES, find
 from skep.engine.translate.compiler import (
     cas64,
     copy8,
@@ -37,8 +38,6 @@ from skep.engine.translate.layout import (
     BRK,
     BRK_STI,
     DR,
-    HASH_BITS,
-    HASH_ENTRY,
     JC,
     JC_ARRAY,
     JC_PAGES,
@@ -47,7 +46,6 @@ from skep.engine.translate.layout import (
     KEPT_SLOTS,
     OFFSETS,
     PDPTE,
-    TABLE_KEY,
     TLB,
     TLB_ARRAY,
     TLB_ENTRIES,
@@ -414,7 +412,7 @@ def fill_range(va: int, size: int, write: int, array: int, rip: int) -> int:
                 return st.ram + gpa
     st.rip = rip
     if fetch_page(rip) == 0:
-        entry = find((st.w_pa << Mode.BITS) | st.mode | Mode.PLAIN)
+        entry = find(st.hash, (st.w_pa << Mode.BITS) | st.mode | Mode.PLAIN)
         if entry:
             st.target = ld64(entry + 16)
             slot = st.self_ + TWINS + ((st.failed << 4) & TWINS_MASK)
@@ -599,19 +597,6 @@ def set_mode() -> int:
     return 0
 
 
-def find(key: int) -> int:
-    """The block table's entry for a key (physical address << Mode.BITS | mode), or 0."""
-    number = (key * 0x9E3779B97F4A7C15) >> (64 - HASH_BITS)
-    while True:
-        entry = st.hash + number * HASH_ENTRY
-        have = ld64(entry)
-        if have == key + TABLE_KEY:
-            return entry
-        if have == 0:
-            return 0
-        number = (number + 1) & ((1 << HASH_BITS) - 1)
-
-
 def fetch_page(va: int) -> int:
     """The guest-physical address of code at ``va``, through the execute tags: 0 and ``st.w_pa``, or walk's failure; 255
     where it is no RAM, 254 (and ``st.w_pa``) where a breakpoint is armed in the page."""
@@ -700,7 +685,7 @@ def lookup(va: int) -> int:
     st.n_miss = st.n_miss + 1
     failed = fetch_page(va)
     if failed == 0:
-        entry = find((st.w_pa << Mode.BITS) | mode)
+        entry = find(st.hash, (st.w_pa << Mode.BITS) | mode)
         if entry:
             if st.w_flags & 1 == 0:
                 list_jumps(array - JC + offset)
@@ -730,7 +715,7 @@ def lookup(va: int) -> int:
 
 def link(key: int, site: int) -> int:
     """Patch the jump whose 32-bit displacement is at ``site`` to the block ``key`` of the same page, and go there."""
-    entry = find(key)
+    entry = find(st.hash, key)
     if entry == 0:
         st.kind = Kind.JUMP
         st.site = site
@@ -1149,8 +1134,9 @@ def down_elements(va: int, shift: int, most: int) -> int:
 
 ROUTINES = [
     *TLB_ROUTINES,
+    *BLOCK_ROUTINES,
     walk, refused, walk_legacy, is_ram, page_fault, fill, fill_range, fill_table, to_python,
-    fill_crossing, side_by_side, supervisor_pointer, deliver, set_mode, find, fetch_page, second_page, barrier, resume,
+    fill_crossing, side_by_side, supervisor_pointer, deliver, set_mode, fetch_page, second_page, barrier, resume,
     lookup, link, load_cr3, invalidate_pcid, descriptor_at, interrupt_return, system_call, system_return, operand,
     interrupted, rep_store, mask_at_host, rep_move, rep_down,
     subtract_flags, rep_compare, element, down_elements, lines, is_code, mask_at, announce, elements,
