@@ -17,6 +17,7 @@ import struct
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from time import time_ns
 from typing import Any, NamedTuple
@@ -145,9 +146,11 @@ def _name(data: bytes) -> Name:
     return Name(key, int.from_bytes(shown, "little") & MASKS[mask], mask)
 
 
+@lru_cache(1)
 def identity() -> str:
     """The name of all segments that this translator, with this decoder, can use. What it needs of the host's CPU is
-    the same everywhere (features.py)."""
+    the same everywhere (features.py). Asked once: before this process ends, the sources on disk may be
+    another version's."""
     digest = hashlib.sha256()
     for path in sorted(Path(iced_x86.__file__).parent.glob("*.so")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
