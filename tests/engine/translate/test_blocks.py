@@ -6,16 +6,17 @@ import ctypes
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from skep.engine.translate.block_runtime import BLOCK_ROUTINES
-from skep.engine.translate.blocks import Cache
+from skep.engine.translate.blocks import LARGEST, PIECES, SCRATCH, Cache
 from skep.engine.translate.layout import Mode
 from skep.engine.translate.simulate import simulate
 from skep.engine.translate.store import Store
-from skep.engine.translate.tables import DESCRIPTION, DESCRIPTIONS, FOLLOWING, HEAD, HEADS, KILLED, Block
+from skep.engine.translate.tables import DESCRIPTION, DESCRIPTIONS, END, FOLLOWING, HEAD, HEADS, KILLED, Block
 from skep.memory import GuestMemory
 
 FRAMES = 3
@@ -159,3 +160,17 @@ def test_making_and_forgetting(cache: Cache, python: bool) -> None:
             assert marked(cache, frame) == twin.marked[frame]
         assert (len(cache.blocks), cache._state[KILLED >> 3]) == (len(twin.blocks), killed)
     assert killed > 20
+
+
+def test_no_block_lies_where_single_instructions_do() -> None:
+    memory = GuestMemory(1 << 20)
+    cache = Cache(memory, Store(None), vcpus=255)
+    ends = []
+    for _ in range(PIECES):
+        ends.append(cache._state[END >> 3] + LARGEST)
+        cache._next_piece()
+    places = [cache.scratch(index) for index in range(255)]
+    assert max(ends) <= min(places) and max(places) + SCRATCH <= cache.buffer.size
+    assert all(b - a == SCRATCH for a, b in pairwise(places))
+    cache.close()
+    memory.close()

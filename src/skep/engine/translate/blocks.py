@@ -86,7 +86,7 @@ def _routines() -> bytes:
 class Cache:
     """A VM's translations."""
 
-    def __init__(self, memory: GuestMemory, store: Store, size: int = CODE_SIZE) -> None:
+    def __init__(self, memory: GuestMemory, store: Store, size: int = CODE_SIZE, vcpus: int = 1) -> None:
         self.memory = memory
         self.store = store
         self._made: tuple[bytes, Emitted] | None = None
@@ -103,9 +103,9 @@ class Cache:
         self.code[at : at + len(data)] = data
         self.world = World(self.stubs)
         self.first = (at + len(data) + 63) & ~63
-        self.limit = size
+        self._scratch = size - vcpus * SCRATCH
         self._piece = 0
-        self._piece_size = (size - self.first) // PIECES & ~63
+        self._piece_size = (self._scratch - self.first) // PIECES & ~63
         self._quota = min(self._piece_size // AVERAGE, MAX_BLOCKS // PIECES)
         self._counts = [0] * PIECES
         """By piece: how many blocks it got."""
@@ -184,7 +184,7 @@ class Cache:
     def _begin_piece(self) -> None:
         state, piece = self._state, self._piece
         state[POS >> 3] = self.first + piece * self._piece_size
-        state[END >> 3] = min(self.first + (piece + 1) * self._piece_size, self.limit) - LARGEST
+        state[END >> 3] = self.first + (piece + 1) * self._piece_size - LARGEST
         state[NEXT >> 3] = piece * self._quota + 1
         state[LAST >> 3] = (piece + 1) * self._quota
         self._prepared = state[POS >> 3] & ~4095
@@ -393,11 +393,10 @@ class Cache:
 
     # A single instruction with operands in bounce buffers
 
-    def scratch(self) -> int:
-        """A place in the code buffer for a vCPU's single instructions: its offset."""
-        with self.world.lock:
-            self.limit -= SCRATCH
-            return self.limit
+    def scratch(self, index: int) -> int:
+        """The place in the code buffer for the single instructions of vCPU ``index``: its offset. No block lies there,
+        also of those made before that vCPU was."""
+        return self._scratch + index * SCRATCH
 
     def single(self, data: bytes, offset: int, mode: int, bounce: dict[int, int], at: int) -> int:
         """Host address of code that runs the one instruction in ``data`` (at ``offset`` of its page) and leaves by

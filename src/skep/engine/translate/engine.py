@@ -37,7 +37,7 @@ class TranslateEngine:
         features.require()
         kept = self._code_cache
         store = Store(kept, store_identity() if kept else "")
-        cache = Cache(memory, store, self._code_size)
+        cache = Cache(memory, store, self._code_size, max_vcpus)
         return TranslateVm(memory, io, max_vcpus, cpu_model, tsc_offset, cache)
 
 

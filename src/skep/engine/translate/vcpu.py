@@ -95,7 +95,7 @@ class TranslateVcpu(Alone):
         self._give_turn = ctypes.CFUNCTYPE(None)(cache.stubs["give_turn"])
         if shared.turns is not None:
             shared.turns.seat(st, index)
-        self._scratch = cache.scratch()
+        self._scratch = cache.scratch(index)
         self._world = cache.world
         self._world.add(st)
         self._exit_requested = False
