@@ -1,13 +1,15 @@
 """The interfaces between a disk device and what holds its data, layer on layer.
 
 A :class:`BlockBackend` is what a device needs. A :class:`Storage` is what one layer is to the next: a *protocol* (a
-file of the host's) below a *format* (:mod:`skep.block.format`), with *filters* below or above it.
+file of the host's, an NBD export) below a *format* (:mod:`skep.block.format`), with *filters* below or above it. A
+format asks of what it lies over that it is a :class:`File`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self
 
 Buffers = Sequence[memoryview]
 """Pieces of guest memory, in order: one transfer scattered over, or gathered from, all of them."""
@@ -23,11 +25,16 @@ class BlockBackend(Protocol):
     ``flush`` that began after it returned has returned; or at once, where ``write_cache`` is False.
     """
 
-    size: int
-    """Bytes."""
-    read_only: bool
-    write_cache: bool
-    """False: every write is durable when it returns."""
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def read_only(self) -> bool: ...
+
+    @property
+    def write_cache(self) -> bool:
+        """False: every write is durable when it returns."""
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
         """Fill all the buffers."""
@@ -74,13 +81,41 @@ class Extent(NamedTuple):
 
 
 class Storage(BlockBackend, Protocol):
-    """One layer to the next. A file takes any offset and length, a format whole sectors."""
+    """One layer to the next."""
 
     def extents(self, offset: int, length: int) -> Iterable[Extent]:
         """How the bytes are kept, in order and without a gap, up to the end. Two neighbours may be alike."""
 
     def resize(self, size: int) -> None:
         """Grow by zeros, or cut off. What a power cut leaves of that before the next flush is either size."""
+
+
+class File(Storage, Protocol):
+    """What a format lies over. It takes any offset and length, not only whole sectors; a write beyond its end makes it
+    longer, where it can be, and a read there is EIO."""
+
+    @property
+    def path(self) -> str:
+        """Its name, for people and for what an image says of others beside it."""
+
+    @property
+    def alignment(self) -> int:
+        """Bytes: transfers that are no multiples of it are slow."""
+
+    @property
+    def is_open(self) -> bool: ...
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Reserve space, so that a write there cannot run out of it."""
+
+    def allocated(self) -> int:
+        """Bytes of the host's that it takes."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 def read_at(storage: BlockBackend, offset: int, length: int) -> bytearray:

@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
-from skep.block.backend import Buffers, Extent, fill_zeroes, read_at, split
-from skep.block.file import HostFile
+from skep.block.backend import Buffers, Extent, File, fill_zeroes, read_at, split
 from skep.block.format import SECTOR, Can, DamagedImage, Image, ImageError
 
 _TRAILER = struct.Struct(">4sIII5Q160x2Q")
@@ -57,7 +56,7 @@ class DmgImage(Image):
     format = "dmg"
     can = Can.NOTHING
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: File) -> None:
         self.file = file
         self.path = file.path
         self.read_only = True

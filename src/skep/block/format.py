@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self
 
-from skep.block.backend import Buffers, Extent, write_zeroes_as_data
-from skep.block.file import HostFile
+from skep.block.backend import Buffers, Extent, File, write_zeroes_as_data
 from skep.errors import UserError
 
 SECTOR = 512
@@ -153,7 +152,7 @@ class Image(ABC):
     create_options: ClassVar[Mapping[str, Option]] = {}
 
     path: str
-    file: HostFile
+    file: File
     """The file below. Of a format with several, the first."""
     size: int
     """Of the disk, bytes."""
@@ -163,7 +162,7 @@ class Image(ABC):
     backing: Image | None = None
     """What is below, read where this layer has nothing. Set by who opens the chain."""
 
-    def open_files(self, opener: Callable[[str], HostFile]) -> None:  # noqa: B027 - most formats have one file
+    def open_files(self, opener: Callable[[str], File]) -> None:  # noqa: B027 - most formats have one file
         """Open what other files the image is in, by the names that it has for them. Before all else; once."""
 
     # A device's side: skep.block.backend.BlockBackend.

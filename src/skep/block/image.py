@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from skep.block.backend import BlockBackend
-from skep.block.file import HostFile, open_file
+from skep.block.backend import BlockBackend, File
+from skep.block.file import open_file
 from skep.block.filters import CopyOnRead, Throttle, Trace
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.block.options import BlockOptions
@@ -59,7 +59,7 @@ def _open_one(
     lock: bool,
     inside: Sequence[str] | None,
 ) -> Image:
-    def open_other(name: str) -> HostFile:
+    def open_other(name: str) -> File:
         other = backing_path(path, name)
         if inside is not None:
             _allow(other, inside, path)

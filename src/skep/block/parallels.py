@@ -8,8 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from skep.block.backend import read_at
-from skep.block.file import HostFile
+from skep.block.backend import File, read_at
 from skep.block.format import SECTOR, Can, CheckResult, DamagedImage, ImageError
 from skep.block.sparse import Kind, SparseImage
 from skep.block.tables import Table, contiguous
@@ -28,7 +27,7 @@ class ParallelsImage(SparseImage):
     format = "parallels"
     can = Can.CHECK
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: File) -> None:
         path = file.path
         fields = _HEADER.unpack(read_at(file, 0, _HEADER.size))
         magic, version, _, _, cluster, entries, sectors, in_use, data, _, _ = fields

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from math import gcd
 from typing import NamedTuple
 
-from skep.block.file import HostFile
+from skep.block.backend import File
 from skep.block.format import SECTOR, CheckResult
 
 _WORD = 512
@@ -35,7 +35,7 @@ Reserved = Callable[[], Iterable[tuple[int, int]]]
 
 
 def examine(
-    file: HostFile,
+    file: File,
     unit: int,
     reserved: Reserved,
     owned: Callable[[], Iterable[Owned]],
@@ -157,7 +157,7 @@ def _mark(
         last = marks.end
 
 
-def _leak(file: HostFile, result: CheckResult, start: int, end: int, unit: int, mend: bool) -> None:
+def _leak(file: File, result: CheckResult, start: int, end: int, unit: int, mend: bool) -> None:
     taken = sum(extent.length for extent in file.extents(start, end - start) if extent.data)
     if not taken:
         return

@@ -8,8 +8,7 @@ from __future__ import annotations
 import struct
 import zlib
 
-from skep.block.backend import read_at
-from skep.block.file import HostFile
+from skep.block.backend import File, read_at
 from skep.block.format import BackingName, Can, CheckResult, DamagedImage, ImageError
 from skep.block.sparse import Kind, SparseImage
 from skep.block.tables import Table, contiguous
@@ -28,7 +27,7 @@ class QcowImage(SparseImage):
     format = "qcow"
     can = Can.NOTHING
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: File) -> None:
         path = file.path
         fields = _HEADER.unpack(read_at(file, 0, _HEADER.size))
         magic, version, name_at, name_length, _, size, cluster_bits, table_bits, method, directory = fields

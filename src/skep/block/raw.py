@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from skep.block.backend import Buffers, Extent, read_padded
-from skep.block.file import HostFile, create_file
+from skep.block.backend import Buffers, Extent, File, read_padded
+from skep.block.file import create_file
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError, Option
 
 
@@ -19,7 +19,7 @@ class RawImage(Image):
     }
     can = Can.WRITE | Can.DISCARD | Can.ZERO | Can.RESIZE
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: File) -> None:
         self.file = file
         self.path = file.path
         self.size = -(-file.size // SECTOR) * SECTOR

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import NamedTuple
 
-from skep.block.backend import read_at
-from skep.block.file import HostFile
+from skep.block.backend import File, read_at
 from skep.block.format import Image
 from skep.errors import UserError
 
@@ -77,7 +76,7 @@ def format_named(name: str, where: object = None) -> type[Image]:
     return FORMATS[name].load()
 
 
-def probe(file: HostFile) -> str:
+def probe(file: File) -> str:
     """The format that the file seems to have. Whoever may write a raw disk decides what this says of it, so nothing
     that a guest wrote to is to be opened by it; a tool's user may ask for it."""
     ends = Ends(

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from skep.block.backend import Buffers, Extent, fill_zeroes, read_padded, split, write_zeroes_as_data
-from skep.block.file import HostFile
+from skep.block.backend import Buffers, Extent, File, fill_zeroes, read_padded, split, write_zeroes_as_data
 from skep.block.format import CheckResult, DamagedImage, Image
 from skep.block.places import Owned, examine
 from skep.block.tables import Table
@@ -52,7 +51,7 @@ class SparseImage(Image):
 
     def __init__(
         self,
-        file: HostFile,
+        file: File,
         size: int,
         block_size: int,
         table: Table,

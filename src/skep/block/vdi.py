@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from skep.block.backend import read_at, write_at
+from skep.block.backend import File, read_at, write_at
 from skep.block.choices import choice, switch
-from skep.block.file import HostFile, create_file
+from skep.block.file import create_file
 from skep.block.format import SECTOR, BackingName, Can, CheckResult, DamagedImage, ImageError, Option
 from skep.block.sparse import Kind, SparseImage
 from skep.block.tables import Table, contiguous
@@ -52,7 +52,7 @@ class Header:
     uuid: bytes = _NO_UUID
 
     @classmethod
-    def read(cls, file: HostFile) -> Self:
+    def read(cls, file: File) -> Self:
         """Raises ImageError."""
         path = file.path
         fields = _HEADER.unpack_from(read_at(file, 0, SECTOR))
@@ -92,7 +92,7 @@ class VdiImage(SparseImage):
         "preallocation": Option("Preallocation mode (allowed values: off, metadata)", "off"),
     }
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: File) -> None:
         header = Header.read(file)
         self.header = header
         pages = contiguous(header.table, 4096)

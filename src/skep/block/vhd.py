@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
-from skep.block.backend import read_at, write_at
+from skep.block.backend import File, read_at, write_at
 from skep.block.choices import choice, switch
-from skep.block.file import HostFile, create_file, open_file
+from skep.block.file import create_file, open_file
 from skep.block.format import SECTOR, BackingName, Can, CheckResult, DamagedImage, Image, ImageError, Option
 from skep.block.sectors import SectorImage
 from skep.block.sparse import Kind, Run
@@ -158,7 +158,7 @@ class VhdImage(SectorImage):
         ),
     }
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: File) -> None:
         path = file.path
         if file.size < SECTOR:
             raise ImageError("this is not a VHD image", path)
@@ -194,7 +194,7 @@ class VhdImage(SectorImage):
         self._footer_at = self._end
         """Where the footer is, or is to be."""
 
-    def _read_header(self, file: HostFile, footer: Footer, size: int) -> DynamicHeader:
+    def _read_header(self, file: File, footer: Footer, size: int) -> DynamicHeader:
         path = file.path
         if footer.header > file.size - _HEADER.size:
             raise ImageError("the header of the VHD is beyond the file", path)
@@ -337,7 +337,7 @@ class VhdImage(SectorImage):
             _write_dynamic(file, footer, parent)
 
 
-def _write_dynamic(file: HostFile, footer: Footer, parent: tuple[Footer, BackingName] | None) -> None:
+def _write_dynamic(file: File, footer: Footer, parent: tuple[Footer, BackingName] | None) -> None:
     entries = -(-footer.current // _BLOCK)
     table = SECTOR + _HEADER.size
     length = -(-entries * _ENTRY.size // SECTOR) * SECTOR

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 
-from skep.block.backend import read_at
-from skep.block.file import HostFile
+from skep.block.backend import File, read_at
 from skep.block.format import ImageError
 
 MAGIC = b"QFI\xfb"
@@ -139,7 +138,7 @@ class Header:
         return whole
 
 
-def read_header(file: HostFile) -> Header:
+def read_header(file: File) -> Header:
     """Raises ImageError for what the specification does not allow, or what is larger than QEMU takes."""
 
     def wrong(what: str) -> ImageError:

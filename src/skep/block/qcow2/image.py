@@ -7,8 +7,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from skep.block.backend import write_at
-from skep.block.file import HostFile
+from skep.block.backend import File, write_at
 from skep.block.format import BackingName, Bitmap, Can, CheckResult, ImageError, Option, Snapshot
 from skep.block.qcow2 import bitmaps, check, create, snapshots
 from skep.block.qcow2.header import Autoclear, Compression, Extension, Incompatible, read_header
@@ -34,7 +33,7 @@ class Qcow2Image(Written):
         | Can.BACKING
     )
 
-    def __init__(self, file: HostFile, *, cache: int = DEFAULT_CACHE) -> None:
+    def __init__(self, file: File, *, cache: int = DEFAULT_CACHE) -> None:
         """``cache``: bytes of L2 tables that are kept in memory."""
         super().__init__(file, cache)
         self._tracked = bitmaps.Tracker(self)

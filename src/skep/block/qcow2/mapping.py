@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
-from skep.block.backend import Buffers, Extent, fill_zeroes, read_at, read_padded, split
-from skep.block.file import HostFile
+from skep.block.backend import Buffers, Extent, File, fill_zeroes, read_at, read_padded, split
 from skep.block.format import BackingName, DamagedImage, Image, ImageError
 from skep.block.qcow2.compression import decompress
 from skep.block.qcow2.header import Extension, Incompatible, read_header
@@ -44,7 +43,7 @@ class Mapped(Image):
 
     format = "qcow2"
 
-    def __init__(self, file: HostFile, cache: int) -> None:
+    def __init__(self, file: File, cache: int) -> None:
         self.file = self._data = file
         self.path = file.path
         self.read_only = file.read_only
@@ -264,7 +263,7 @@ class Mapped(Image):
         return bool(self.header.incompatible & Incompatible.CORRUPT)
 
     @property
-    def data_file(self) -> HostFile:
+    def data_file(self) -> File:
         """Where the disk's data is: this file, or another."""
         return self._data
 
@@ -277,7 +276,7 @@ class Mapped(Image):
         kind = self.header.extensions.get(Extension.BACKING_FORMAT)
         return None if name is None else BackingName(name, None if kind is None else kind.decode(errors="replace"))
 
-    def open_files(self, opener: Callable[[str], HostFile]) -> None:
+    def open_files(self, opener: Callable[[str], File]) -> None:
         if self._data_name is not None:
             self._data = opener(self._data_name.decode(errors="surrogateescape"))
 

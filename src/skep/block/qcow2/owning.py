@@ -8,8 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 
-from skep.block.backend import read_at, write_at
-from skep.block.file import HostFile
+from skep.block.backend import File, read_at, write_at
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import Incompatible
 from skep.block.qcow2.mapping import ZEROES, Mapped
@@ -21,7 +20,7 @@ from skep.locks import Lock, Order
 class Owning(Mapped):
     """An image whose clusters can be taken, linked and given back."""
 
-    def __init__(self, file: HostFile, cache: int) -> None:
+    def __init__(self, file: File, cache: int) -> None:
         super().__init__(file, cache)
         self._gate = Lock(f"qcow2 flush {self.path}", Order.IMAGE_FLUSH)
         self._lost: OSError | None = None

@@ -12,8 +12,7 @@ from array import array
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from skep.block.backend import read_at
-from skep.block.file import HostFile
+from skep.block.backend import File, read_at
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import MOST_REFCOUNT_TABLE_BYTES, Header
 
@@ -95,7 +94,7 @@ class Changes(NamedTuple):
 
 
 class Refcounts:
-    def __init__(self, file: HostFile, header: Header) -> None:
+    def __init__(self, file: File, header: Header) -> None:
         self._file = file
         self._bits = header.cluster_bits
         self._cluster = header.cluster_size

@@ -9,8 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 
-from skep.block.backend import read_at
-from skep.block.file import HostFile
+from skep.block.backend import File, read_at
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import Header
 from skep.block.qcow2.refcounts import Write, from_big_endian, to_big_endian
@@ -38,7 +37,7 @@ class Slice:
 
 
 class Tables:
-    def __init__(self, file: HostFile, header: Header, cache: int = DEFAULT_CACHE) -> None:
+    def __init__(self, file: File, header: Header, cache: int = DEFAULT_CACHE) -> None:
         self._file = file
         self._cluster = header.cluster_size
         self.entries = header.l2_entries

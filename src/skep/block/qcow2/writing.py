@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 
-from skep.block.backend import Buffers, split, write_at
-from skep.block.file import HostFile
+from skep.block.backend import Buffers, File, split, write_at
 from skep.block.format import DamagedImage, ImageError
 from skep.block.qcow2.bitmaps import Tracker
 from skep.block.qcow2.compression import compress
@@ -47,7 +46,7 @@ class Written(Owning):
 
     _tracked: Tracker
 
-    def __init__(self, file: HostFile, cache: int) -> None:
+    def __init__(self, file: File, cache: int) -> None:
         super().__init__(file, cache)
         self._busy: dict[int, Plan] = {}
         """Clusters of the disk that somebody is giving a place."""

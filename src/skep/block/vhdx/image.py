@@ -8,9 +8,9 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from skep.block.backend import Buffers, read_at, write_at
+from skep.block.backend import Buffers, File, read_at, write_at
 from skep.block.choices import byte_size, choice
-from skep.block.file import HostFile, create_file, open_file
+from skep.block.file import create_file, open_file
 from skep.block.format import BackingName, Can, CheckResult, DamagedImage, Image, ImageError, Option
 from skep.block.places import Owned
 from skep.block.sectors import SectorImage
@@ -46,7 +46,7 @@ class VhdxImage(SectorImage):
         "block_state_zero": Option("Accepted, and always off: a new image's blocks are not present.", "off"),
     }
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: File) -> None:
         path = file.path
         if file.size < MIB or bytes(read_at(file, 0, 8)) != layout.SIGNATURE:
             raise ImageError("this is not a VHDX image", path)
@@ -82,7 +82,7 @@ class VhdxImage(SectorImage):
         self._writing = False
         """The header says that the disk has changed."""
 
-    def _replay(self, file: HostFile, header: Header, region: Region) -> Header:
+    def _replay(self, file: File, header: Header, region: Region) -> Header:
         log = Log(file, file.path, region, header.log)
         if file.read_only:
             if log.empty:
@@ -325,7 +325,7 @@ def _usual_block_size(size: int) -> int:
     return 8 * MIB
 
 
-def _write_fixed(file: HostFile, metadata: Metadata, bat: int, host: int) -> None:
+def _write_fixed(file: File, metadata: Metadata, bat: int, host: int) -> None:
     ratio = metadata.chunk_ratio
     for first in range(0, metadata.bat_entries, _FIXED_BATCH):
         entries = array("Q")

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from sys import byteorder
 from typing import NamedTuple, Self
 
-from skep.block.backend import BlockBackend, Buffers, Extent, fill_zeroes, read_at, read_padded, write_at
-from skep.block.file import HostFile
+from skep.block.backend import BlockBackend, Buffers, Extent, File, fill_zeroes, read_at, read_padded, write_at
 from skep.block.format import SECTOR, CheckResult, DamagedImage, Image, ImageError
 from skep.block.places import Owned, examine
 from skep.block.sparse import Kind, Run, SparseImage
@@ -149,7 +148,7 @@ class SparseExtent(SparseImage):
 
     format = "vmdk"
 
-    def __init__(self, file: HostFile, below: Below) -> None:
+    def __init__(self, file: File, below: Below) -> None:
         header = SparseHeader.read(file, file.path)
         self.header = header
         self._below = below
@@ -166,7 +165,7 @@ class SparseExtent(SparseImage):
             self._end -= SECTOR  # the end-of-stream marker: close() writes another
         self._opened_end = self._end
 
-    def _tables(self, file: HostFile, directory: array[int]) -> Table:
+    def _tables(self, file: File, directory: array[int]) -> Table:
         size = self.header.table_length * _GTE.size
 
         def where(number: int) -> int | None:
@@ -371,7 +370,7 @@ class SparseExtent(SparseImage):
 class FlatExtent:
     """Bytes of a file, from ``start`` on."""
 
-    def __init__(self, file: HostFile, start: int, size: int) -> None:
+    def __init__(self, file: File, start: int, size: int) -> None:
         if start + size > file.size:
             raise ImageError("the flat extent of the VMDK is shorter than its descriptor says", file.path)
         self.file = file
@@ -458,7 +457,7 @@ def _read_directory(file: BlockBackend, sector: int, count: int) -> array[int]:
     return directory
 
 
-def make_sparse(file: HostFile, capacity: int, descriptor: bytes, *, zeroed: bool, compressed: bool) -> None:
+def make_sparse(file: File, capacity: int, descriptor: bytes, *, zeroed: bool, compressed: bool) -> None:
     """Write a new hosted sparse extent of ``capacity`` sectors, with all its grain tables, into an empty file."""
     grain, table = 128, 512
     room = -(-max(len(descriptor), 20 * SECTOR) // SECTOR) if descriptor else 0

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from skep.block.backend import Buffers, Extent, read_at, split, write_at
+from skep.block.backend import Buffers, Extent, File, read_at, split, write_at
 from skep.block.choices import choice, switch
-from skep.block.file import HostFile, create_file, open_file
+from skep.block.file import create_file, open_file
 from skep.block.format import SECTOR, BackingName, Can, CheckResult, Image, ImageError, Option
 from skep.block.vmdk.descriptor import MOST_BYTES, NO_PARENT, Descriptor, ExtentLine, cid_place
 from skep.block.vmdk.extent import (
@@ -54,7 +54,7 @@ class VmdkImage(Image):
         "zeroed_grain": Option("Enable efficient zero writes using the zeroed-grain GTE feature", "off"),
     }
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: File) -> None:
         self.file = file
         self.path = file.path
         self.read_only = file.read_only
@@ -83,7 +83,7 @@ class VmdkImage(Image):
         self.size = part.size
         self._add(part)
 
-    def open_files(self, opener: Callable[[str], HostFile]) -> None:
+    def open_files(self, opener: Callable[[str], File]) -> None:
         if self._parts:
             return
         for line in self.descriptor.extents:
@@ -101,7 +101,7 @@ class VmdkImage(Image):
                 file.close()
                 raise
 
-    def _open_part(self, line: ExtentLine, file: HostFile) -> Part:
+    def _open_part(self, line: ExtentLine, file: File) -> Part:
         size = line.sectors * SECTOR
         if line.kind in ("FLAT", "VMFS"):
             return FlatExtent(file, line.offset * SECTOR, size)
