@@ -55,7 +55,7 @@ class Qcow2Image(Written):
                 self.settle()
             except OSError:
                 pass  # whoever wants to know has flushed
-        if self._data is not self.file:
+        if self._apart:
             self._data.close()
         super().close()
 
@@ -109,7 +109,7 @@ class Qcow2Image(Written):
                 self.replace_l1([*self._tables.l1, *[0] * (entries - len(self._tables.l1))], size)
             else:
                 self._set_size(size)
-            if self._data is not self.file:
+            if self._apart:
                 self._data.resize(max(size, self._data.size))
             if self.backing is not None and self.backing.size > old:
                 self.write_zeroes(old, min(size, self.backing.size) - old, True)
@@ -180,7 +180,7 @@ class Qcow2Image(Written):
             offset = end
             if self._tables.crowded or self._refcounts.crowded:
                 self.flush()
-        self._data.resize(max(self._data.size, self._highest << self._bits if self._data is self.file else self.size))
+        self._data.resize(max(self._data.size, self._highest << self._bits if not self._apart else self.size))
         self.settle()
 
     # What tools ask for.

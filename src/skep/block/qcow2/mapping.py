@@ -45,6 +45,8 @@ class Mapped(Image):
 
     def __init__(self, file: File, cache: int) -> None:
         self.file = self._data = file
+        self._apart = False
+        """The disk's data is in a file of its own."""
         self.path = file.path
         self.read_only = file.read_only
         self.write_cache = file.write_cache
@@ -179,7 +181,7 @@ class Mapped(Image):
         if place & (self._cluster - 1):
             raise DamagedImage(self.path, f"a cluster is at {place:#x}")
         if not place:  # a data file may have a cluster at its very beginning
-            return 0 if word & COPIED and self._data is not self.file else -1
+            return 0 if word & COPIED and self._apart else -1
         return place
 
     def _known_host(self, offset: int, length: int, flags: int) -> int | None:
@@ -279,6 +281,7 @@ class Mapped(Image):
     def open_files(self, opener: Callable[[str], File]) -> None:
         if self._data_name is not None:
             self._data = opener(self._data_name.decode(errors="surrogateescape"))
+            self._apart = True
 
 
 def _subcluster_kind(bitmap: int, number: int, place: int) -> Kind | None:

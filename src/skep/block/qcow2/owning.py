@@ -51,7 +51,7 @@ class Owning(Mapped):
     def _is_data(self, host: int, length: int) -> bool:
         """Data of the disk may be in these bytes of the file: no table is, as far as that is quickly known, and they
         are not behind all that is in use."""
-        if self._data is not self.file:
+        if self._apart:
             return True
         return not self._over_tables(host, length) and (
             host < self.file.size or host < self._highest << self._bits
@@ -93,7 +93,7 @@ class Owning(Mapped):
 
     def _free_entry(self, word: int) -> None:
         """An L2 entry that was this is so no more. With the lock."""
-        if self._data is not self.file and not word & COMPRESSED:
+        if self._apart and not word & COMPRESSED:
             return
         if word & COMPRESSED:
             host, size = self.packed_extent(word)
@@ -122,7 +122,7 @@ class Owning(Mapped):
         with self._lock:
             counts, links = self._refcounts.collect(), self._tables.collect()
             freed, self._freed = self._freed, []
-        if self._data is not self.file:
+        if self._apart:
             self._data.flush()
         for offset, data in counts.blocks:
             write_at(self.file, offset, data)

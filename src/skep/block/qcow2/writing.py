@@ -168,7 +168,7 @@ class Written(Owning):
             if word and self._tables.words == 2:
                 break
             count += 1
-        if self._data is not self.file:
+        if self._apart:
             plan = Plan(index << self._bits, 0)
         else:
             start, count = self.take(count)
@@ -219,7 +219,7 @@ class Written(Owning):
                 for i in range(plan.clusters):
                     index = plan.index + i
                     if written is None:
-                        if not plan.placed and self._data is self.file:
+                        if not plan.placed and not self._apart:
                             self._free((plan.host >> self._bits) + i, 1)
                     else:
                         self._link(index, plan.host + (i << self._bits), written)
@@ -266,7 +266,7 @@ class Written(Owning):
         first = min(-(-offset // unit) * unit, end)
         last = max(first, end if end == self.size else end // unit * unit)
         below = self.header.version < 3 and self.backing_name() is not None
-        if below or self._data is not self.file or (self.header.version < 3 and not unmap):
+        if below or self._apart or (self.header.version < 3 and not unmap):
             first = last = end
         self._tracked.touch(offset, length)
         self._zero_part(offset, first)
@@ -345,7 +345,7 @@ class Written(Owning):
         bits = found[0].words[found[1] + 1] if wide else 0
         place = -1 if word & COMPRESSED else self._place(word)
         keep = place >= 0 and bool(word & COPIED) and not unmap
-        if self._data is not self.file and place >= 0:
+        if self._apart and place >= 0:
             self._data.discard(place, self._cluster)
             keep = True
         zero = self.header.version >= 3 and (below or bool(word) or bool(bits))
@@ -367,7 +367,7 @@ class Written(Owning):
         if offset % self._cluster or (len(data) != self._cluster and offset + len(data) != self.size):
             raise ImageError("only whole clusters are compressed", self.path)
         whole = data if len(data) == self._cluster else bytes(data) + bytes(self._cluster - len(data))
-        packed = None if self._data is not self.file else compress(self.header.compression_type, whole)
+        packed = None if self._apart else compress(self.header.compression_type, whole)
         if packed is None:
             self.pwritev([memoryview(data)], offset)
             return
