@@ -90,6 +90,8 @@ STRINGS = tuple(
 _PREFIXES = (b"\x2e", b"\x3e", b"\x26", b"\x36")
 """CS, DS, ES and SS overrides: without meaning in 64-bit mode."""
 
+_POOL = 2048
+"""Values that one generator fills vector and x87 registers with."""
 _WRITES = frozenset((OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE))
 _info = InstructionInfoFactory()
 
@@ -142,6 +144,8 @@ class Generator:
         """How many of the user's sequences run with alignment checked."""
         self.groups = forms(offered, self.bits)
         self.rng = random.Random(seed)
+        self._vectors = [self._vector() for _ in range(_POOL)]
+        self._extendeds = [_extended(self.rng) for _ in range(_POOL)]
         self._count = 0
 
     # One sequence
@@ -233,11 +237,12 @@ class Generator:
         if rng.random() < 0.06:
             mxcsr &= ~rng.choice((0x80, 0x100, 0x200, 0x400, 0x800, 0x1000, 0x1F80))
         struct.pack_into("<I", image, 24, mxcsr)
-        for i in range(8):
-            image[32 + 16 * i : 42 + 16 * i] = _extended(rng)
+        for i, extended in enumerate(rng.choices(self._extendeds, k=8)):
+            image[32 + 16 * i : 42 + 16 * i] = extended
+        image[160:416] = b"".join(rng.choices(self._vectors, k=16))
         avx = "AVX" in self.offered
-        for offset in (*range(160, 416, 16), *(range(576, 832, 16) if avx else ())):
-            image[offset : offset + 16] = self._vector()
+        if avx:
+            image[576:832] = b"".join(rng.choices(self._vectors, k=16))
         struct.pack_into("<Q", image, 512, 7 if avx else 3)
         return bytes(image)
 

@@ -28,6 +28,8 @@ from tests.engine.tiny import CODE64, DATA0, MMIO, NULL_SEGMENT, SEGMENTS, USER3
 
 CODE_GPA = 0x400000
 DATA_GPA = 0x600000
+_PATIENCE = 15.0
+"""Seconds for a batch."""
 KERNEL = 0xFFFF_9000_0000_0000
 """Where the VM's own tables lie, so that a wild address finds as little in the guest as it does in the host process."""
 
@@ -57,7 +59,8 @@ class GuestCpu:
         memory.write(CODE_GPA, FILLER)
         for case in batch.cases:
             memory.write(CODE_GPA + case.offset, case.code)
-        return [self._run(case, batch.data) for case in batch.cases]
+        with self.tiny.watched(_PATIENCE):
+            return [self._run(case, batch.data) for case in batch.cases]
 
     def _run(self, case: Case, data: bytes) -> Outcome:
         tiny = self.tiny
@@ -76,9 +79,9 @@ class GuestCpu:
             xsave=case.xsave,
             cr2=0,
         )
-        tiny.run()
+        tiny.until_halt()
         state = tiny.state
-        frame = tiny.exception
+        frame = tiny.frame(state)
         if frame is None:
             raise TinyError(f"the case ended without an exception, at rip {state['rip']:#x}")
         registers = {**{name: state[name] for name in GPRS}, "rsp": frame.rsp}

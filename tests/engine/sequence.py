@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -53,6 +54,7 @@ ALL_FLAGS = ARITHMETIC | DF
 UD2 = b"\x0f\x0b"
 
 
+@functools.cache
 def rflags(bits: int) -> int:
     """iced's flag bits as RFLAGS has them."""
     return sum(flag for bit, flag in _FLAG_BITS.items() if bits & bit)
@@ -107,9 +109,13 @@ class RandomSequence:
     xsave: bytes
     bits: int = 64
     labels: dict[Label, int] = field(default_factory=dict, repr=False)
+    _laid_out: tuple[int, list[tuple[int, bytes, Item]]] = field(default=(-1, []), repr=False)
 
     def layout(self, address: int) -> list[tuple[int, bytes, Item]]:
-        """Address and bytes of every item. Raises ValueError where a short branch does not reach."""
+        """Address and bytes of every item, which stay what they are once this was asked. Raises ValueError where a
+        short branch does not reach."""
+        if self._laid_out[0] == address:
+            return self._laid_out[1]
         labels: dict[Label, int] = {}
         placed: list[tuple[int, bytes, Item]] = []
         for _ in range(2):  # lengths do not depend on targets
@@ -123,6 +129,7 @@ class RandomSequence:
                 placed.append((ip, machine, item))
                 ip += len(machine)
         self.labels = labels
+        self._laid_out = address, placed
         return placed
 
     def case(self, address: int) -> Case:
@@ -166,7 +173,7 @@ class RandomSequence:
         item = self.items[index]
         if isinstance(item, Label) or item.keep:
             return None
-        return replace(self, items=self.items[:index] + self.items[index + 1 :], labels={})
+        return replace(self, items=self.items[:index] + self.items[index + 1 :], labels={}, _laid_out=(-1, []))
 
     def listing(self, address: int) -> str:
         """Disassembly, and the registers at the start."""

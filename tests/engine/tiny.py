@@ -19,7 +19,8 @@ import faulthandler
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -222,6 +223,7 @@ class Tiny:
         self.memory = GuestMemory(RAM)
         self.io = RecordingIo()
         self.interrupts = TestInterrupts()
+        self._timed_out = threading.Event()
         self._next_table = TABLES
         self.cr3 = self.new_table()
         user_bit = Pte.US if user else 0
@@ -357,10 +359,15 @@ class Tiny:
 
     def run(self, timeout: float = 10.0) -> Exit:
         """Run until the guest halts with interrupts off, or with none to come, or shuts down."""
-        timed_out = threading.Event()
+        with self.watched(timeout):
+            return self.until_halt()
+
+    @contextmanager
+    def watched(self, timeout: float) -> Iterator[None]:
+        """What runs inside, by :meth:`until_halt`, has so many seconds altogether."""
 
         def expire() -> None:
-            timed_out.set()
+            self._timed_out.set()
             self.vcpu.request_exit()
 
         watchdog = threading.Timer(timeout, expire)
@@ -368,22 +375,27 @@ class Tiny:
         # A vCPU that hears nothing cannot be stopped from here, and would hang the test run for good.
         faulthandler.dump_traceback_later(timeout + _DEAF, exit=True)
         try:
-            while True:
-                left = self.vcpu.run()
-                if left.reason is ExitReason.FAILED:
-                    raise TinyError(f"the engine failed: {left.detail.get('message')}")
-                if timed_out.is_set():
-                    raise TinyError(f"still running after {timeout:g} s at rip {self.reg('rip'):#x}")
-                if left.reason is ExitReason.SHUTDOWN:
-                    return left
-                if left.reason is ExitReason.HALTED:
-                    waiting = self.interrupts.pending() and left.detail["interrupts"]
-                    if not waiting and not self.interrupts.nmi_pending():
-                        return left
+            yield
         finally:
             faulthandler.cancel_dump_traceback_later()
             watchdog.cancel()
             watchdog.join()
+            self._timed_out.clear()
+
+    def until_halt(self) -> Exit:
+        """Run inside :meth:`watched`."""
+        while True:
+            left = self.vcpu.run()
+            if left.reason is ExitReason.FAILED:
+                raise TinyError(f"the engine failed: {left.detail.get('message')}")
+            if self._timed_out.is_set():
+                raise TinyError(f"still running when its time was over, at rip {self.reg('rip'):#x}")
+            if left.reason is ExitReason.SHUTDOWN:
+                return left
+            if left.reason is ExitReason.HALTED:
+                waiting = self.interrupts.pending() and left.detail["interrupts"]
+                if not waiting and not self.interrupts.nmi_pending():
+                    return left
 
     def run_together(self, timeout: float = 30.0) -> None:
         """Run all vCPUs, each on a thread, until each has halted; rdi is a vCPU's number, and it has a stack of its
@@ -420,7 +432,10 @@ class Tiny:
     @property
     def exception(self) -> Frame | None:
         """The exception that ended the program, if one did."""
-        state = self.state
+        return self.frame(self.state)
+
+    def frame(self, state: dict[str, Any]) -> Frame | None:
+        """The same, when :attr:`state` is known already."""
         if not 0 <= state["rip"] - self.base - STUBS < 256 * _STUB:
             return None
         vector, error, rip, cs, rflags, rsp, ss = struct.unpack("<7Q", self.memory.read(state["rsp"] - self.base, 56))
