@@ -31,6 +31,7 @@ from skep.engine.translate.layout import HASH_BITS, Mode
 from skep.engine.translate.narrow_runtime import NARROW_ROUTINES
 from skep.engine.translate.runtime import ROUTINES
 from skep.engine.translate.store import Record, Run, Store
+from skep.engine.translate.string_runtime import STRING_ROUTINES
 from skep.engine.translate.stubs import Stubs
 from skep.engine.translate.system_runtime import SYSTEM_ROUTINES
 from skep.engine.translate.tables import (
@@ -79,7 +80,7 @@ RELAX = 1 << 14
 def _routines() -> bytes:
     """What the runtime modules hold, in machine code, the same at any address; before it a line that tells where each
     routine begins."""
-    unit = compile_functions([*ROUTINES, *NARROW_ROUTINES, *SYSTEM_ROUTINES], 0)
+    unit = compile_functions([*ROUTINES, *STRING_ROUTINES, *NARROW_ROUTINES, *SYSTEM_ROUTINES], 0)
     return json.dumps(unit.entry).encode() + b"\n" + unit.code
 
 

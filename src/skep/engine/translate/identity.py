@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from skep.engine.amd64 import cpuid
+from skep.engine.translate.language import inline
 from skep.engine.translate.layout import IDENTITY, IDENTITY_SIZE, StateBlock
 
 ROWS = IDENTITY
@@ -47,7 +48,18 @@ def show_apic(st: StateBlock, there: bool) -> None:
 
 def _find(st: StateBlock, key: int) -> int:
     """The number of a key's row, or of the free one where it belongs."""
-    number = (key * 0x9E3779B97F4A7C15 & _FREE) >> 64 - ROW_BITS
+    number = first_row(key)
     while st.q[ROWS + number * ROW >> 3] not in (_FREE, key):
-        number = number + 1 & (1 << ROW_BITS) - 1
+        number = next_row(number)
     return number
+
+
+@inline
+def first_row(key: int) -> int:
+    """The row where the search for a key begins; like next_row, Python and the compiled language."""
+    return ((key * 0x9E3779B97F4A7C15) & _FREE) >> (64 - ROW_BITS)
+
+
+@inline
+def next_row(number: int) -> int:
+    return (number + 1) & ((1 << ROW_BITS) - 1)

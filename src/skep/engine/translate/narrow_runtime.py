@@ -33,7 +33,14 @@ from skep.engine.translate.compiler import (
     st,
 )
 from skep.engine.translate.layout import BRK, OFFSETS, Kind
-from skep.engine.translate.runtime import element, elements, interrupted, mask_at_host, operand, subtract_flags
+from skep.engine.translate.string_runtime import (
+    element,
+    elements,
+    interrupted,
+    mask_at_host,
+    operand,
+    subtract_flags,
+)
 
 MOVS, STOS, CMPS, SCAS, LODS = range(5)
 REPEATED, UNTIL_EQUAL, SIXTEEN = 1 << 17, 1 << 18, 1 << 19

@@ -1,4 +1,4 @@
-"""The routines that guest code must not leave machine code for: walk, fill, look up, deliver, return.
+"""The routines that guest code must not leave machine code for: fill, look up, deliver, return.
 
 Written in the subset of Python that :mod:`compiler` turns into machine code; all numbers are unsigned 64-bit words.
 Stubs (stubs.py) call them with the guest's registers saved in ``st``. A routine that decides where the guest goes on
@@ -8,34 +8,19 @@ with ``st.kind`` saying why.
 
 from __future__ import annotations
 
-from skep.engine.amd64.registers import Cr0, Cr4, Efer, PfError, Pte, Rflags
+from skep.engine.amd64.registers import Cr0, Cr4, Efer, Pte, Rflags
 from skep.engine.translate.block_runtime import BLOCK_ROUTINES, find
 from skep.engine.translate.compiler import (
-    cas64,
-    copy8,
-    copy16,
-    copy32,
-    copy64,
     fence,
-    inline,
-    ld8,
-    ld16,
-    ld32,
     ld64,
     sar,
-    set8,
-    set16,
-    set32,
-    set64,
     st,
     st8,
-    st16,
     st32,
     st64,
 )
 from skep.engine.translate.forms import Legality
 from skep.engine.translate.layout import (
-    BRK,
     BRK_STI,
     DR,
     JC,
@@ -45,7 +30,6 @@ from skep.engine.translate.layout import (
     JC_SET,
     KEPT_SLOTS,
     OFFSETS,
-    PDPTE,
     TLB,
     TLB_ARRAY,
     TLB_ENTRIES,
@@ -71,265 +55,36 @@ from skep.engine.translate.tlb_runtime import (
     slot_of,
     watched,
 )
+from skep.engine.translate.walk_runtime import (
+    FETCH,
+    RESERVED,
+    SUPERVISOR,
+    WALK_ROUTINES,
+    WRITE,
+    announce,
+    is_code,
+    is_ram,
+    mask_at,
+    walk,
+)
 
-WP, AM, PG = Cr0.WP, Cr0.AM, Cr0.PG
-PSE, PAE, PGE, PCIDE, SMEP, SMAP = Cr4.PSE, Cr4.PAE, Cr4.PGE, Cr4.PCIDE, Cr4.SMEP, Cr4.SMAP
-SCE, LMA, NXE = Efer.SCE, Efer.LMA, Efer.NXE
+AM, PG = Cr0.AM, Cr0.PG
+PCIDE, LMA, SCE = Cr4.PCIDE, Efer.LMA, Efer.SCE
 TF, IF, NT, RF, VM, AC = Rflags.TF, Rflags.IF, Rflags.NT, Rflags.RF, Rflags.VM, Rflags.AC
 PCID = 0xFFF
 NO_FLUSH = 1 << 63
-P, RW, US, ACCESSED, DIRTY, PS, GLOBAL = Pte.P, Pte.RW, Pte.US, Pte.A, Pte.D, Pte.PS, Pte.G
 FRAME = Pte.ADDRESS
-NX = Pte.NX
-RESERVED = 0x000FFF0000000000  # MAXPHYADDR is 40 (engine/amd64/cpuid.py)
-UPPER = 0xFFFFFFFFFFFFFFFF
-
-# Access kinds of walk, and the page-fault error code's bits
-WRITE, FETCH = 1, 2
-PF_P, PF_W, PF_U, PF_RSVD, PF_I = PfError.P, PfError.W, PfError.U, PfError.RSVD, PfError.FETCH
 
 ALIGNED = 1 << 29  # in a descriptor: the operand's alignment is checked first
 RANGE = 1 << 30  # in a descriptor: of a range that several operands share
 STRING = 1 << 28  # in a descriptor: a REP string instruction's
-SUPERVISOR, USER, SUPERVISOR_AC = 0, 1, 2
+SUPERVISOR_AC = 2
 ALIGNING = Legality.ALIGNED << Mode.CLASS_SHIFT
 STACK = OFFSETS["stack0_page"]
 ATTR_CODE64 = 0xA09B
 ATTR_UNUSABLE = 0x10000
 FLAT_DATA0 = 0x008F93000000FFFF  # writable data of ring 0, accessed, all 4 GiB
 FLAT_MASK = 0xFF8FFFFFFFFFFFFF  # D and AVL, and L, say nothing in a data segment of 64-bit mode
-
-
-def walk(va: int, access: int, array: int) -> int:
-    """Translate ``va`` (SDM 3, 4.5 and 4.6): 0 and ``st.w_pa``; 14 with ``st.w_error``; 13 where not canonical.
-
-    ``array`` is the privilege: supervisor, user, or supervisor with RFLAGS.AC. Accessed and dirty bits are set as the
-    hardware sets them. Without paging the address is physical.
-    """
-    if st.cr0 & PG == 0:
-        st.w_pa = va & 0xFFFFFFFF
-        st.w_flags = 0
-        return 0
-    if st.efer & LMA == 0:
-        return walk_legacy(va & 0xFFFFFFFF, access, array)
-    top = sar(va, 47)
-    if top + 1 > 1:
-        return 13
-    error = 0
-    if access & WRITE:
-        error = PF_W
-    if array == USER:
-        error = error | PF_U
-    if (access & FETCH) != 0 and (st.efer & NXE or st.cr4 & SMEP):
-        error = error | PF_I
-    st.w_error = error
-    reserved = RESERVED
-    if st.efer & NXE == 0:
-        reserved = RESERVED | NX
-    while True:
-        table = st.cr3 & FRAME
-        shift = 39
-        rights = RW | US
-        nx = 0
-        flags = 0
-        while True:
-            gpa = table + ((va >> shift) & 511) * 8
-            if gpa >= st.low_end and gpa - st.high_base >= st.high_size:
-                return 14
-            slot = st.ram + gpa
-            entry = ld64(slot)
-            if entry & P == 0:
-                return 14
-            if entry & reserved or (entry & PS and shift == 39):  # whatever the entries below it are
-                st.w_error = error | PF_P | PF_RSVD
-                return 14
-            rights = rights & entry
-            nx = nx | entry
-            if shift == 12:
-                break
-            if entry & PS:
-                break
-            if entry & ACCESSED == 0:
-                cas64(slot, entry, entry | ACCESSED)
-            table = entry & FRAME
-            shift = shift - 9
-        size = 1 << shift
-        if shift != 12:
-            flags = 2
-            if entry & FRAME & (size - 1) & 0xFFFFFFFFFFFFE000:
-                st.w_error = error | PF_P | PF_RSVD
-                return 14
-            if shift == 30:
-                flags = 6
-        st.w_error = error | PF_P
-        if refused(rights, access, array) or (access & FETCH and nx >> 63):
-            return 14
-        wanted = entry | ACCESSED
-        if access & WRITE:
-            wanted = wanted | DIRTY
-        if wanted == entry or cas64(slot, entry, wanted):
-            break
-        st.w_error = error
-    if entry & GLOBAL and st.cr4 & PGE:
-        flags = flags | 1
-    st.w_pa = (entry & FRAME & (0 - size)) | (va & (size - 1))
-    st.w_flags = flags
-    return 0
-
-
-@inline
-def refused(rights: int, access: int, array: int) -> int:
-    """Whether US and RW of all levels together forbid the access (SDM 3, 4.6)."""
-    no = 0
-    if array == USER:
-        if rights & US == 0:
-            no = 1
-    elif rights & US:
-        if access & FETCH:
-            if st.cr4 & SMEP:
-                no = 1
-        elif array == SUPERVISOR and st.cr4 & SMAP:
-            no = 1
-    if access & WRITE and rights & RW == 0 and (array == USER or st.cr0 & WP):
-        no = 1
-    return no
-
-
-def walk_legacy(va: int, access: int, array: int) -> int:
-    """As walk, for 32-bit paging and PAE paging (SDM 3, 4.3 and 4.4): two levels of tables under CR3 or a PDPTE.
-
-    Entries of 4 bytes are changed in the 8 bytes that hold them; what else changes there makes the walk begin anew.
-    """
-    error = 0
-    if access & WRITE:
-        error = PF_W
-    if array == USER:
-        error = error | PF_U
-    if access & FETCH and (st.cr4 & SMEP or (st.efer & NXE and st.cr4 & PAE)):
-        error = error | PF_I
-    st.w_error = error
-    reserved = 0
-    if st.cr4 & PAE:
-        reserved = RESERVED | 0x7FF0000000000000
-        if st.efer & NXE == 0:
-            reserved = reserved | NX
-    while True:
-        rights = RW | US
-        nx = 0
-        flags = 0
-        bad = 0
-        shift = 22
-        table = st.cr3 & 0xFFFFF000
-        if st.cr4 & PAE:
-            table = ld64(st.self_ + PDPTE + (va >> 30) * 8)
-            if table & P == 0:
-                return 14
-            table = table & FRAME
-            shift = 21
-        while True:
-            part = 0
-            gpa = table + ((va >> shift) & 511) * 8
-            if st.cr4 & PAE == 0:
-                gpa = table + ((va >> shift) & 1023) * 4
-                part = (gpa & 4) * 8
-            if is_ram(gpa) == 0:
-                return 14
-            slot = st.ram + (gpa & ~7)
-            whole = ld64(slot)
-            entry = whole
-            if st.cr4 & PAE == 0:
-                entry = (whole >> part) & 0xFFFFFFFF
-            if entry & P == 0:
-                return 14
-            if entry & reserved:  # whatever the entry below it is
-                st.w_error = error | PF_P | PF_RSVD
-                return 14
-            rights = rights & entry
-            if st.cr4 & PAE:
-                nx = nx | entry
-            if shift == 12:
-                break
-            if entry & PS and st.cr4 & (PAE | PSE):
-                break
-            if entry & ACCESSED == 0:
-                cas64(slot, whole, whole | (ACCESSED << part))
-            table = entry & FRAME
-            shift = 12
-        size = 1 << shift
-        frame = entry & FRAME
-        if shift != 12:
-            flags = 2
-            if st.cr4 & PAE:
-                if frame & (size - 1) & ~0x1000:
-                    bad = 1
-            else:  # PSE-36: bits 39 to 32 of the address stand in bits 20 to 13
-                flags = 6  # INVLPG finds pages of 2 MiB and of more than that
-                if entry & 0x200000:
-                    bad = 1
-                frame = frame | (((entry >> 13) & 0xFF) << 32)
-        if bad:
-            st.w_error = error | PF_P | PF_RSVD
-            return 14
-        st.w_error = error | PF_P
-        if refused(rights, access, array) or (access & FETCH and nx >> 63):
-            return 14
-        wanted = entry | ACCESSED
-        if access & WRITE:
-            wanted = wanted | DIRTY
-        if wanted == entry or cas64(slot, whole, whole | (wanted << part)):
-            break
-        st.w_error = error
-    if entry & GLOBAL and st.cr4 & PGE:
-        flags = flags | 1
-    st.w_pa = (frame & (0 - size)) | (va & (size - 1))
-    st.w_flags = flags
-    return 0
-
-
-def is_ram(gpa: int) -> int:
-    if gpa < st.low_end:
-        return 1
-    if gpa - st.high_base < st.high_size:
-        return 1
-    return 0
-
-
-@inline
-def lines(gpa: int, size: int) -> int:
-    """The bits of a page's code mask that [gpa, gpa + size) touches; it lies within one page."""
-    first = (gpa >> 6) & 63
-    last = ((gpa + size - 1) >> 6) & 63
-    return (UPPER << first) & (UPPER >> (63 - last))
-
-
-def is_code(gpa: int, size: int) -> int:
-    """Whether a byte of [gpa, gpa + size), which lies in one page, was translated."""
-    if mask_at(gpa) & lines(gpa, size) == 0:
-        return 0
-    while size != 0:
-        n = 64 - (gpa & 63)
-        if n > size:
-            n = size
-        if (ld64(st.codebytes + (gpa >> 6) * 8) >> (gpa & 63)) & (UPPER >> (64 - n)):
-            return 1
-        gpa = gpa + n
-        size = size - n
-    return 0
-
-
-@inline
-def mask_at(gpa: int) -> int:
-    return ld64(st.codemask + (gpa >> 12) * 8)
-
-
-@inline
-def announce(gpa: int) -> int:
-    """A page is going to be stored to: who translates from it after we looked for code there will see this."""
-    mark = st.wmapped + (gpa >> 12)
-    if ld8(mark) == 0:
-        st8(mark, 1)
-        fence()
-    return 0
 
 
 def page_fault(va: int, rip: int) -> int:
@@ -891,253 +646,11 @@ def system_return(rip: int) -> int:
     return lookup(target)
 
 
-def operand(va: int, size: int, kind: int, array: int, offset: int) -> int:
-    """Host address of a string instruction's next element, TLB first; else as fill, with crossing elements included."""
-    entry = st.self_ + TLB + array * TLB_ARRAY + ((va >> 12) & (TLB_ENTRIES - 1)) * TLB_ENTRY
-    tag = ld64(entry + TLB_READ)
-    if kind:
-        tag = ld64(entry + TLB_WRITE)
-    if tag ^ va <= 4096 - size:
-        return ld64(entry + TLB_HOST) + (va & 4095)
-    return fill(va, STRING | (array << 24) | (kind << 22) | (size << 12) | offset)
-
-
-@inline
-def elements(va: int, shift: int) -> int:
-    """Whole elements up to the page's end; at least the one that crosses it."""
-    n = (4096 - (va & 4095)) >> shift
-    if n == 0 or st.watch:
-        n = 1
-    return n
-
-
-def interrupted(desc: int) -> int:
-    """Somebody wants the vCPU in the middle of a REP instruction, which goes on when it is run again."""
-    st.rip = st.page + (desc & 4095)
-    st.kind = Kind.BREAK
-    return 0
-
-
-def rep_store(desc: int, array: int) -> int:
-    """REP STOS with DF clear; ``desc``: instruction offset, element shift at bit 12. 2: done; else as fill."""
-    shift = (desc >> 12) & 3
-    size = 1 << shift
-    while st.rcx != 0:
-        if ld32(st.self_ + BRK):
-            return interrupted(desc)
-        va = st.rdi
-        host = operand(va, size, 1, array, desc & 4095)
-        if host < 2:
-            return host
-        n = elements(va, shift)
-        gpa = host - st.ram
-        if mask_at_host(gpa):
-            n = 1
-        if n > st.rcx:
-            n = st.rcx
-        if shift == 0:
-            set8(host, st.rax, n)
-        elif shift == 1:
-            set16(host, st.rax, n)
-        elif shift == 2:
-            set32(host, st.rax, n)
-        else:
-            set64(host, st.rax, n)
-        st.rdi = va + (n << shift)
-        st.rcx = st.rcx - n
-    return 2
-
-
-def mask_at_host(gpa: int) -> int:
-    """The code mask of a frame by its offset in guest memory's window; a pair counts as code: element by element."""
-    if is_ram(gpa) == 0:
-        return 1
-    return mask_at(gpa)
-
-
-def rep_move(desc: int, array: int) -> int:
-    """REP MOVS with DF clear; like rep_store. The segment override's base, if any, is in ``st.t7``."""
-    shift = (desc >> 12) & 3
-    size = 1 << shift
-    while st.rcx != 0:
-        if ld32(st.self_ + BRK):
-            return interrupted(desc)
-        to = st.rdi
-        source_va = st.rsi + st.t7
-        source = operand(source_va, size, 0, array, desc & 4095)
-        if source < 2:
-            return source
-        host = operand(to, size, 1, array, desc & 4095)
-        if host < 2:
-            return host
-        n = elements(to, shift)
-        if mask_at_host(host - st.ram):
-            n = 1
-        m = elements(source_va, shift)
-        if m < n:
-            n = m
-        if n > st.rcx:
-            n = st.rcx
-        if shift == 0:
-            copy8(host, source, n)
-        elif shift == 1:
-            copy16(host, source, n)
-        elif shift == 2:
-            copy32(host, source, n)
-        else:
-            copy64(host, source, n)
-        st.rdi = to + (n << shift)
-        st.rsi = st.rsi + (n << shift)
-        st.rcx = st.rcx - n
-    return 2
-
-
-def rep_down(desc: int, array: int) -> int:
-    """REP MOVS (bit 14 of ``desc``) and REP STOS with DF set, element by element within their pages."""
-    shift = (desc >> 12) & 3
-    moving = (desc >> 14) & 1
-    size = 1 << shift
-    while st.rcx != 0:
-        if ld32(st.self_ + BRK):
-            return interrupted(desc)
-        host = 0
-        source = 0
-        n = st.rcx
-        if moving:
-            va = st.rsi + st.t7
-            source = operand(va, size, 0, array, desc & 4095)
-            if source < 2:
-                return source
-            n = down_elements(va, shift, n)
-        va = st.rdi
-        host = operand(va, size, 1, array, desc & 4095)
-        if host < 2:
-            return host
-        n = down_elements(va, shift, n)
-        if mask_at_host(host - st.ram):
-            n = 1
-        step = n << shift
-        st.rdi = va - step
-        if moving:
-            st.rsi = st.rsi - step
-        st.rcx = st.rcx - n
-        value = st.rax
-        while n != 0:
-            if shift == 3:
-                if moving:
-                    value = ld64(source)
-                st64(host, value)
-            elif shift == 2:
-                if moving:
-                    value = ld32(source)
-                st32(host, value)
-            elif shift == 1:
-                if moving:
-                    value = ld16(source)
-                st16(host, value)
-            else:
-                if moving:
-                    value = ld8(source)
-                st8(host, value)
-            host = host - size
-            source = source - size
-            n = n - 1
-    return 2
-
-
-@inline
-def element(host: int, shift: int) -> int:
-    if shift == 0:
-        value = ld8(host)
-    elif shift == 1:
-        value = ld16(host)
-    elif shift == 2:
-        value = ld32(host)
-    else:
-        value = ld64(host)
-    return value
-
-
-def subtract_flags(a: int, b: int, bits: int) -> int:
-    """The arithmetic flags of ``a - b`` in ``bits`` bits, to ``st.flags``."""
-    result = (a - b) & (UPPER >> (64 - bits))
-    flags = (a ^ b ^ result) & 0x10
-    if a < b:
-        flags = flags | 1
-    parity = result & 0xFF
-    parity = parity ^ (parity >> 4)
-    parity = parity ^ (parity >> 2)
-    parity = parity ^ (parity >> 1)
-    if parity & 1 == 0:
-        flags = flags | 4
-    if result == 0:
-        flags = flags | 0x40
-    flags = flags | ((result >> (bits - 1)) << 7)
-    flags = flags | ((((a ^ b) & (a ^ result)) >> (bits - 1)) << 11)
-    st.flags = (st.flags & ~0x8D5) | flags
-    return 2
-
-
-def rep_compare(desc: int, array: int) -> int:
-    """CMPS and (bit 14 of ``desc``) SCAS: repeated while equal, while not equal (bit 15), or done once (bit 16)."""
-    shift = (desc >> 12) & 3
-    size = 1 << shift
-    scan = (desc >> 14) & 1
-    until = (desc >> 15) & 1
-    once = (desc >> 16) & 1
-    step = size
-    if st.flags & 0x400:
-        step = 0 - size
-    if once == 0 and st.rcx == 0:
-        return 2
-    a = 0
-    b = 0
-    while True:
-        if once == 0 and ld32(st.self_ + BRK):
-            return interrupted(desc)
-        host = operand(st.rdi, size, 0, array, desc & 4095)
-        if host < 2:
-            return host  # the flags are those from before the instruction (SDM 2, REP)
-        b = element(host, shift)
-        a = st.rax & (UPPER >> (64 - size * 8))
-        if scan == 0:
-            source = operand(st.rsi + st.t7, size, 0, array, desc & 4095)
-            if source < 2:
-                return source
-            a = element(source, shift)
-        st.rdi = st.rdi + step
-        if scan == 0:
-            st.rsi = st.rsi + step
-        if once:
-            break
-        st.rcx = st.rcx - 1
-        if st.rcx == 0:
-            break
-        if until:
-            if a == b:
-                break
-        elif a != b:
-            break
-    return subtract_flags(a, b, size * 8)
-
-
-@inline
-def down_elements(va: int, shift: int, most: int) -> int:
-    """Whole elements from ``va`` down to the page's start, at least one and ``most`` at most."""
-    n = ((va & 4095) >> shift) + 1
-    if (va & 4095) + (1 << shift) > 4096 or st.watch:
-        n = 1
-    if n > most:
-        n = most
-    return n
-
-
 ROUTINES = [
     *TLB_ROUTINES,
     *BLOCK_ROUTINES,
-    walk, refused, walk_legacy, is_ram, page_fault, fill, fill_range, fill_table, to_python,
+    *WALK_ROUTINES,
+    page_fault, fill, fill_range, fill_table, to_python,
     fill_crossing, side_by_side, supervisor_pointer, deliver, set_mode, fetch_page, second_page, barrier, resume,
-    lookup, link, load_cr3, invalidate_pcid, descriptor_at, interrupt_return, system_call, system_return, operand,
-    interrupted, rep_store, mask_at_host, rep_move, rep_down,
-    subtract_flags, rep_compare, element, down_elements, lines, is_code, mask_at, announce, elements,
+    lookup, link, load_cr3, invalidate_pcid, descriptor_at, interrupt_return, system_call, system_return,
 ]  # fmt: skip

@@ -24,13 +24,14 @@ from skep.engine.translate.identity import (
     FEATURES,
     HAS_SUBLEAVES,
     ROW,
-    ROW_BITS,
     ROW_HOW,
     ROW_REGISTERS,
     ROWS,
     TOPOLOGY,
     WITH_AVX,
     WITHOUT_AVX,
+    first_row,
+    next_row,
 )
 from skep.engine.translate.layout import BRK, BRK_STI, ES, Kind
 from skep.engine.translate.runtime import descriptor_at, resume
@@ -82,7 +83,7 @@ def load_segment(selector: int, desc: int) -> int:
 
 def row_of(key: int) -> int:
     """The row of a leaf (with its subleaf at bit 32) in the table that identity.py has written, or 0."""
-    number = (key * 0x9E3779B97F4A7C15) >> (64 - ROW_BITS)
+    number = first_row(key)
     while True:
         row = st.self_ + ROWS + number * ROW
         have = ld64(row)
@@ -90,7 +91,7 @@ def row_of(key: int) -> int:
             return row
         if have + 1 == 0:
             return 0
-        number = (number + 1) & ((1 << ROW_BITS) - 1)
+        number = next_row(number)
 
 
 def identify(unused: int, desc: int) -> int:
