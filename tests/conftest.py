@@ -13,6 +13,8 @@ from skep.errors import UserError
 from skep.guest import debian
 from skep.guest import root as debian_root
 
+pytest_plugins = ["tests.nested.plugin"]
+
 _RUN = pytest.StashKey[str]()
 
 hypothesis.settings.register_profile("skep", deadline=None)  # a busy machine is not a failure

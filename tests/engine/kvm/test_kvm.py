@@ -1,4 +1,4 @@
-"""The KVM engine with tiny guests. Where KVM is an emulation (no vmx, no svm) it still runs all that stands here."""
+"""The KVM engine with tiny guests, on this host's KVM whatever it is, and on hardware virtualization."""
 
 from __future__ import annotations
 
@@ -16,35 +16,20 @@ from skep.engine.contract import ExitReason
 from skep.engine.exits import ExitRecord
 from skep.engine.kvm import KvmEngine
 from skep.errors import HostError, UserError
+from skep.machine.amd64 import why_not_kvm
 from skep.memory import GuestMemory
 from tests.engine.tiny import MMIO, NULL_SEGMENT, PROGRAM, RAM, RecordingIo, TestInterrupts, Tiny
 
 
-def _opens() -> bool:
-    try:
-        os.close(os.open("/dev/kvm", os.O_RDWR))
-    except OSError:
-        return False
-    return True
-
-
-def _hardware() -> bool:
-    """KVM without VMX or SVM is an instruction emulator, with ways of its own."""
-    with open("/proc/cpuinfo") as info:
-        flags = next((line for line in info if line.startswith("flags")), "").split()
-    return "vmx" in flags or "svm" in flags
-
-
-HARDWARE = _hardware()
-needs_kvm = pytest.mark.skipif(not _opens(), reason="/dev/kvm cannot be opened")
+HARDWARE = why_not_kvm() is None
 
 
 @pytest.fixture
-def boot() -> Iterator[Callable[..., Tiny]]:
+def boot(kvm: KvmEngine) -> Iterator[Callable[..., Tiny]]:
     machines: list[Tiny] = []
 
     def make(text: str, **options: Any) -> Tiny:
-        tiny = Tiny(KvmEngine(), text, **{"cpu_model": "baseline", **options})
+        tiny = Tiny(kvm, text, **{"cpu_model": "baseline", **options})
         tiny.interrupts.kick = tiny.vcpu.kick
         machines.append(tiny)
         return tiny
@@ -57,7 +42,6 @@ def boot() -> Iterator[Callable[..., Tiny]]:
 # Accesses that leave the guest
 
 
-@needs_kvm
 def test_ports(boot: Callable[..., Tiny]) -> None:
     guest = boot("""
         mov dx, 0x3f8
@@ -76,7 +60,6 @@ def test_ports(boot: Callable[..., Tiny]) -> None:
     assert guest.load("got") == 0x1234BEEF
 
 
-@needs_kvm
 def test_port_strings(boot: Callable[..., Tiny]) -> None:
     guest = boot("""
         lea rsi, [rip + text]
@@ -90,7 +73,6 @@ def test_port_strings(boot: Callable[..., Tiny]) -> None:
     assert bytes(guest.io.outs(0x3F8)) == b"hello"
 
 
-@needs_kvm
 def test_device_memory(boot: Callable[..., Tiny]) -> None:
     guest = boot("""
         mov rbx, MMIO
@@ -109,7 +91,6 @@ def test_device_memory(boot: Callable[..., Tiny]) -> None:
     assert guest.reg("rcx") == 0x7788
 
 
-@needs_kvm
 def test_the_local_apics_msrs_are_ours(boot: Callable[..., Tiny]) -> None:
     guest = boot(f"""
         mov ecx, 0x1b
@@ -132,14 +113,12 @@ def test_the_local_apics_msrs_are_ours(boot: Callable[..., Tiny]) -> None:
     assert guest.interrupts.msrs[IA32_TSC_DEADLINE] == 0x1_0000_1234 and guest.interrupts.msrs[0x80B] == 0
 
 
-@needs_kvm
 def test_an_msr_that_nobody_knows_faults(boot: Callable[..., Tiny]) -> None:
     guest = boot("mov ecx, 0x12345\n rdmsr\n hlt")
     guest.run()
     assert guest.exception is not None and guest.exception.vector == 13
 
 
-@needs_kvm
 def test_task_priority_goes_both_ways(boot: Callable[..., Tiny]) -> None:
     guest = boot("mov rax, cr8\n mov rbx, rax\n mov eax, 3\n mov cr8, rax\n out 0x80, al\n hlt")
     guest.interrupts.tpr = 9
@@ -160,7 +139,6 @@ HANDLED = """
     count:  dq 0"""
 
 
-@needs_kvm
 def test_an_interrupt_wakes_a_halted_guest(boot: Callable[..., Tiny]) -> None:
     guest = boot(HANDLED.format(before="sti"), handlers={0x40: "handler"})
     left = guest.vcpu.run()
@@ -172,7 +150,6 @@ def test_an_interrupt_wakes_a_halted_guest(boot: Callable[..., Tiny]) -> None:
     assert left.detail == {"interrupts": False} and guest.load("count") == 1
 
 
-@needs_kvm
 def test_an_interrupt_waits_for_its_window(boot: Callable[..., Tiny]) -> None:
     guest = boot(
         """
@@ -201,7 +178,6 @@ def test_an_interrupt_waits_for_its_window(boot: Callable[..., Tiny]) -> None:
     assert guest.load("count") == 2
 
 
-@needs_kvm
 def test_an_nmi_needs_no_window(boot: Callable[..., Tiny]) -> None:
     guest = boot(HANDLED.format(before="cli"), handlers={2: "handler"})
     assert guest.vcpu.run().detail == {"interrupts": False}
@@ -211,7 +187,6 @@ def test_an_nmi_needs_no_window(boot: Callable[..., Tiny]) -> None:
     assert guest.load("count") == 1
 
 
-@needs_kvm
 def test_an_interrupt_under_way_is_part_of_the_state(boot: Callable[..., Tiny]) -> None:
     guest = boot(HANDLED.format(before="sti"), handlers={0x40: "handler"})
     guest.vcpu.run()
@@ -224,7 +199,6 @@ def test_an_interrupt_under_way_is_part_of_the_state(boot: Callable[..., Tiny]) 
 # Leaving
 
 
-@needs_kvm
 def test_a_kick_from_another_thread_makes_it_look(boot: Callable[..., Tiny]) -> None:
     """The guest spins with interrupts on; nothing but the kick makes KVM_RUN return."""
     guest = boot("start: sti\n again: jmp again\n handler: cli\n hlt", handlers={0x40: "handler"})
@@ -235,7 +209,6 @@ def test_a_kick_from_another_thread_makes_it_look(boot: Callable[..., Tiny]) -> 
     assert left.reason is ExitReason.HALTED and left.detail == {"interrupts": False}
 
 
-@needs_kvm
 def test_request_exit_is_never_lost(boot: Callable[..., Tiny]) -> None:
     guest = boot("again: jmp again")
     guest.vcpu.request_exit()
@@ -247,7 +220,6 @@ def test_request_exit_is_never_lost(boot: Callable[..., Tiny]) -> None:
         asker.join()
 
 
-@needs_kvm
 def test_a_triple_fault_tells_the_last_exits(boot: Callable[..., Tiny]) -> None:
     guest = boot("mov al, 7\n out 0x80, al\n ud2")
     guest.set(idtr={"base": 0, "limit": 0})
@@ -259,7 +231,6 @@ def test_a_triple_fault_tells_the_last_exits(boot: Callable[..., Tiny]) -> None:
 # State
 
 
-@needs_kvm
 def test_state_out_and_in_is_the_same(boot: Callable[..., Tiny]) -> None:
     guest = boot("mov eax, 1\n hlt")
     guest.set(
@@ -279,7 +250,6 @@ def test_state_out_and_in_is_the_same(boot: Callable[..., Tiny]) -> None:
     assert other.state == before
 
 
-@needs_kvm
 def test_state_taken_within_an_access_has_it_done(boot: Callable[..., Tiny]) -> None:
     guest = boot("in al, 0x60\n again: jmp again")
 
@@ -294,14 +264,13 @@ def test_state_taken_within_an_access_has_it_done(boot: Callable[..., Tiny]) -> 
     assert state["rax"] & 0xFF == 0x77 and state["rip"] == PROGRAM + 2
 
 
-@needs_kvm
-def test_real_mode() -> None:
+def test_real_mode(kvm: KvmEngine) -> None:
     memory = GuestMemory(RAM)
     io = RecordingIo()
     # mov al, [0x700]; inc al; out 0x80, al; hlt
     memory.write(0x7C00, bytes.fromhex("a00007 fec0 e680 f4"))
     memory.store_u8(0x700, 41)
-    vm = KvmEngine().create_vm(memory, io, 1, "baseline", 0)
+    vm = kvm.create_vm(memory, io, 1, "baseline", 0)
     vcpu = vm.create_vcpu(0, TestInterrupts())
     try:
         code = {"selector": 0, "base": 0, "limit": 0xFFFF, "attributes": 0x9B}
@@ -315,7 +284,6 @@ def test_real_mode() -> None:
         memory.close()
 
 
-@needs_kvm
 def test_the_tsc_is_the_hosts_plus_the_offset(boot: Callable[..., Tiny]) -> None:
     guest = boot("rdtsc\n shl rdx, 32\n or rax, rdx\n mov [rip + t], rax\n hlt\n t: dq 0")
     offset = 1 << 50 if HARDWARE else 0  # the emulation accepts any and knows only this one
@@ -325,7 +293,6 @@ def test_the_tsc_is_the_hosts_plus_the_offset(boot: Callable[..., Tiny]) -> None
     assert before <= guest.load("t") <= read_tsc() + offset
 
 
-@needs_kvm
 def test_cpuid_is_the_models(boot: Callable[..., Tiny]) -> None:
     guest = boot("mov eax, 0x40000000\n cpuid\n mov [rip + id], ebx\n mov eax, 1\n cpuid\n hlt\n id: dq 0")
     guest.run()
@@ -335,14 +302,13 @@ def test_cpuid_is_the_models(boot: Callable[..., Tiny]) -> None:
     assert not (HARDWARE and guest.reg("rcx") & avx)  # the emulation shows the host's features
 
 
-@needs_kvm
-def test_memory_above_the_hole() -> None:
+def test_memory_above_the_hole(kvm: KvmEngine) -> None:
     memory = GuestMemory(64 << 20, low_limit=32 << 20, high_base=48 << 20)
     io = RecordingIo()
     # mov al, [0x300_0010]; out 0x80, al; hlt, in flat 32-bit mode
     memory.write(0x7C00, bytes.fromhex("a010000003 e680 f4"))
     memory.store_u8((48 << 20) + 0x10, 77)
-    vm = KvmEngine().create_vm(memory, io, 1, "baseline", 0)
+    vm = kvm.create_vm(memory, io, 1, "baseline", 0)
     vcpu = vm.create_vcpu(0, TestInterrupts())
     try:
         code = {"selector": 8, "base": 0, "limit": 0xFFFFFFFF, "attributes": 0xC09B}
@@ -356,11 +322,10 @@ def test_memory_above_the_hole() -> None:
         memory.close()
 
 
-@needs_kvm
-def test_nothing_is_left_behind(boot: Callable[..., Tiny]) -> None:
+def test_nothing_is_left_behind(kvm: KvmEngine) -> None:
     before = os.listdir("/proc/self/fd")
     for _ in range(3):
-        with Tiny(KvmEngine(), "hlt", cpu_model="baseline") as guest:
+        with Tiny(kvm, "hlt", cpu_model="baseline") as guest:
             guest.run()
             guest.vcpu.close()
             guest.vcpu.kick()  # a late one
@@ -379,19 +344,17 @@ def test_no_kvm_is_one_line(device: str) -> None:
     assert "\n" not in str(error.value) and "translate" in str(error.value)
 
 
-@needs_kvm
-def test_too_many_cpus_and_unknown_models_are_told() -> None:
+def test_too_many_cpus_and_unknown_models_are_told(kvm: KvmEngine) -> None:
     memory = GuestMemory(1 << 20)
     try:
         with pytest.raises(UserError, match="at most"):
-            KvmEngine().create_vm(memory, RecordingIo(), 1 << 20, "baseline", 0)
+            kvm.create_vm(memory, RecordingIo(), 1 << 20, "baseline", 0)
         with pytest.raises(UserError, match="no such CPU model"):
-            KvmEngine().create_vm(memory, RecordingIo(), 1, "z80", 0)
+            kvm.create_vm(memory, RecordingIo(), 1, "z80", 0)
     finally:
         memory.close()
 
 
-@needs_kvm
 def test_a_busy_guest_does_not_hold_the_interpreter(boot: Callable[..., Tiny]) -> None:
     guest = boot("again: jmp again")
     runner = threading.Thread(target=guest.vcpu.run)
