@@ -1,6 +1,7 @@
 # make run    a Debian guest in this terminal; Ctrl-A x stops it
 # make run-root    the same with systemd, on the disk debian.img, which is made if it is not there
 # make test   the linters and the quick tests;  make test-all  the slow ones too
+# make test-nested  what needs hardware virtualization, in a nested machine where this one has none
 # make bench  beside QEMU and natively (BENCH_OPTIONS='--rows alu,crc --rounds 2 --boots 0'); COMPILED=1: with the
 #             translator compiled, as wheels have it
 # make lint   the linters alone
@@ -17,7 +18,7 @@ RUN_PACKAGES := python3 python3-venv
 ROOT_PACKAGES := debootstrap e2fsprogs
 TEST_PACKAGES := $(RUN_PACKAGES) $(ROOT_PACKAGES) acpica-tools binutils cpio dmidecode gdb linux-perf lz4 openssl python3-dev python3-libvhdi \
     qemu-user \
-    gcc libc6-dev qemu-utils socat sqlite3 tcc xz-utils zstd
+    gcc libc6-dev qemu-system-x86 qemu-utils socat sqlite3 tcc xz-utils zstd
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev qemu-system-x86
 
 BIN := .venv/bin
@@ -25,7 +26,7 @@ BIN := .venv/bin
 RUN_STAMP := .venv/run.stamp
 DEV_STAMP := .venv/dev.stamp
 
-.PHONY: run run-root test test-all bench lint docs clean
+.PHONY: run run-root test test-all test-nested bench lint docs clean
 .DELETE_ON_ERROR:
 
 run: $(RUN_STAMP)
@@ -47,6 +48,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest
+
+test-nested: $(DEV_STAMP)
+	$(BIN)/pytest -m hardware
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -1,9 +1,11 @@
-"""``python -m tests.nested COMMAND``: run a piece of shell in the laboratory, in the working tree, and show what it says.
+"""``python -m tests.nested COMMAND``: run a piece of shell in the laboratory, in the working tree; what it says is shown.
 
-``/mnt/guest/*/vmlinuz`` and ``initrd.img`` are there, Skep as ``python3 -m skep.cli``. The status is the command's."""
+``/mnt/guest/*/vmlinuz`` and ``initrd.img`` are there, Skep as ``python3 -m skep.cli``. The status is the command's.
+"""
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -11,14 +13,14 @@ from pathlib import Path
 from tests.nested.laboratory import Machine, Payload, Silent
 
 _COMMAND = """
-({command}) < /dev/null > /dev/ttyS1 2>&1
+bash -c {command} < /dev/null > /dev/ttyS1 2>&1
 echo "STATUS $?" > /dev/ttyS1
 """
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="skep-nested-") as scratch:
-        image = Payload(Path(scratch)).build(_COMMAND.format(command=" ".join(sys.argv[1:])))
+        image = Payload(Path(scratch)).build(_COMMAND.format(command=shlex.quote(" ".join(sys.argv[1:]))))
         with Machine(image, Path(scratch) / "console") as machine:
             try:
                 while not (line := machine.line(600)).startswith("STATUS "):

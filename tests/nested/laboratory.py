@@ -27,8 +27,10 @@ from skep.guest import root as debian_root
 
 ROOT = Path(__file__).parents[2]
 TREE = ("src", "tests", "benchmarks", "pyproject.toml")
-PACKAGES = ("pytest", "_pytest", "py", "pygments", "pluggy", "iniconfig", "packaging", "hypothesis", "_hypothesis_globals",
-            "sortedcontainers", "iced_x86")  # fmt: skip
+PACKAGES = (
+    *("pytest", "_pytest", "py", "pygments", "pluggy", "iniconfig", "packaging"),
+    *("hypothesis", "_hypothesis_globals", "sortedcontainers", "iced_x86"),
+)
 CPUS = 2
 MEMORY = "2048"
 """Of L1, in MiB."""
@@ -133,7 +135,7 @@ class Machine:
                 "-device", f"nvme-ns,drive=d{number},nsid={number}",
             )
         ]  # fmt: skip
-        command = [
+        command: list[str | Path] = [
             "setpriv", "--pdeathsig", "KILL",
             "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm,+npt",
             "-smp", str(CPUS), "-m", MEMORY, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",

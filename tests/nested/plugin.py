@@ -1,6 +1,6 @@
-"""Tests marked ``hardware`` need hardware virtualization. Where this host has it they run as all others do; where it has
-none they run in the nested laboratory, all of a session in one L1, and their reports come out here as if they had run
-here. pytest's options for what is to be run, stopped at and shown are the usual ones.
+"""Tests marked ``hardware`` need hardware virtualization. Where this host has it they run as all others do; where it
+has none they run in the nested laboratory, all of a session in one L1, and their reports come out here as if they had
+run here. pytest's options for what is to be run, stopped at and shown are the usual ones.
 
 An L1 that falls silent is ended, and what it left to do is given to a second one, once.
 """
@@ -39,10 +39,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where tests that need hardware virtualization run: in the nested laboratory where this host has none"
         " (auto), there in any case, or here, which skips them where it has none (never)",
     )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", f"{MARKER}: needs hardware virtualization: here, or in the nested laboratory")
 
 
 @pytest.hookimpl(trylast=True)

@@ -20,7 +20,6 @@ from skep.machine.amd64 import why_not_kvm
 from skep.memory import GuestMemory
 from tests.engine.tiny import MMIO, NULL_SEGMENT, PROGRAM, RAM, RecordingIo, TestInterrupts, Tiny
 
-
 HARDWARE = why_not_kvm() is None
 
 
