@@ -1,4 +1,4 @@
-"""``python -m tests.nested COMMAND``: run a piece of shell in the laboratory, in the working tree; what it says is shown.
+"""``python -m tests.nested COMMAND``: run a piece of shell in the laboratory, in the working tree; its output is shown.
 
 ``/mnt/guest/*/vmlinuz`` and ``initrd.img`` are there, Skep as ``python3 -m skep.cli``. The status is the command's.
 """
