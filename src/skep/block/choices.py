@@ -30,3 +30,13 @@ def byte_size(path: str, options: Mapping[str, str], name: str, default: int) ->
     if not (digits.isascii() and digits.isdecimal() and len(digits) < 20):
         raise ImageError(f"{name} is not a number of bytes: {text!r}", path)
     return int(digits) << 10 * (_SUFFIXES.find(suffix) + 1)
+
+
+def number(path: str, options: Mapping[str, str], name: str, least: int, most: int) -> int | None:
+    """None where nothing is said. Raises ImageError."""
+    text = options.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+        raise ImageError(f"{name} is not a number from {least} to {most}: {text!r}", path)
+    return int(text)

@@ -1,4 +1,5 @@
-"""Layers that change when and how requests are answered, not where the data is. Each goes over any backend."""
+"""Layers that change when and how requests are answered, not where the data is. Each goes over a file
+or an image."""
 
 from __future__ import annotations
 
@@ -8,33 +9,32 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from skep.block.backend import BlockBackend, Buffers
+from skep.block.backend import Buffers, File
 from skep.block.format import Image
+from skep.block.over import Over
 from skep.errors import UserError
 from skep.locks import Lock, Order
 
+REQUESTS = ("read", "write", "zero", "discard", "flush")
 
-class Filter:
+
+class Filter(Over):
     """Passes everything on; the others say what they do besides, in ``before``. Nothing is answered at once, so that
-    whoever has to wait does so on a thread that may."""
+    whoever has to wait does so on a thread that may.
 
-    def __init__(self, backend: BlockBackend) -> None:
-        self._below = backend
-        self.size = backend.size
-        self.read_only = backend.read_only
-        self.write_cache = backend.write_cache
+    It lies over a file, below a format; or over an image, and takes whole sectors then.
+    """
 
     def before(self, what: str, offset: int, length: int) -> None:
-        """A request is going to be made: ``read``, ``write``, ``zero``, ``discard`` or ``flush``. Raises OSError where
-        it is not to be."""
+        """A request is going to be made, one of ``REQUESTS``. Raises OSError where it is not to be."""
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
         self.before("read", offset, sum(map(len, buffers)))
-        self._below.preadv(buffers, offset)
+        self.below.preadv(buffers, offset)
 
     def pwritev(self, buffers: Buffers, offset: int) -> None:
         self.before("write", offset, sum(map(len, buffers)))
-        self._below.pwritev(buffers, offset)
+        self.below.pwritev(buffers, offset)
 
     def read_now(self, buffers: Buffers, offset: int) -> bool:
         return False
@@ -44,26 +44,23 @@ class Filter:
 
     def discard(self, offset: int, length: int) -> None:
         self.before("discard", offset, length)
-        self._below.discard(offset, length)
+        self.below.discard(offset, length)
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         self.before("zero", offset, length)
-        self._below.write_zeroes(offset, length, unmap)
+        self.below.write_zeroes(offset, length, unmap)
 
     def flush(self) -> None:
         self.before("flush", 0, 0)
-        self._below.flush()
-
-    def close(self) -> None:
-        self._below.close()
+        self.below.flush()
 
 
 class Throttle(Filter):
     """So many bytes and so many requests a second, reads and writes together; up to a tenth of a second's may come at
     once. What space is given back by costs a request and no bytes."""
 
-    def __init__(self, backend: BlockBackend, bytes_: int | None = None, requests: int | None = None) -> None:
-        super().__init__(backend)
+    def __init__(self, below: File, bytes_: int | None = None, requests: int | None = None) -> None:
+        super().__init__(below)
         self._per_byte = 1 / bytes_ if bytes_ else 0.0
         self._per_request = 1 / requests if requests else 0.0
         self._lock = Lock("disk throttle", Order.BLOCK_LOG)
@@ -84,8 +81,8 @@ class Throttle(Filter):
 class Delay(Filter):
     """Every request takes so many seconds longer."""
 
-    def __init__(self, backend: BlockBackend, seconds: float) -> None:
-        super().__init__(backend)
+    def __init__(self, below: File, seconds: float) -> None:
+        super().__init__(below)
         self._seconds = seconds
 
     def before(self, what: str, offset: int, length: int) -> None:
@@ -95,8 +92,8 @@ class Delay(Filter):
 class Faulty(Filter):
     """Fails what ``fails(what, offset, length)`` says is to fail, with EIO."""
 
-    def __init__(self, backend: BlockBackend, fails: Callable[[str, int, int], bool]) -> None:
-        super().__init__(backend)
+    def __init__(self, below: File, fails: Callable[[str, int, int], bool]) -> None:
+        super().__init__(below)
         self._fails = fails
 
     def before(self, what: str, offset: int, length: int) -> None:
@@ -104,11 +101,42 @@ class Faulty(Filter):
             raise OSError(errno.EIO, f"this {what} is to fail")
 
 
+class Fault:
+    """Which requests fail: those of kind ``what``, or of all but reads where that is None, that touch the bytes from
+    ``start`` up to ``end``; the first ``after`` of them do not, and no more than ``times``."""
+
+    def __init__(
+        self,
+        what: str | None = None,
+        start: int = 0,
+        end: int | None = None,
+        after: int = 0,
+        times: int | None = None,
+    ) -> None:
+        self._what = what
+        self._start = start
+        self._end = end
+        self._after = after
+        self._times = times
+        self._seen = 0
+        self._lock = Lock("disk faults", Order.BLOCK_LOG)
+
+    def __call__(self, what: str, offset: int, length: int) -> bool:
+        if what != self._what if self._what is not None else what == "read":
+            return False
+        if what != "flush" and (offset + length <= self._start or (self._end is not None and offset >= self._end)):
+            return False
+        with self._lock:
+            self._seen += 1
+            nth = self._seen - self._after
+        return nth > 0 and (self._times is None or nth <= self._times)
+
+
 class Trace(Filter):
     """A line for each request, ``SECONDS WHAT OFFSET LENGTH``, as it begins."""
 
-    def __init__(self, backend: BlockBackend, path: str) -> None:
-        super().__init__(backend)
+    def __init__(self, below: File, path: str) -> None:
+        super().__init__(below)
         try:
             self._file: TextIO = open(path, "w", encoding="ascii", buffering=1)  # noqa: SIM115 - closed with us
         except OSError as error:

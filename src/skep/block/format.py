@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self
 
 from skep.block.backend import Buffers, Extent, File, write_zeroes_as_data
+from skep.block.secrets import NO_SECRETS, Secrets
 from skep.errors import UserError
 
 SECTOR = 512
@@ -150,6 +151,8 @@ class Image(ABC):
 
     format: ClassVar[str]
     create_options: ClassVar[Mapping[str, Option]] = {}
+    open_options: ClassVar[Mapping[str, Option]] = {}
+    amend_options: ClassVar[Mapping[str, Option]] = {}
 
     path: str
     file: File
@@ -162,8 +165,27 @@ class Image(ABC):
     backing: Image | None = None
     """What is below, read where this layer has nothing. Set by who opens the chain."""
 
+    @classmethod
+    def open(cls, file: File, options: Mapping[str, str], secrets: Secrets) -> Self:
+        """The image in an open file. The options are of ``open_options``, which the caller has checked, by name.
+        Raises UserError."""
+        return cls(file)  # type: ignore[call-arg]  # every format is made from a file
+
     def open_files(self, opener: Callable[[str], File]) -> None:  # noqa: B027 - most formats have one file
         """Open what other files the image is in, by the names that it has for them. Before all else; once."""
+
+    # A disk is a File too, of whole sectors (skep.block.backend.File): filters lie over either.
+
+    @property
+    def alignment(self) -> int:
+        return SECTOR
+
+    @property
+    def is_open(self) -> bool:
+        return self.file.is_open
+
+    def allocate(self, offset: int, length: int) -> None:
+        self.write_zeroes(offset, length, False)
 
     # A device's side: skep.block.backend.BlockBackend.
 
@@ -233,6 +255,21 @@ class Image(ABC):
         return False
 
     @property
+    def locked(self) -> bool:
+        """It is encrypted, and its password was not told: its data cannot be read or written."""
+        return False
+
+    @property
+    def key_option(self) -> str:
+        """Which of ``open_options`` names the password."""
+        return "key-secret"
+
+    @property
+    def new_is_zeros(self) -> bool:
+        """As it was made, it reads as zeros, or as what is below it."""
+        return True
+
+    @property
     def dirty(self) -> bool:
         """It was not closed as it should have been."""
         return False
@@ -251,6 +288,10 @@ class Image(ABC):
 
     def resize(self, size: int) -> None:
         raise self.cannot("cannot be resized")
+
+    def amend(self, options: Mapping[str, str], secrets: Secrets = NO_SECRETS, *, force: bool = False) -> None:
+        """Change options of creation, those of ``amend_options``. ``force`` does what loses data. Raises UserError."""
+        raise self.cannot("has no options to change")
 
     def make_empty(self) -> None:
         """Hold nothing any more, so that everything is what is below."""
@@ -288,7 +329,14 @@ class Image(ABC):
         return ()
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, str], backing: BackingName | None = None) -> None:
+    def create(
+        cls,
+        path: str,
+        size: int,
+        options: Mapping[str, str],
+        backing: BackingName | None = None,
+        secrets: Secrets = NO_SECRETS,
+    ) -> None:
         """Make an image with a disk of ``size`` zeros, or of what is below. The options are of ``create_options``,
         which the caller has checked, by name. Raises UserError."""
         raise ImageError(f"{cls.format} images are only read, not made", path)

@@ -6,16 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 
 from skep.block.backend import BlockBackend, File
-from skep.block.file import open_file
 from skep.block.filters import CopyOnRead, Throttle, Trace
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
+from skep.block.layers import Opening, open_named, open_tree
+from skep.block.naming import backing_path
 from skep.block.options import BlockOptions
 from skep.block.record import Recorder
-from skep.block.registry import format_named, probe
+from skep.block.registry import format_named
+from skep.block.secrets import NO_SECRETS, Secrets
+from skep.block.tree import Tree, parse_layers
 from skep.errors import HostError, UserError
-
-MOST_LAYERS = 200
-"""Of a chain of backing files."""
 
 
 def open_image(
@@ -28,101 +28,43 @@ def open_image(
     lock: bool = True,
     backing: bool = True,
     inside: Sequence[str] | None = None,
+    options: Mapping[str, str] | None = None,
+    secrets: Secrets = NO_SECRETS,
+    may_stay_locked: bool = False,
 ) -> Image:
     """Open a disk image and what lies below it.
 
-    Without ``format`` it is found out from what is in the file (:func:`skep.block.registry.probe`): for tools, never
-    for a disk that a guest writes to. ``no_cache`` and ``synchronous`` are O_DIRECT and O_DSYNC; ``lock`` keeps other
-    writers away as QEMU does. Without ``backing`` only the image itself is opened, and reads as zeros where it leaves
-    things to another. Files that it names are opened if they lie in a directory of ``inside``, or are named there;
-    all are where that is None. A backing file without a format is probed only where all are allowed.
+    ``path`` is a file's, or a word such as ``nbd://HOST/EXPORT``. Without ``format`` it is found out from what is in
+    the file (:func:`skep.block.registry.probe`): for tools, never for a disk that a guest writes to. ``no_cache`` and
+    ``synchronous`` are O_DIRECT and O_DSYNC; ``lock`` keeps other writers away as QEMU does. Without ``backing`` only
+    the image itself is opened, and reads as zeros where it leaves things to another. Files that it names are opened if
+    they lie in a directory of ``inside``, or are named there; all are where that is None. A backing file without a
+    format is probed only where all are allowed. ``options`` are the format's ``open_options``: of an encrypted image
+    the one that names its password in ``secrets``, unless it ``may_stay_locked``.
 
     Raises UserError, and leaves nothing open then.
     """
-    path = os.fspath(path)
-    image = _open_one(path, format, read_only, no_cache, synchronous, lock, inside)
-    try:
-        if backing:
-            _open_chain(image, no_cache, lock, inside)
-    except BaseException:
-        image.close()
-        raise
-    return image
+    how = Opening(read_only, no_cache, synchronous, lock, inside, secrets, may_stay_locked, chain=backing)
+    name = path if isinstance(path, str) else f"file:{os.fspath(path)}"
+    return open_named(name, format, {} if options is None else options, how)
 
 
-def _open_one(
-    path: str,
-    format: str | None,
-    read_only: bool,
-    no_cache: bool,
-    synchronous: bool,
-    lock: bool,
-    inside: Sequence[str] | None,
+def open_layers(
+    layers: Tree | str,
+    *,
+    read_only: bool = False,
+    no_cache: bool = False,
+    synchronous: bool = False,
+    lock: bool = True,
+    backing: bool = True,
+    inside: Sequence[str] | None = None,
+    secrets: Secrets = NO_SECRETS,
+    may_stay_locked: bool = False,
 ) -> Image:
-    def open_other(name: str) -> File:
-        other = backing_path(path, name)
-        if inside is not None:
-            _allow(other, inside, path)
-        return open_file(other, read_only=read_only, no_cache=no_cache, synchronous=synchronous, lock=lock)
-
-    if format is not None:
-        format_named(format, path)
-    file = open_file(path, read_only=read_only, no_cache=no_cache, synchronous=synchronous, lock=lock)
-    try:
-        kind = format_named(probe(file) if format is None else format, path)
-        if not read_only and Can.WRITE not in kind.can:
-            raise ImageError(f"{kind.format} images are only read", path, "say ro")
-        image = kind(file)  # type: ignore[call-arg]  # every format is made from a file
-    except BaseException:
-        file.close()
-        raise
-    try:
-        image.open_files(open_other)
-    except BaseException:
-        image.close()
-        raise
-    return image
-
-
-def _open_chain(image: Image, no_cache: bool, lock: bool, inside: Sequence[str] | None) -> None:
-    """Open what lies below, one after another."""
-    above = image
-    seen = {os.path.realpath(image.path)}
-    while (name := above.backing_name()) is not None:
-        path = backing_path(above.path, name.name)
-        if inside is not None:
-            _allow(path, inside, above.path)
-            if name.format is None:
-                todo = f"skep image rebase -u -b {name.name} -F FORMAT {above.path} writes it down"
-                raise ImageError("says nothing of the format of its backing file", above.path, todo)
-        real = os.path.realpath(path)
-        if real in seen or len(seen) >= MOST_LAYERS:
-            what = "a loop" if real in seen else f"more than {MOST_LAYERS} images"
-            raise ImageError(f"the chain of backing files is {what}", above.path)
-        seen.add(real)
-        try:
-            above.backing = _open_one(path, name.format, True, no_cache, False, lock, inside)
-        except UserError as error:
-            raise ImageError(f"its backing file cannot be opened: {error}", above.path) from None
-        above.check_backing(above.backing)
-        above = above.backing
-
-
-def backing_path(overlay: str, name: str) -> str:
-    """The file that ``name`` in the image ``overlay`` means. Raises UserError for what is not a file's name."""
-    name = name.removeprefix("file:")
-    scheme, colon, _ = name.partition(":")
-    if colon and "/" not in scheme:
-        raise ImageError(f"its backing file is not a file: {name[:100]!r}", overlay)
-    return os.path.join(os.path.dirname(overlay), name)
-
-
-def _allow(path: str, inside: Sequence[str], overlay: str) -> None:
-    real = os.path.realpath(path)
-    for one in map(os.path.realpath, inside):
-        if real == one or (os.path.isdir(one) and os.path.commonpath([real, one]) == one):
-            return
-    raise ImageError(f"it needs {path}, which is not allowed to be opened", overlay, f"say backing={path}")
+    """Open a stack of layers (:mod:`skep.block.tree`), told as ``driver=qcow2,file.driver=...`` or as mappings of
+    mappings. All else as :func:`open_image`. What is no format at the top reads as a raw image."""
+    how = Opening(read_only, no_cache, synchronous, lock, inside, secrets, may_stay_locked, chain=backing)
+    return open_tree(parse_layers(layers) if isinstance(layers, str) else layers, how)
 
 
 def create_image(
@@ -133,6 +75,7 @@ def create_image(
     options: Mapping[str, str] | None = None,
     backing: BackingName | None = None,
     check_backing: bool = True,
+    secrets: Secrets = NO_SECRETS,
 ) -> None:
     """Make an image: of ``size`` bytes, which are rounded up to whole sectors, or as long as what lies below it.
 
@@ -154,7 +97,7 @@ def create_image(
                 size = below.size if size is None else size
     if size is None:
         raise ImageError("the size is missing", path, "say how large the disk is to be")
-    kind.create(path, -(-size // SECTOR) * SECTOR, options, backing)
+    kind.create(path, -(-size // SECTOR) * SECTOR, options, backing, secrets)
 
 
 def open_disk(options: BlockOptions) -> BlockBackend:
@@ -184,7 +127,7 @@ def open_disk(options: BlockOptions) -> BlockBackend:
 
 def _filtered(image: Image, options: BlockOptions) -> BlockBackend:
     """The layers over the image that were asked for."""
-    disk: BlockBackend = image
+    disk: File = image
     try:
         if options.copy_on_read:
             if options.read_only or image.backing is None:

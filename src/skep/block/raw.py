@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from skep.block.backend import Buffers, Extent, File, read_padded
+from skep.block.backend import Buffers, Extent, File, read_padded, write_zeroes_as_data
 from skep.block.file import create_file
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError, Option
+from skep.block.secrets import NO_SECRETS, Secrets
 
 
 class RawImage(Image):
@@ -60,19 +61,29 @@ class RawImage(Image):
         self.size = size
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, str], backing: BackingName | None = None) -> None:
+    def create(
+        cls,
+        path: str,
+        size: int,
+        options: Mapping[str, str],
+        backing: BackingName | None = None,
+        secrets: Secrets = NO_SECRETS,
+    ) -> None:
         mode = options.get("preallocation", "off")
         if mode not in ("off", "falloc", "full"):
             raise ImageError(f"no such preallocation: {mode!r}", path, "known are off, falloc, full")
         with create_file(path, size) as file:
-            if mode == "falloc" and size:
-                file.allocate(0, size)
-            elif mode == "full":
-                zeros = memoryview(bytes(1 << 20))
-                for at in range(0, size, len(zeros)):
-                    file.pwritev([zeros[: size - at]], at)
+            preallocate(file, 0, size, mode)
 
     @classmethod
     def measure(cls, size: int, data: Sequence[tuple[int, int]], options: Mapping[str, str]) -> tuple[int, int]:
         whole = -(-size // SECTOR) * SECTOR
         return whole, whole
+
+
+def preallocate(file: File, start: int, size: int, mode: str) -> None:
+    """Take the host's space for these bytes of a new file: ``falloc`` reserves it, ``full`` writes zeros."""
+    if mode == "falloc" and size:
+        file.allocate(start, size)
+    elif mode == "full":
+        write_zeroes_as_data(file, start, size)

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from skep.block.backend import BlockBackend, Buffers
+from skep.block.backend import Buffers, File
 from skep.block.file import HostFile
 from skep.block.format import SECTOR
+from skep.block.over import Over
 from skep.errors import UserError
 from skep.locks import Lock, Order
 
@@ -84,49 +85,52 @@ class Log:
             self._fd = -1
 
 
-class Recorder:
-    """A backend in front of another. A request completes when both the other backend and the log have it.
+class Recorder(Over):
+    """A layer over a file, or over an image. A request completes when both what is below and the log have it.
 
     What a guest discards is logged as zeros, which is what our backends leave there.
     """
 
-    def __init__(self, backend: BlockBackend, path: str) -> None:
-        self._log = Log(path, backend.write_cache)
-        self._backend = backend
-        self.size = backend.size
-        self.read_only = backend.read_only
-        self.write_cache = backend.write_cache
-
-    def preadv(self, buffers: Buffers, offset: int) -> None:
-        self._backend.preadv(buffers, offset)
+    def __init__(self, below: File, path: str) -> None:
+        super().__init__(below)
+        self._log = Log(path, below.write_cache)
 
     def pwritev(self, buffers: Buffers, offset: int) -> None:
         # One copy for both: the guest may change its buffers meanwhile, and image and log must not differ.
         data = b"".join(buffers)
-        self._backend.pwritev([memoryview(data)], offset)
+        self.below.pwritev([memoryview(data)], offset)
         self._log.write(offset, data)
-
-    def read_now(self, buffers: Buffers, offset: int) -> bool:
-        return self._backend.read_now(buffers, offset)
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         return False  # a log of its own to write
 
     def discard(self, offset: int, length: int) -> None:
-        self._backend.discard(offset, length)
+        self.below.discard(offset, length)
         self._log.zeroes(offset, length)
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        self._backend.write_zeroes(offset, length, unmap)
+        self.below.write_zeroes(offset, length, unmap)
         self._log.zeroes(offset, length)
+
+    def resize(self, size: int) -> None:
+        grows = size > self.size
+        self.below.resize(size)
+        if grows:  # the new length is as durable as a write of the last byte
+            self._log.write(size - 1, b"\0")
+
+    def allocate(self, offset: int, length: int) -> None:
+        grows = offset + length > self.size
+        self.below.allocate(offset, length)
+        if grows:
+            self._log.write(offset + length - 1, b"\0")
 
     def flush(self) -> None:
         covered = self._log.writes
-        self._backend.flush()
+        self.below.flush()
         self._log.flushed(covered)
 
     def close(self) -> None:
-        self._backend.close()
+        self.below.close()
         self._log.close()
 
 

@@ -64,6 +64,7 @@ FORMATS: Mapping[str, Format] = {
     "dmg": Format("skep.block.dmg", "DmgImage", lambda ends: ends.tail[:4] == b"koly"),
     "vpc": Format("skep.block.vhd", "VhdImage", _vhd),
     "vdi": Format("skep.block.vdi", "VdiImage", lambda ends: ends.head[64:68] == b"\x7f\x10\xda\xbe"),
+    "luks": Format("skep.block.luks.image", "LuksImage", lambda ends: ends.head[:8] == b"LUKS\xba\xbe\x00\x01"),
     "vhdx": Format("skep.block.vhdx.image", "VhdxImage", lambda ends: ends.head[:8] == b"vhdxfile"),
 }
 """By the names that `qemu-img` has for them."""

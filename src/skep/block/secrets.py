@@ -10,6 +10,7 @@ import base64
 import binascii
 import os
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from skep.block.words import words
 from skep.errors import UserError
@@ -19,6 +20,7 @@ _MOST_BYTES = 1 << 20
 
 Secrets = Mapping[str, bytes]
 """By their ids."""
+NO_SECRETS: Secrets = MappingProxyType({})
 
 
 def read_secrets(objects: Iterable[str]) -> Secrets:

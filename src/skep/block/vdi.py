@@ -18,6 +18,7 @@ from skep.block.backend import File, read_at, write_at
 from skep.block.choices import choice, switch
 from skep.block.file import create_file
 from skep.block.format import SECTOR, BackingName, Can, CheckResult, DamagedImage, ImageError, Option
+from skep.block.secrets import NO_SECRETS, Secrets
 from skep.block.sparse import Kind, SparseImage
 from skep.block.tables import Table, contiguous
 
@@ -191,7 +192,14 @@ class VdiImage(SparseImage):
         return result
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, str], backing: BackingName | None = None) -> None:
+    def create(
+        cls,
+        path: str,
+        size: int,
+        options: Mapping[str, str],
+        backing: BackingName | None = None,
+        secrets: Secrets = NO_SECRETS,
+    ) -> None:
         static = switch(path, options, "static")
         static |= choice(path, options, "preallocation", "off", "metadata") == "metadata"
         blocks = -(-size // _BLOCK)

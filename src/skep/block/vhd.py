@@ -18,6 +18,7 @@ from skep.block.backend import File, read_at, write_at
 from skep.block.choices import choice, switch
 from skep.block.file import create_file, open_file
 from skep.block.format import SECTOR, BackingName, Can, CheckResult, DamagedImage, Image, ImageError, Option
+from skep.block.secrets import NO_SECRETS, Secrets
 from skep.block.sectors import SectorImage
 from skep.block.sparse import Kind, Run
 from skep.block.tables import Table, contiguous
@@ -313,7 +314,14 @@ class VhdImage(SectorImage):
     # Creation.
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, str], backing: BackingName | None = None) -> None:
+    def create(
+        cls,
+        path: str,
+        size: int,
+        options: Mapping[str, str],
+        backing: BackingName | None = None,
+        secrets: Secrets = NO_SECRETS,
+    ) -> None:
         kind = choice(path, options, "subformat", "dynamic", "fixed")
         if backing is not None and kind == "fixed":
             raise ImageError("a fixed VHD lies over no other", path)

@@ -14,6 +14,7 @@ from skep.block.qcow2.header import Autoclear, Compression, Extension, Incompati
 from skep.block.qcow2.refcounts import to_big_endian
 from skep.block.qcow2.tables import DEFAULT_CACHE
 from skep.block.qcow2.writing import Written
+from skep.block.secrets import NO_SECRETS, Secrets
 
 
 class Qcow2Image(Written):
@@ -185,8 +186,7 @@ class Qcow2Image(Written):
 
     # What tools ask for.
 
-    def amend(self, options: Mapping[str, str]) -> None:
-        """Change options of creation. Raises ImageError for those that cannot be changed."""
+    def amend(self, options: Mapping[str, str], secrets: Secrets = NO_SECRETS, *, force: bool = False) -> None:
         create.amend(self, options)
 
     @property
@@ -238,7 +238,14 @@ class Qcow2Image(Written):
         return self._tracked.described()
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, str], backing: BackingName | None = None) -> None:
+    def create(
+        cls,
+        path: str,
+        size: int,
+        options: Mapping[str, str],
+        backing: BackingName | None = None,
+        secrets: Secrets = NO_SECRETS,
+    ) -> None:
         create.create(cls, path, size, options, backing)
 
     @classmethod

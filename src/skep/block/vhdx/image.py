@@ -13,6 +13,7 @@ from skep.block.choices import byte_size, choice
 from skep.block.file import create_file, open_file
 from skep.block.format import BackingName, Can, CheckResult, DamagedImage, Image, ImageError, Option
 from skep.block.places import Owned
+from skep.block.secrets import NO_SECRETS, Secrets
 from skep.block.sectors import SectorImage
 from skep.block.sparse import Kind
 from skep.block.tables import Table, contiguous
@@ -287,7 +288,14 @@ class VhdxImage(SectorImage):
         return result
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, str], backing: BackingName | None = None) -> None:
+    def create(
+        cls,
+        path: str,
+        size: int,
+        options: Mapping[str, str],
+        backing: BackingName | None = None,
+        secrets: Secrets = NO_SECRETS,
+    ) -> None:
         fixed = choice(path, options, "subformat", "dynamic", "fixed") == "fixed"
         block_size = byte_size(path, options, "block_size", 0) or _usual_block_size(size)
         log_size = byte_size(path, options, "log_size", MIB)

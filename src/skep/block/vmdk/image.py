@@ -12,6 +12,7 @@ from skep.block.backend import Buffers, Extent, File, read_at, split, write_at
 from skep.block.choices import choice, switch
 from skep.block.file import create_file, open_file
 from skep.block.format import SECTOR, BackingName, Can, CheckResult, Image, ImageError, Option
+from skep.block.secrets import NO_SECRETS, Secrets
 from skep.block.vmdk.descriptor import MOST_BYTES, NO_PARENT, Descriptor, ExtentLine, cid_place
 from skep.block.vmdk.extent import (
     ESX,
@@ -258,7 +259,14 @@ class VmdkImage(Image):
     # Creation.
 
     @classmethod
-    def create(cls, path: str, size: int, options: Mapping[str, str], backing: BackingName | None = None) -> None:
+    def create(
+        cls,
+        path: str,
+        size: int,
+        options: Mapping[str, str],
+        backing: BackingName | None = None,
+        secrets: Secrets = NO_SECRETS,
+    ) -> None:
         kind = choice(path, options, "subformat", _SPARSE, _FLAT, _SPLIT_SPARSE, _SPLIT_FLAT, _STREAM)
         adapter = choice(path, options, "adapter_type", *_ADAPTERS)
         zeroed = switch(path, options, "zeroed_grain")

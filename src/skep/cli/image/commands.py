@@ -15,7 +15,8 @@ from typing import Any
 from skep.block import copying
 from skep.block.backend import Extent, read_at, write_at
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
-from skep.block.image import backing_path, create_image, open_image
+from skep.block.image import create_image, open_image
+from skep.block.naming import backing_path
 from skep.block.qcow2.create import parse_size
 from skep.block.qcow2.image import Qcow2Image
 from skep.block.registry import format_named
@@ -330,7 +331,7 @@ def convert(arguments: Namespace) -> int:
             target,
             compress=arguments.compress,
             sparse=arguments.sparse,
-            zero_target=arguments.target_is_zero or not arguments.no_create,
+            zero_target=arguments.target_is_zero or (not arguments.no_create and target.new_is_zeros),
             backing_size=None if target.backing is None else target.backing.size,
             salvage=arguments.salvage,
             workers=arguments.workers,

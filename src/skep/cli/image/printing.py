@@ -11,7 +11,7 @@ from typing import Any
 
 from skep.block.copying import Progress
 from skep.block.format import Image, Snapshot
-from skep.block.image import backing_path
+from skep.block.naming import backing_path
 
 
 def human_size(size: int) -> str:
