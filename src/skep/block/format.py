@@ -28,6 +28,10 @@ SECTOR = 512
 """The unit of disk addresses in every protocol that we speak, whatever a disk's block size."""
 
 
+PREALLOCATION = ("off", "metadata", "falloc", "full")
+"""Of the host's space for a disk: none, its place in the file, that and the space, all of it written."""
+
+
 class ImageError(UserError):
     """An image that cannot be opened or made, or that cannot do what was asked of it."""
 
@@ -292,6 +296,23 @@ class Image(ABC):
     def amend(self, options: Mapping[str, str], secrets: Secrets = NO_SECRETS, *, force: bool = False) -> None:
         """Change options of creation, those of ``amend_options``. ``force`` does what loses data. Raises UserError."""
         raise self.cannot("has no options to change")
+
+    def reserve(self, start: int, mode: str) -> None:
+        """Give what the disk has from ``start`` on, all of it zeros, its place, as ``PREALLOCATION`` says."""
+        if mode != "off":
+            raise self.cannot(f"has no preallocation {mode!r}")
+
+    @property
+    def vm_state_offset(self) -> int:
+        """Where the addresses of a VM's state begin, behind those of the disk; 0: there is no room for one."""
+        return 0
+
+    def read_vm_state(self, buffers: Buffers, offset: int) -> None:
+        """Fill the buffers from the state that a VM saves with its next snapshot."""
+        raise OSError(errno.ENOTSUP, "the format keeps no VM's state", self.path)
+
+    def write_vm_state(self, buffers: Buffers, offset: int) -> None:
+        raise OSError(errno.ENOTSUP, "the format keeps no VM's state", self.path)
 
     def make_empty(self) -> None:
         """Hold nothing any more, so that everything is what is below."""

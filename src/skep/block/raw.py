@@ -10,6 +10,8 @@ from skep.block.file import create_file
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError, Option
 from skep.block.secrets import NO_SECRETS, Secrets
 
+_PREALLOCATION = ("off", "falloc", "full")
+
 
 class RawImage(Image):
     """A file whose last sector is not whole is a disk with zeros at its end."""
@@ -60,6 +62,11 @@ class RawImage(Image):
         self.file.resize(size)
         self.size = size
 
+    def reserve(self, start: int, mode: str) -> None:
+        if mode not in _PREALLOCATION:
+            raise self.cannot(f"has no preallocation {mode!r}")
+        preallocate(self.file, start, max(0, self.size - start), mode)
+
     @classmethod
     def create(
         cls,
@@ -70,8 +77,8 @@ class RawImage(Image):
         secrets: Secrets = NO_SECRETS,
     ) -> None:
         mode = options.get("preallocation", "off")
-        if mode not in ("off", "falloc", "full"):
-            raise ImageError(f"no such preallocation: {mode!r}", path, "known are off, falloc, full")
+        if mode not in _PREALLOCATION:
+            raise ImageError(f"no such preallocation: {mode!r}", path, f"known are {', '.join(_PREALLOCATION)}")
         with create_file(path, size) as file:
             preallocate(file, 0, size, mode)
 

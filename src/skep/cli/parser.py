@@ -237,21 +237,26 @@ def _list(arguments: argparse.Namespace) -> int:
     return list_vms(arguments.json)
 
 
-def _add_image(commands: Any) -> None:
-    image = commands.add_parser(
-        "image",
-        add_help=False,
-        prefix_chars="\0",
-        help="make, check, convert and change disk images, as qemu-img does",
-    )
-    image.add_argument("words", nargs=argparse.REMAINDER)
-    image.set_defaults(command=_image)
+def _add_disk_tools(commands: Any) -> None:
+    for name, do, about in (
+        ("image", _image, "make, check, convert and change disk images, as qemu-img does"),
+        ("io", _io, "read and write a disk image by commands, as qemu-io does"),
+    ):
+        tool = commands.add_parser(name, add_help=False, prefix_chars="\0", help=about)
+        tool.add_argument("words", nargs=argparse.REMAINDER)
+        tool.set_defaults(command=do)
 
 
 def _image(arguments: argparse.Namespace) -> int:
     from skep.cli.image import image
 
     return image(arguments.words)
+
+
+def _io(arguments: argparse.Namespace) -> int:
+    from skep.cli.io import io
+
+    return io(arguments.words)
 
 
 def make_parser() -> Parser:
@@ -263,7 +268,7 @@ def make_parser() -> Parser:
     _add_guest(commands)
     _add_ctl(commands)
     _add_list(commands)
-    _add_image(commands)
+    _add_disk_tools(commands)
     return parser
 
 

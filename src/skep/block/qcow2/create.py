@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from skep.block.backend import write_at
 from skep.block.file import create_file, open_file
-from skep.block.format import BackingName, ImageError, Option
+from skep.block.format import PREALLOCATION, BackingName, ImageError, Option
 from skep.block.qcow2.header import (
     FEATURE_NAMES,
     Autoclear,
@@ -45,8 +45,8 @@ def create(
     if size > _LARGEST:
         raise ImageError(f"a disk of {size} bytes is too large", path)
     preallocation = options.get("preallocation", "off")
-    if preallocation not in ("off", "metadata", "falloc", "full"):
-        raise ImageError(f"no such preallocation: {preallocation!r}", path, "known are off, metadata, falloc, full")
+    if preallocation not in PREALLOCATION:
+        raise ImageError(f"no such preallocation: {preallocation!r}", path, f"known are {', '.join(PREALLOCATION)}")
     if backing is not None:
         if preallocation != "off" and not header.extended_l2:
             raise ImageError("what is preallocated hides the backing file", path)
@@ -69,23 +69,7 @@ def create(
             place = data_file
             image.open_files(lambda name: create_file(place, size))
         image.resize(size)
-        if preallocation != "off":
-            image.preallocate()
-        if preallocation in ("falloc", "full"):
-            _reserve(image, full=preallocation == "full")
-
-
-def _reserve(image: Qcow2Image, *, full: bool) -> None:
-    """The host's space for every cluster of the disk."""
-    for extent in image.layer(0, image.size):
-        if extent.host is None:
-            continue
-        if full:
-            zeros = memoryview(bytes(1 << 20))
-            for at in range(0, extent.length, len(zeros)):
-                image.data_file.pwritev([zeros[: extent.length - at]], extent.host + at)
-        else:
-            image.data_file.allocate(extent.host, extent.length)
+        image.reserve(0, preallocation)
 
 
 def _header(path: str, options: Mapping[str, str]) -> Header:
@@ -192,7 +176,10 @@ def on_off(options: Mapping[str, str], name: str, path: str) -> bool:
 
 
 def parse_size(text: str) -> int | None:
-    """A number of bytes, or of units of k, M, G, T, P, E; None: it is not one."""
+    """A number of bytes, or of units of k, M, G, T, P, E, or a hexadecimal one; None: it is not one."""
+    if text[:2] in ("0x", "0X"):
+        digits = text[2:]
+        return int(digits, 16) if digits.isalnum() and not digits.strip("0123456789abcdefABCDEF") else None
     unit = "bkmgtpe".find(text[-1:].lower()) if text[-1:].isalpha() else 0
     number = text[:-1] if text[-1:].isalpha() else text
     if unit < 0 or not number or number.count(".") > 1 or not number.replace(".", "").isdecimal():

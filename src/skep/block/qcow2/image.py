@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from skep.block.backend import File, write_at
+from skep.block.backend import Buffers, File, fill_zeroes, split, write_at, write_zeroes_as_data
 from skep.block.format import BackingName, Bitmap, Can, CheckResult, ImageError, Option, Snapshot
 from skep.block.qcow2 import bitmaps, check, create, snapshots
-from skep.block.qcow2.header import Autoclear, Compression, Extension, Incompatible, read_header
+from skep.block.qcow2.header import MOST_L1_BYTES, Autoclear, Compression, Extension, Incompatible, read_header
 from skep.block.qcow2.refcounts import to_big_endian
 from skep.block.qcow2.tables import DEFAULT_CACHE
 from skep.block.qcow2.writing import Written
@@ -168,21 +169,60 @@ class Qcow2Image(Written):
         self._tables.l1, self._tables.l1_offset = words, offset
         self.give_back(range(old[0], old[0] + old[1]))
 
-    def preallocate(self) -> None:
-        """Give every cluster of the disk that has none its place, in their order; in a new image."""
-        offset = 0
+    def reserve(self, start: int, mode: str) -> None:
+        """Places for whole clusters: one that ``start`` lies in is left as it is."""
+        if mode == "off":
+            return
+        first = offset = -(-start // self._cluster) * self._cluster
         while offset < self.size:
             with self._lock:
                 plan = self._plan(offset, min(self.size, offset + (64 << 20)))
             if isinstance(plan, threading.Event):
-                raise AssertionError("a new image is nobody else's")
+                raise AssertionError("nobody else writes meanwhile")
+            if plan.clusters and not plan.fresh:
+                self._data.write_zeroes(plan.host, plan.clusters << self._bits, False)
             end = offset + plan.length
             self._settle(plan, (offset, -(-end // self._cluster) * self._cluster))
             offset = end
             if self._tables.crowded or self._refcounts.crowded:
                 self.flush()
-        self._data.resize(max(self._data.size, self._highest << self._bits if not self._apart else self.size))
+        self._data.resize(max(self._data.size, self.size if self._apart else self._highest << self._bits))
         self.settle()
+        for extent in self.layer(first, max(0, self.size - first)) if mode in ("falloc", "full") else ():
+            if extent.host is not None and mode == "falloc":
+                self._data.allocate(extent.host, extent.length)
+            elif extent.host is not None:
+                write_zeroes_as_data(self._data, extent.host, extent.length)
+
+    # The state of a VM is kept like the disk, at addresses behind it.
+
+    @property
+    def vm_state_offset(self) -> int:
+        return -(-self.size // self._per_l1) * self._per_l1
+
+    @property
+    def _per_l1(self) -> int:
+        """Bytes of the disk that an entry of L1 stands for."""
+        return self._tables.entries << self._bits
+
+    def read_vm_state(self, buffers: Buffers, offset: int) -> None:
+        at = self.vm_state_offset + offset
+        there, beyond = split(buffers, max(0, len(self._tables.l1) * self._per_l1 - at))
+        if there:
+            self.preadv(there, at)
+        fill_zeroes(beyond)
+
+    def write_vm_state(self, buffers: Buffers, offset: int) -> None:
+        self._may_write()
+        at = self.vm_state_offset + offset
+        entries = -(-(at + sum(map(len, buffers))) // self._per_l1)
+        if entries > len(self._tables.l1):
+            if entries * 8 > MOST_L1_BYTES:
+                raise OSError(errno.EFBIG, "the VM's state is too large", self.path)
+            self.settle()
+            self.replace_l1([*self._tables.l1, *[0] * (entries - len(self._tables.l1))], self.size)
+        self._write(buffers, at)
+        self._after_write()
 
     # What tools ask for.
 

@@ -58,6 +58,7 @@ class Written(Owning):
         serial = next(self._serial)
         self._transfers.add(serial)
         try:
+            self._tracked.touch(offset, sum(map(len, buffers)))
             self._write(buffers, offset)
         finally:
             self._transfers.discard(serial)
@@ -92,7 +93,6 @@ class Written(Owning):
 
     def _write(self, buffers: Buffers, offset: int) -> None:
         end = offset + sum(map(len, buffers))
-        self._tracked.touch(offset, end - offset)
         rest = buffers
         while offset < end:
             with self._lock:
@@ -256,7 +256,7 @@ class Written(Owning):
             self._tracked.touch(first << self._bits, min(end, last << self._bits) - (first << self._bits))
         # Without a flag for zeros, a cluster that nobody needs shows what lies below it.
         if self.header.version >= 3 or self.backing_name() is None:
-            self._clear_clusters(first, last, unmap=True)
+            self._clear_clusters(first, last, unmap=True, noted=self.backing_name() is not None)
         self._after_write()
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
@@ -278,7 +278,7 @@ class Written(Owning):
                 self._zero_subclusters(index, at, stop)
             else:
                 index_last = -(-last // self._cluster) if last == self.size else last >> self._bits
-                self._clear_clusters(index, index_last, unmap)
+                self._clear_clusters(index, index_last, unmap, noted=True)
                 stop = min(last, index_last << self._bits)
             at = stop
         self._zero_part(last, end)
@@ -316,8 +316,9 @@ class Written(Owning):
                 return
             event.wait()
 
-    def _clear_clusters(self, first: int, last: int, unmap: bool) -> None:
-        """Whole clusters of the disk become zeros. ``unmap``: their places are given back."""
+    def _clear_clusters(self, first: int, last: int, unmap: bool, noted: bool) -> None:
+        """Whole clusters of the disk become zeros. ``unmap``: their places are given back. ``noted``: those that are
+        nowhere are noted to be zeros, whatever this image may be laid over some day."""
         while first < last:
             event = None
             with self._lock:
@@ -327,17 +328,17 @@ class Written(Owning):
                     if first in self._busy:
                         event = self._wait_for(first)
                         break
-                    first = self._clear_cluster(first, last, unmap)
+                    first = self._clear_cluster(first, last, unmap, noted)
             if event is not None:
                 event.wait()
             elif self._tables.crowded:
                 self.flush()
 
-    def _clear_cluster(self, index: int, last: int, unmap: bool) -> int:
+    def _clear_cluster(self, index: int, last: int, unmap: bool, noted: bool) -> int:
         """One of them; returns which comes next. With the lock."""
         found = self._tables.find(index)
-        below = self.backing_name() is not None
-        if found is None and not below:
+        noted = noted and self.header.version >= 3
+        if found is None and not noted:
             return min(last, (index // self._tables.entries + 1) * self._tables.entries)
         found = self._l2_to_change(index) if found is None else found
         word = found[0].words[found[1]]
@@ -348,7 +349,7 @@ class Written(Owning):
         if self._apart and place >= 0:
             self._data.discard(place, self._cluster)
             keep = True
-        zero = self.header.version >= 3 and (below or bool(word) or bool(bits))
+        zero = self.header.version >= 3 and (noted or bool(word) or bool(bits))
         new_word = (word & (OFFSET | COPIED) if keep else 0) | (ZERO if zero and not wide else 0)
         new_bits = ALL_SUBCLUSTERS << 32 if zero else 0
         if new_word == word and new_bits == (bits if wide else new_bits):

@@ -428,19 +428,11 @@ def resize(arguments: Namespace) -> int:
             raise ImageError("making it smaller loses data", arguments.file, todo)
         old = image.size
         image.resize(size)
-        if arguments.preallocation != "off" and size > old:
-            _fill(image, old, arguments.preallocation)
+        if size > old:
+            image.reserve(old, arguments.preallocation)
         image.flush()
     _say(arguments, "Image resized.")
     return 0
-
-
-def _fill(image: Image, start: int, mode: str) -> None:
-    if image.format == "raw" and mode == "falloc":
-        image.file.allocate(start, image.size - start)
-        return
-    for at in range(start, image.size, copying.PIECE):
-        write_at(image, at, bytes(min(copying.PIECE, image.size - at)))
 
 
 def snapshot(arguments: Namespace) -> int:

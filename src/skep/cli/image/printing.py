@@ -89,16 +89,17 @@ def print_info(found: dict[str, Any], snapshots: Iterable[Snapshot]) -> None:
         print_snapshots(snapshots)
     if "format-specific" in found:
         print("Format specific information:")
-        _dump(found["format-specific"]["data"], 1)
+        dump_values(found["format-specific"]["data"], 1)
 
 
-def _dump(value: Any, depth: int) -> None:
+def dump_values(value: Any, depth: int) -> None:
+    """A tree of values, four columns for each step."""
     entries = value.items() if isinstance(value, dict) else ((f"[{i}]", one) for i, one in enumerate(value))
     for key, one in entries:
         name = key.replace("-", " ")
         if isinstance(one, dict | list):
             print(f"{'    ' * depth}{name}:")
-            _dump(one, depth + 1)
+            dump_values(one, depth + 1)
         else:
             text = str(one).lower() if isinstance(one, bool) else one
             print(f"{'    ' * depth}{name}: {text}")
