@@ -264,6 +264,20 @@ def test_no_directory(tmp_path: Path) -> None:
     assert result == run(None)[0] and cache.store.problem
 
 
+def test_sources_that_changed_since_they_were_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upgrade below a running process: nothing of the old version is kept under the new one's name, or taken."""
+    there = tmp_path / "code"
+    run(there)
+    kept = sorted(there.iterdir())
+    changed = max(path.stat().st_ctime_ns for path in Path(store.__file__).parent.glob("*.py"))
+    assert store.identity(changed) == store.identity()
+    assert store.identity(changed - 1) == ""
+    monkeypatch.setattr(engine, "store_identity", lambda: store.identity(changed - 1))
+    _, adopted, cache = run(there, text=TEXT.replace("inc r14", "add r14, 1"))
+    assert adopted == 0 and cache.made
+    assert sorted(there.iterdir()) == kept
+
+
 def test_two_at_once(tmp_path: Path) -> None:
     there = tmp_path / "code"
     engine = TranslateEngine(there)

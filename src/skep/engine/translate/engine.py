@@ -35,8 +35,8 @@ class TranslateEngine:
         self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
     ) -> TranslateVm:
         features.require()
-        kept = self._code_cache
-        store = Store(kept, store_identity() if kept else "")
+        made_by = store_identity() if self._code_cache else ""
+        store = Store(self._code_cache if made_by else None, made_by)
         cache = Cache(memory, store, self._code_size, max_vcpus)
         return TranslateVm(memory, io, max_vcpus, cpu_model, tsc_offset, cache)
 

@@ -146,15 +146,21 @@ def _name(data: bytes) -> Name:
     return Name(key, int.from_bytes(shown, "little") & MASKS[mask], mask)
 
 
+_IMPORTED = time_ns()
+
+
 @lru_cache(1)
-def identity() -> str:
+def identity(imported: int = _IMPORTED) -> str:
     """The name of all segments that this translator, with this decoder, can use. What it needs of the host's CPU is
     the same everywhere (features.py). Asked once: before this process ends, the sources on disk may be
-    another version's."""
+    another version's. Empty where they have changed since they were ``imported`` (ns, by the clock of files), for what
+    they say is not what runs."""
     digest = hashlib.sha256()
     for path in sorted(Path(iced_x86.__file__).parent.glob("*.so")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stat().st_ctime_ns > imported:
+            return ""
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
 
