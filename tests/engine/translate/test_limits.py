@@ -62,3 +62,39 @@ def test_a_small_code_buffer(monkeypatch: pytest.MonkeyPatch, code: bool) -> Non
         assert cache.again >= 10
         assert len(cache.blocks) == len(list(cache.blocks.values())) < 60
         assert len(cache.stalls) == cache.again
+
+
+FUNCTIONS = """
+    caller: mov ebx, 1
+    jmp function
+    other: lea rbx, [rbx + rbx]
+    lea rbx, [rbx + rbx]
+    lea rbx, [rbx + rbx]
+    lea rbx, [rbx + rbx]
+    hlt
+    align 64
+    function: mov eax, 0x11
+    hlt
+"""
+
+
+def test_a_jump_to_a_block_that_went_before_its_piece() -> None:
+    """A function is written anew; what jumps to it, in the same page, was made later, and stays when the function's
+    place is used again."""
+    with Tiny(TranslateEngine(), FUNCTIONS) as guest:
+        cache: Cache = guest.vcpu.cache  # type: ignore[attr-defined]
+
+        def run(where: str, rbx: int = 0) -> tuple[int, int]:
+            guest.set(rip=guest.program[where], rax=0, rbx=rbx)
+            guest.run()
+            assert guest.exception is None
+            return guest.reg("rax"), guest.reg("rbx")
+
+        assert run("function") == (0x11, 0)
+        cache._next_piece()
+        assert run("caller") == (0x11, 1)
+        guest.memory.store_u32(guest.program["function"] + 1, 0x22)
+        for _ in range(blocks.PIECES - 1):
+            cache._next_piece()
+        assert run("other", 3) == (0, 48)
+        assert run("caller") == (0x22, 1)

@@ -27,6 +27,7 @@ from skep.engine.translate.tables import (
     ENTRY_AT,
     FLAGS,
     FOLLOWING,
+    GONE,
     GUEST_BYTES,
     HASH,
     HEAD,
@@ -274,6 +275,7 @@ def put(c: int, record: int, page: int, second: int) -> int:
     st32(block + LOOK_LOW, ld32(record + LOOKS))
     st32(block + LIVE_FLAGS, ld16(record + FLAGS))
     st32(block + SECOND_FRAME, frame)
+    st32(block + GONE, 0)
     st64(c + POS, (pos + copied * 8 + 15) & ~15)
     st64(c + NEXT, ld64(c + NEXT) + 1)
     return 0
@@ -330,9 +332,9 @@ def jump(c: int, at: int, target: int) -> int:
     return 0
 
 
-def kill(c: int, number: int) -> int:
+def kill(c: int, number: int, alone: int) -> int:
     """Make sure that nothing enters a block, which is on no list any more: both its entries lead to its successor's, by
-    address."""
+    address. ``alone``: its page has others left, whose jumps may have been patched to it."""
     block = ld64(c + DESCRIPTIONS) + number * DESCRIPTION
     key = ld64(block + KEY)
     place = find(ld64(c + HASH), key)
@@ -347,6 +349,8 @@ def kill(c: int, number: int) -> int:
     st8(ld64(c + RW) + entry, 0x68)  # push
     st32(ld64(c + RW) + entry + 1, (key >> Mode.BITS) & PAGE_MASK)
     jump(c, entry + 5, ld64(c + AWAY + array))
+    if alone:
+        st32(block + GONE, (key >> FRAME_SHIFT) + 1)
     st64(block + KEY, 0)
     st64(c + LIVE, ld64(c + LIVE) - 1)
     st64(c + KILLED, ld64(c + KILLED) + 1)
@@ -395,7 +399,7 @@ def forget(c: int, frame: int, low: int, high: int) -> int:
         if (first < high and low < last) or (look_low < high and low < look_high):
             if other:
                 unlist(c, number, other - 1)
-            kill(c, number)
+            kill(c, number, high - low != 4096 or key >> FRAME_SHIFT != frame)
         else:
             keep_bits(c, first, last)
             keep_bits(c, look_low, look_high)
@@ -425,17 +429,20 @@ def drop(c: int, number: int) -> int:
     if ld32(block + SECOND_FRAME):
         unlist(c, number, ld32(block + SECOND_FRAME) - 1)
     unlist(c, number, frame)
-    kill(c, number)
+    kill(c, number, 1)
     return 0
 
 
 def evict(c: int, number: int, count: int) -> int:
     """Forget the pages of which a block is among these: where it is, others will lie, and jumps within its page lead
-    to it."""
+    to it, also when it is no more."""
     while count:
-        key = ld64(ld64(c + DESCRIPTIONS) + number * DESCRIPTION + KEY)
+        block = ld64(c + DESCRIPTIONS) + number * DESCRIPTION
+        key = ld64(block + KEY)
         if key:
             forget(c, key >> FRAME_SHIFT, 0, 4096)
+        elif ld32(block + GONE):
+            forget(c, ld32(block + GONE) - 1, 0, 4096)
         number = number + 1
         count = count - 1
     return 0
