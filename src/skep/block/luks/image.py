@@ -9,6 +9,7 @@ from skep.block.backend import Buffers, Extent, File
 from skep.block.choices import choice
 from skep.block.file import create_file
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError, Option
+from skep.block.luks import names
 from skep.block.luks import options as said
 from skep.block.luks.header import write_header
 from skep.block.luks.keys import KeySlots, sector_cipher
@@ -23,11 +24,11 @@ class LuksImage(Image):
     format = "luks"
     can = Can.WRITE | Can.DISCARD | Can.RESIZE
     create_options: ClassVar = {
-        **said.CREATE,
+        **names.CREATE,
         "preallocation": Option("Preallocation mode (allowed values: off, falloc, full)", "off"),
     }
-    open_options: ClassVar = {"key-secret": said.CREATE["key-secret"]}
-    amend_options: ClassVar = said.AMEND
+    open_options: ClassVar = {"key-secret": names.CREATE["key-secret"]}
+    amend_options: ClassVar = names.AMEND
 
     def __init__(self, file: File) -> None:
         self.file = file

@@ -26,7 +26,7 @@ class EncryptedFile(Over):
 
     @property
     def size(self) -> int:
-        return max(0, self.below.size - self._start)
+        return max(0, self.below.size - self._start) // SECTOR * SECTOR
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
         length = sum(map(len, buffers))

@@ -5,30 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from skep.block.choices import choice, number
-from skep.block.format import ImageError, Option
+from skep.block.format import ImageError
 from skep.block.luks.cipher import IV_GENERATORS, MODES
 from skep.block.luks.header import HASHES, SLOTS, Encryption, Header
 from skep.block.luks.keys import KeySlots, make_header
 from skep.block.secrets import Secrets, secret_named
 
 _LONGEST_ITER_TIME = 600_000
-
-CREATE: Mapping[str, Option] = {
-    "key-secret": Option("ID of the secret that provides the keyslot passphrase"),
-    "cipher-alg": Option("Name of encryption cipher algorithm"),
-    "cipher-mode": Option("Name of encryption cipher mode"),
-    "ivgen-alg": Option("Name of IV generator algorithm"),
-    "ivgen-hash-alg": Option("Name of IV generator hash algorithm"),
-    "hash-alg": Option("Name of encryption hash algorithm"),
-    "iter-time": Option("Time to spend in PBKDF in milliseconds"),
-}
-AMEND: Mapping[str, Option] = {
-    "state": Option("Select new state of affected keyslots (active/inactive)"),
-    "keyslot": Option("Select a single keyslot to modify explicitly"),
-    "old-secret": Option("Select all keyslots that match this password"),
-    "new-secret": Option("New secret to set in the matching keyslots. Empty string to erase"),
-    "iter-time": Option("Time to spend in PBKDF in milliseconds"),
-}
 
 
 def header_of(path: str, options: Mapping[str, str]) -> tuple[Header, bytes]:

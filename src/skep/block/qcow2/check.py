@@ -105,6 +105,8 @@ class Checker:
         image, header = self.image, self.image.header
         self._refer(0, 1, "header")
         self._span(header.l1_table_offset, header.l1_size * 8, "L1 table")
+        if image.encryption is not None:
+            self._span(image.encryption.offset, image.encryption.length, "LUKS header")
         self._tree(image.l1(), active=True)
         if header.nb_snapshots:
             self._snapshots()

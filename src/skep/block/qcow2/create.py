@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from skep.block.backend import write_at
 from skep.block.file import create_file, open_file
 from skep.block.format import PREALLOCATION, BackingName, ImageError, Option
+from skep.block.luks import names
+from skep.block.luks.names import prefixed
 from skep.block.qcow2.header import (
     FEATURE_NAMES,
     Autoclear,
@@ -19,6 +21,7 @@ from skep.block.qcow2.header import (
     Incompatible,
 )
 from skep.block.qcow2.refcounts import Packing
+from skep.block.secrets import Secrets
 
 if TYPE_CHECKING:
     from skep.block.qcow2.image import Qcow2Image
@@ -33,13 +36,31 @@ OPTIONS: Mapping[str, Option] = {
     "data_file_raw": Option("The external data file must stay valid as a raw image", "off"),
     "lazy_refcounts": Option("Postpone refcount updates", "off", told=True),
     "refcount_bits": Option("Width of a reference count entry in bits", "16", told=True),
+    "encrypt.format": Option("Encrypt the image, format choices: 'aes', 'luks'"),
+    **prefixed("encrypt.", names.CREATE),
+}
+OPEN_OPTIONS: Mapping[str, Option] = {
+    "encrypt.format": OPTIONS["encrypt.format"],
+    "encrypt.key-secret": OPTIONS["encrypt.key-secret"],
+}
+AMEND_OPTIONS: Mapping[str, Option] = {
+    **{name: OPTIONS[name] for name in ("compat", "lazy_refcounts")},
+    "size": Option("Virtual disk size"),
+    "backing_file": Option("File name of a base image"),
+    "backing_fmt": Option("Image format of the base image"),
+    **prefixed("encrypt.", names.AMEND),
 }
 
 _LARGEST = 1 << 62
 
 
 def create(
-    kind: type[Qcow2Image], path: str, size: int, options: Mapping[str, str], backing: BackingName | None
+    kind: type[Qcow2Image],
+    path: str,
+    size: int,
+    options: Mapping[str, str],
+    backing: BackingName | None,
+    secrets: Secrets,
 ) -> None:
     header = _header(path, options)
     if size > _LARGEST:
@@ -47,6 +68,7 @@ def create(
     preallocation = options.get("preallocation", "off")
     if preallocation not in PREALLOCATION:
         raise ImageError(f"no such preallocation: {preallocation!r}", path, f"known are {', '.join(PREALLOCATION)}")
+    encrypted = _wants_encryption(path, options, secrets)
     if backing is not None:
         if preallocation != "off" and not header.extended_l2:
             raise ImageError("what is preallocated hides the backing file", path)
@@ -68,8 +90,23 @@ def create(
         if data_file is not None:
             place = data_file
             image.open_files(lambda name: create_file(place, size))
+        if encrypted:
+            from skep.block.qcow2.encryption import encrypt_new
+
+            encrypt_new(image, options, secrets)
         image.resize(size)
         image.reserve(0, preallocation)
+
+
+def _wants_encryption(path: str, options: Mapping[str, str], secrets: Secrets) -> bool:
+    if not any(name.startswith("encrypt.") for name in options):
+        return False
+    from skep.block.qcow2 import encryption
+
+    encrypted = encryption.wanted(path, options)
+    if encrypted:
+        encryption.check_password(path, options, secrets)
+    return encrypted
 
 
 def _header(path: str, options: Mapping[str, str]) -> Header:
@@ -114,16 +151,20 @@ def _header(path: str, options: Mapping[str, str]) -> Header:
     return header
 
 
-def amend(image: Qcow2Image, options: Mapping[str, str]) -> None:
+def amend(image: Qcow2Image, options: Mapping[str, str], secrets: Secrets, force: bool) -> None:
     """``compat``, ``lazy_refcounts``, ``size``, and the name of what is below."""
     header, path = image.header, image.path
     for name in options:
-        if name not in ("compat", "lazy_refcounts", "size", "backing_file", "backing_fmt"):
+        if name not in AMEND_OPTIONS:
             raise ImageError(f"{name} cannot be changed", path, "skep image convert makes another image")
     compat = options.get("compat")
     if compat not in (None, "0.10", "v2", "1.1", "v3"):
         raise ImageError(f"no such compat: {compat!r}", path, "known are 0.10 (or v2) and 1.1 (or v3)")
     image.settle()
+    if any(name.startswith("encrypt.") for name in options):
+        if image.encryption is None:
+            raise ImageError("it is not encrypted", path)
+        image.encryption.amend(options, secrets, force)
     if compat in ("1.1", "v3") and header.version == 2:
         header.version = 3
     elif compat in ("0.10", "v2") and header.version == 3:
@@ -192,9 +233,14 @@ def measure(size: int, data: Sequence[tuple[int, int]], options: Mapping[str, st
     header = _header("measure", options)
     cluster = header.cluster_size
     clusters = -(-size // cluster)
+    luks = 0
+    if _wants_encryption("measure", options, {options.get("encrypt.key-secret", ""): b""}):
+        from skep.block.qcow2.encryption import header_length
+
+        luks = -(-header_length(options) // cluster)
     l2 = -(-clusters // header.l2_entries)
     l1 = -(-l2 * 8 // cluster)
-    meta = 1 + l1 + l2
+    meta = 1 + l1 + l2 + luks
     full = _with_counts(header, meta + clusters) * cluster
     touched = last = 0
     for offset, length in data:

@@ -6,7 +6,7 @@ import errno
 import threading
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from skep.block.backend import Buffers, File, fill_zeroes, split, write_at, write_zeroes_as_data
 from skep.block.format import BackingName, Bitmap, Can, CheckResult, ImageError, Option, Snapshot
@@ -15,13 +15,15 @@ from skep.block.qcow2.header import MOST_L1_BYTES, Autoclear, Compression, Exten
 from skep.block.qcow2.refcounts import to_big_endian
 from skep.block.qcow2.tables import DEFAULT_CACHE
 from skep.block.qcow2.writing import Written
-from skep.block.secrets import NO_SECRETS, Secrets
+from skep.block.secrets import NO_SECRETS, Secrets, secret_named
 
 
 class Qcow2Image(Written):
     """An open qcow2 image."""
 
     create_options: ClassVar[Mapping[str, Option]] = create.OPTIONS
+    open_options: ClassVar[Mapping[str, Option]] = create.OPEN_OPTIONS
+    amend_options: ClassVar[Mapping[str, Option]] = create.AMEND_OPTIONS
     can = (
         Can.WRITE
         | Can.DISCARD
@@ -41,6 +43,14 @@ class Qcow2Image(Written):
         self._tracked = bitmaps.Tracker(self)
         if not self.read_only:
             self._open_for_writing()
+
+    @classmethod
+    def open(cls, file: File, options: Mapping[str, str], secrets: Secrets) -> Self:
+        image = cls(file)
+        secret = options.get(image.key_option)
+        if secret is not None and image.encrypted:
+            image.unlock(secret_named(secrets, secret))
+        return image
 
     def _open_for_writing(self) -> None:
         known = self.header.autoclear & sum(Autoclear)
@@ -63,14 +73,16 @@ class Qcow2Image(Written):
 
     def info(self) -> dict[str, Any]:
         header = self.header
+        encrypt = {} if self._encryption is None else {"encrypt": self._encryption.info()}
         if header.version < 3:
-            found: dict[str, Any] = {"compat": "0.10", "compression-type": "zlib", "refcount-bits": 16}
+            found: dict[str, Any] = {"compat": "0.10", "compression-type": "zlib", "refcount-bits": 16, **encrypt}
             return found
         found = {
             "compat": "1.1",
             "compression-type": Compression(header.compression_type).name.lower(),
             "lazy-refcounts": bool(header.compatible & 1),
             "refcount-bits": 1 << header.refcount_order,
+            **encrypt,
             "corrupt": self.corrupted,
             "extended-l2": header.extended_l2,
         }
@@ -179,7 +191,7 @@ class Qcow2Image(Written):
                 plan = self._plan(offset, min(self.size, offset + (64 << 20)))
             if isinstance(plan, threading.Event):
                 raise AssertionError("nobody else writes meanwhile")
-            if plan.clusters and not plan.fresh:
+            if plan.clusters and (not plan.fresh or self.encrypted):
                 self._data.write_zeroes(plan.host, plan.clusters << self._bits, False)
             end = offset + plan.length
             self._settle(plan, (offset, -(-end // self._cluster) * self._cluster))
@@ -188,7 +200,7 @@ class Qcow2Image(Written):
                 self.flush()
         self._data.resize(max(self._data.size, self.size if self._apart else self._highest << self._bits))
         self.settle()
-        for extent in self.layer(first, max(0, self.size - first)) if mode in ("falloc", "full") else ():
+        for extent in self.kept(first, max(0, self.size - first)) if mode in ("falloc", "full") else ():
             if extent.host is not None and mode == "falloc":
                 self._data.allocate(extent.host, extent.length)
             elif extent.host is not None:
@@ -227,7 +239,7 @@ class Qcow2Image(Written):
     # What tools ask for.
 
     def amend(self, options: Mapping[str, str], secrets: Secrets = NO_SECRETS, *, force: bool = False) -> None:
-        create.amend(self, options)
+        create.amend(self, options, secrets, force)
 
     @property
     def tracker(self) -> bitmaps.Tracker:
@@ -286,7 +298,7 @@ class Qcow2Image(Written):
         backing: BackingName | None = None,
         secrets: Secrets = NO_SECRETS,
     ) -> None:
-        create.create(cls, path, size, options, backing)
+        create.create(cls, path, size, options, backing, secrets)
 
     @classmethod
     def measure(cls, size: int, data: Sequence[tuple[int, int]], options: Mapping[str, str]) -> tuple[int, int]:

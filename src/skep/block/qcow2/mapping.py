@@ -6,15 +6,18 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from skep.block.backend import Buffers, Extent, File, fill_zeroes, read_at, read_padded, split
-from skep.block.format import BackingName, DamagedImage, Image, ImageError
+from skep.block.format import BackingName, Can, DamagedImage, Image
 from skep.block.qcow2.compression import decompress
 from skep.block.qcow2.header import Extension, Incompatible, read_header
 from skep.block.qcow2.refcounts import Refcounts
 from skep.block.qcow2.tables import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET, ZERO, Slice, Tables
 from skep.locks import Lock, Order
+
+if TYPE_CHECKING:
+    from skep.block.qcow2.encryption import Encryption
 
 _UNPACKED_BYTES = 1 << 20
 """Of compressed clusters that are kept unpacked."""
@@ -44,15 +47,19 @@ class Mapped(Image):
     format = "qcow2"
 
     def __init__(self, file: File, cache: int) -> None:
-        self.file = self._data = file
+        self.file = self._data = self._stored = file
+        """``_data`` has the disk's clusters, through the cipher where there is one, ``_stored`` as they are kept."""
         self._apart = False
         """The disk's data is in a file of its own."""
+        self._encryption: Encryption | None = None
         self.path = file.path
         self.read_only = file.read_only
         self.write_cache = file.write_cache
         self.header = read_header(file)
         if self.header.crypt_method:
-            raise ImageError("the image is encrypted, which is not supported", self.path)
+            from skep.block.qcow2.encryption import Encryption  # few images are
+
+            self.encrypt(Encryption(file, self.header))
         self.size = self.header.size
         self._cache = cache
         self._bits = self.header.cluster_bits
@@ -107,7 +114,9 @@ class Mapped(Image):
 
     def _read_run(self, run: Run, buffers: Buffers, offset: int) -> None:
         if run.kind is Kind.DATA:
-            if self._data.size - run.host >= run.length:
+            if self._encryption is not None and self._encryption.by_disk:
+                self._encryption.read(self._stored, buffers, run.host, offset)
+            elif self._data.size - run.host >= run.length:
                 self._data.preadv(buffers, run.host)
             else:  # the file may end before its last cluster is full
                 read_padded(self._data, buffers, run.host)
@@ -234,6 +243,11 @@ class Mapped(Image):
     # How it is kept.
 
     def layer(self, offset: int, length: int) -> Iterator[Extent]:
+        for extent in self.kept(offset, length):
+            yield extent if self._encryption is None else extent._replace(host=None)
+
+    def kept(self, offset: int, length: int) -> Iterator[Extent]:
+        """As ``layer``, but what is encrypted has a place in the file too."""
         end = offset + length
         step = max(1 << 30, self._cluster)
         while offset < end:
@@ -264,6 +278,40 @@ class Mapped(Image):
     def corrupted(self) -> bool:
         return bool(self.header.incompatible & Incompatible.CORRUPT)
 
+    # Encryption.
+
+    @property
+    def encryption(self) -> Encryption | None:
+        return self._encryption
+
+    def encrypt(self, encryption: Encryption) -> None:
+        """Data is encrypted so from now on."""
+        self._encryption = encryption
+        self.can = type(self).can & ~Can.COMPRESS
+        self._see_through()
+
+    def unlock(self, password: bytes) -> None:
+        """Raises UserError for a wrong one."""
+        if self._encryption is not None:
+            self._encryption.unlock(password)
+            self._see_through()
+
+    def _see_through(self) -> None:
+        if self._encryption is not None:
+            self._data = self._encryption.over(self._stored)
+
+    @property
+    def encrypted(self) -> bool:
+        return self._encryption is not None
+
+    @property
+    def locked(self) -> bool:
+        return self._encryption is not None and self._encryption.key is None
+
+    @property
+    def key_option(self) -> str:
+        return "encrypt.key-secret"
+
     @property
     def data_file(self) -> File:
         """Where the disk's data is: this file, or another."""
@@ -280,8 +328,9 @@ class Mapped(Image):
 
     def open_files(self, opener: Callable[[str], File]) -> None:
         if self._data_name is not None:
-            self._data = opener(self._data_name.decode(errors="surrogateescape"))
+            self._data = self._stored = opener(self._data_name.decode(errors="surrogateescape"))
             self._apart = True
+            self._see_through()
 
 
 def _subcluster_kind(bitmap: int, number: int, place: int) -> Kind | None:

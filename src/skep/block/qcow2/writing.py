@@ -187,7 +187,7 @@ class Written(Owning):
             head, tail = bytearray(offset - start), bytearray(end - offset - plan.length)
             blank = self._fill_around(head, start) & self._fill_around(tail, offset + plan.length)
             base = plan.host - (plan.index << self._bits)
-            if blank and plan.fresh:
+            if blank and plan.fresh and self._encryption is None:
                 self._data.pwritev(buffers, base + offset)
             else:
                 around = [memoryview(head), *buffers, memoryview(tail)]
