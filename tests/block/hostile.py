@@ -19,44 +19,14 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 
-from skep.block import vhd
 from skep.block.backend import read_at, write_at
-from skep.block.crc32c import crc32c
 from skep.block.format import Image
 from skep.block.image import create_image, open_image
 from skep.block.qcow2.image import Qcow2Image
-from skep.block.vhdx import layout
 from skep.errors import UserError
+from tests.block.damage import Sparse, mutate, tables
 
 MIB = 1 << 20
-VALUES = (0, 1, 2, 7, 0x7F, 0xFF, 512, 4096, *(1 << n for n in (16, 20, 31, 32, 40, 62, 63, 64)))
-
-Pieces = tuple[int, list[tuple[int, bytes]]]
-"""A file: its length, and what of it is not zeros."""
-
-
-def pieces_of(path: Path) -> Pieces:
-    data = path.read_bytes()
-    parts: list[tuple[int, bytes]] = []
-    for at in range(0, len(data), 4096):
-        page = data[at : at + 4096]
-        if any(page):
-            if parts and parts[-1][0] + len(parts[-1][1]) == at:
-                parts[-1] = (parts[-1][0], parts[-1][1] + page)
-            else:
-                parts.append((at, page))
-    return len(data), parts
-
-
-def put(path: Path, pieces: Pieces) -> None:
-    size, parts = pieces
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    try:
-        os.ftruncate(fd, size)
-        for offset, data in parts:
-            os.pwrite(fd, data, offset)
-    finally:
-        os.close(fd)
 
 
 def written(path: Path, format: str, options: Mapping[str, str]) -> None:
@@ -143,67 +113,6 @@ def with_log(source: Path, path: Path) -> None:
     path.write_bytes(data)
 
 
-def mutate(pieces: Pieces, format: str, rng: random.Random) -> Pieces:
-    size, parts = pieces[0], [(offset, bytearray(data)) for offset, data in pieces[1]]
-    for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
-        # Small parts, and the beginnings of large ones, are tables more often than not.
-        offset, data = rng.choice(parts)
-        near = min(len(data), rng.choice((64, 512, 2048, 8192, len(data))))
-        at = rng.randrange(near) if rng.random() < 0.8 else len(data) - 1 - rng.randrange(min(near, 512))
-        width = rng.choice((1, 2, 4, 8))
-        match rng.randrange(6):
-            case 0:
-                data[at] ^= 1 << rng.randrange(8)
-            case 1:
-                data[at : at + width] = rng.randbytes(len(data[at : at + width]))
-            case 2 | 3:
-                at = at // width * width
-                value = (rng.choice(VALUES) + rng.choice((-1, 0, 0, 1))) % (1 << 8 * width)
-                data[at : at + width] = value.to_bytes(width, rng.choice(("little", "big")))[: len(data) - at]
-            case 4:
-                other = rng.randrange(len(data)) // width * width
-                data[at : at + width] = data[other : other + width].ljust(len(data[at : at + width]), b"\0")
-            case _:
-                if rng.random() < 0.3:
-                    size = rng.choice((0, 1, 511, size // 2, size - 512, size - 1, size + 12345, 1 << 40))
-                else:
-                    n = rng.randrange(1, 64)
-                    data[at : at + n] = bytes(len(data[at : at + n]))
-        parts = [(offset, data) for offset, data in parts if data]
-    if rng.random() < 0.8:
-        for offset, data in parts:
-            mend_checksums(format, offset, data)
-    size = max(0, size)
-    return size, [(offset, bytes(data[: max(0, size - offset)])) for offset, data in parts]
-
-
-def mend_checksums(format: str, base: int, data: bytearray) -> None:
-    """So that damage is not found out by its checksum alone."""
-
-    def crc(at: int, length: int) -> None:
-        if base <= at <= base + len(data) - length:
-            at -= base
-            data[at + 4 : at + 8] = bytes(4)
-            data[at + 4 : at + 8] = crc32c(data[at : at + length]).to_bytes(4, "little")
-
-    if format == "vhdx":
-        for at in layout.HEADER_AT:
-            crc(at, 4096)
-        for at in layout.REGIONS_AT:
-            crc(at, 65536)
-        for at in range(-base % 4096, len(data) - 4096, 4096):
-            length = int.from_bytes(data[at + 8 : at + 12], "little")
-            if data[at : at + 4] == b"loge" and length <= 65536:
-                crc(base + at, length)
-    elif format == "vpc":
-        for cookie, length, where in ((b"conectix", 512, 64), (b"cxsparse", 1024, 36)):
-            at = data.find(cookie)
-            while 0 <= at <= len(data) - length:
-                sum_ = vhd._checksum(data[at : at + length], where)
-                data[at + where : at + where + 4] = sum_.to_bytes(4, "big")
-                at = data.find(cookie, at + length)
-
-
 def use(path: Path, format: str, rng: random.Random) -> str:
     """What became of it."""
     try:
@@ -263,12 +172,13 @@ def main(format: str, count: int, seed: int) -> None:
     with tempfile.TemporaryDirectory(dir=memory) as name:
         directory = Path(name)
         sound = seeds(format, directory)
-        pristine = [pieces_of(path) for path in sound]
+        pristine = [Sparse.of(path) for path in sound]
+        known = [tables(format, image) for image in pristine]
         for i in range(count):
             rng = random.Random(f"{format} {seed} {i}")
             which = rng.randrange(len(sound))
             path = sound[which]
-            put(path, mutate(pristine[which], format, rng))
+            mutate(pristine[which], format, rng, known[which]).put(path)
             begun = time.process_time()
             faulthandler.dump_traceback_later(60, exit=True)
             try:
