@@ -97,7 +97,7 @@ def tables(format: str, image: Sparse) -> list[Table]:
         case "qcow2":
             fields = [(8, 8), (16, 4), (20, 4), (24, 8), (32, 4), (36, 4), (40, 8), (48, 8), (56, 4), (60, 4), (64, 8)]
             fields += [(72, 8), (80, 8), (88, 8), (96, 4), (100, 4), (104, 1), (4, 4)]
-            cluster = 1 << big(20, 4)
+            cluster = 1 << min(big(20, 4), 21)
             found = [*each(tuple(fields)), Table(112, 40, 4), Table(big(64, 8), 40, 2), Table(big(64, 8), 20, 4)]
             l1, refcounts = Table(big(40, 8), min(big(36, 4), 64), 8), Table(big(48, 8), 8, 8)
             at = [big(l1.at + 8 * i, 8) & 0x00FF_FFFF_FFFF_FE00 for i in range(l1.count)]

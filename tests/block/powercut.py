@@ -4,8 +4,10 @@ In the guest, sqlite3 commits transactions in WAL mode, and a shell makes, renam
 one ext4 file system. What has become durable each announces through /dev/kmsg, which returns when the line is out of
 the serial port; there it becomes a mark in the log of writes, so that the log says what was promised at any point.
 
+The log is of what the disk is asked, or, for an image of another format than raw, of what the format does to its file.
+
 On the host, :class:`PowerCut` makes the images that a loss of power could leave and has e2fsck, debugfs and sqlite3
-say whether the promises hold.
+say whether the promises hold; of another format than raw, first our own check and QEMU's.
 """
 
 from __future__ import annotations
@@ -17,20 +19,28 @@ import re
 import sqlite3
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import skep
-from skep.block.record import Entry, Kind, Replay, mark, read_log
+from skep.block.backend import read_at, write_at
+from skep.block.format import Can, Image
+from skep.block.image import create_image, open_image
+from skep.block.record import Entry, Kind, RecordedFile, Replay, mark, read_log
+from skep.block.registry import format_named
 from skep.chardev.console import Console
+from skep.devices.virtio.blk import VirtioBlk
+from skep.devices.virtio.pci import VirtioPci
 from skep.guest.debian import Guest
 from tests.linux import BOOT, command_line, complaints
 from tests.programs import add_programs
 
 SIZE = 24 << 20
+QEMU_CHECKS = ("qcow2", "vhdx", "vmdk", "vdi")
+"""Formats that `qemu-img check` knows."""
 _SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else None
 """e2fsck syncs what it mends."""
 LIVING = 4
@@ -82,6 +92,8 @@ class Session:
     sector: int
     """Bytes that are written whole or not at all."""
     console: str
+    format: str = "raw"
+    """Of ``before``."""
 
     @property
     def flushes(self) -> list[int]:
@@ -109,8 +121,11 @@ def record(
     disk: str = "",
     cache: str = "",
     mount: str = "defaults",
+    format: str = "raw",
+    create: Mapping[str, str] | None = None,
 ) -> Session:
-    """Run the guest. ``disk`` are options of it; ``cache`` is what the guest makes of its write cache, as Linux has it:
+    """Run the guest, on an image of ``format`` made with the options ``create``. ``disk`` are options of a raw one;
+    ``cache`` is what the guest makes of its write cache, as Linux has it:
     "write through" or "write back"; ``mount`` are options of its file system.
 
     ext4's superblock is 1 KiB with a checksum at its end, is written in place, and without it no journal is found: ext4
@@ -124,6 +139,15 @@ def record(
     make += ["-b", "1024", "-J", "size=1", "-O", "^metadata_csum"] if sector == 512 else ["-b", "4096"]
     subprocess.run([*make, before], check=True, timeout=60)
     image.write_bytes(before.read_bytes())
+    if format == "raw":
+        disk = f"{disk and ',' + disk},record={log}"
+    else:
+        file_system, before = before, home / f"before.{format}"
+        create_image(before, format, SIZE, options=create)
+        with open_image(before, format=format) as made, open_image(file_system, format="raw", read_only=True) as start:
+            for extent in start.extents():
+                if extent.data:
+                    write_at(made, extent.offset, read_at(start, extent.offset, extent.length))
     sql, digests = _transactions(transactions, synchronous)
     work = f"CACHE='{cache}'\nOPTIONS='{mount}'\n{_WORK}"
     initrd = add_programs(
@@ -136,16 +160,34 @@ def record(
             memory="512M",
             cpus=cpus,
             cmdline=command_line("sh /work.sh", "quiet", "printk.devkmsg=on"),
-            disks=[f"{image},record={log},sectorsize={sector}{disk and ',' + disk}"],
+            disks=[f"{image},sectorsize={sector}{disk}"],
         ) as vm,
-        log.open("ab", buffering=0) as marks,
+        ExitStack() as stack,
     ):
+        if format != "raw":
+            image.write_bytes(before.read_bytes())
+            _replace(vm, _recorded(image, format, log))
+        marks = stack.enter_context(log.open("ab", buffering=0))
         _overhear(vm.console, marks.fileno())
         vm.start()
         said = vm.console.expect(r"EXIT (\d+)\r\n", timeout=BOOT)
         assert said[1] == "0" and not complaints(said.string), said.string
         vm.wait(BOOT)
-    return Session(before, read_log(str(log)), digests, synchronous, sector, said.string)
+    return Session(before, read_log(str(log)), digests, synchronous, sector, said.string, format)
+
+
+def _recorded(path: Path, format: str, log: Path) -> Image:
+    file = RecordedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), str(path), path.stat().st_size, str(log))
+    return format_named(format)(file)  # type: ignore[call-arg]  # every format is made from a file
+
+
+def _replace(vm: skep.Vm, image: Image) -> None:
+    """Give the VM's disk another image, which is as long."""
+    functions = (device.device for device in vm.board.devices if isinstance(device, VirtioPci))
+    disk = next(device for device in functions if isinstance(device, VirtioBlk))
+    assert disk.backend.size == image.size
+    disk.backend.close()
+    disk.backend = image
 
 
 def _overhear(console: Console, log: int) -> None:
@@ -261,6 +303,8 @@ class PowerCut:
 
     def check(self, image: Path, to: int) -> None:
         """The file system needs its journal and no repair, and holds what was promised by then. Raises Lost."""
+        if self.session.format != "raw":
+            image = disk_of(image, self.session.format)
         check_file_system(image)
         out = image.with_name("out")
         run("rm", "-rf", str(out))
@@ -312,6 +356,24 @@ _PASSES = re.compile(
     r".*\*{5} FILE SYSTEM WAS MODIFIED \*{5}|Free (?:inodes|blocks) count wrong \(\d+, counted=\d+\)\.|Fix\? yes|"
 )
 """What e2fsck may say: it replayed the journal, removed files that had no name any more, and counted."""
+
+
+def disk_of(image: Path, format: str) -> Path:
+    """What an image holds as a raw one beside it; leaks are all that is wrong with the image. Raises Lost."""
+    raw = image.with_name("disk.img")
+    # For writing: a log is replayed. Unlocked: a process that another thread just forked still holds what is closed.
+    with open_image(image, format=format, lock=False) as cut, raw.open("wb") as disk:
+        if Can.CHECK in cut.can:
+            found = cut.check()
+            if found.corruptions or found.errors:
+                raise Lost(f"our check: {found}")
+        disk.truncate(cut.size)
+        for extent in cut.extents():
+            if extent.data:
+                os.pwrite(disk.fileno(), read_at(cut, extent.offset, extent.length), extent.offset)
+    if format in QEMU_CHECKS:
+        run("qemu-img", "check", "-f", format, str(image), statuses=(0, 3))  # 3: leaks only
+    return raw
 
 
 def check_file_system(image: Path) -> None:

@@ -80,6 +80,33 @@ def test_nothing_is_lost_whatever_the_disk(guest: Guest, tmp_path: Path, options
     assert PowerCut(session).losses(after_flushes(session, 200) + anywhere(session, 200, seed=4)) == []
 
 
+IMAGES: dict[str, tuple[str, dict[str, str]]] = {
+    "qcow2": ("qcow2", {}),
+    "qcow2, small clusters": ("qcow2", {"cluster_size": "1024"}),
+    "qcow2, subclusters": ("qcow2", {"extended_l2": "on"}),
+    "vmdk": ("vmdk", {}),
+    "vmdk, a stream": ("vmdk", {"subformat": "streamOptimized"}),
+    "vhdx": ("vhdx", {"block_size": "1M"}),
+    "vpc": ("vpc", {"force_size": "on"}),
+    "vdi": ("vdi", {}),
+}
+
+
+def test_nothing_is_lost_under_a_format(guest: Guest, tmp_path: Path) -> None:
+    """The log is of the image's file: what the format writes there is cut as well."""
+    session = record(guest, tmp_path, transactions=20, sector=512, format="qcow2", create={"cluster_size": "4096"})
+    assert PowerCut(session).losses(after_flushes(session, 10)[:10] + anywhere(session, 20, seed=6)) == []
+    cut = PowerCut(session, lying(session.entries))
+    assert any(cut.losses([point]) for point in anywhere(session, 100, seed=3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "create"), IMAGES.values(), ids=IMAGES)
+def test_nothing_is_lost_under_any_format(guest: Guest, tmp_path: Path, format: str, create: dict[str, str]) -> None:
+    session = record(guest, tmp_path, transactions=60, sector=512, format=format, create=create)
+    assert PowerCut(session).losses(after_flushes(session, 100)[:100] + anywhere(session, 200, seed=7)) == []
+
+
 @pytest.mark.slow
 def test_linux_itself_mends_what_a_power_cut_left(guest: Guest, tmp_path: Path) -> None:
     """As above, but it is the guest's kernel that replays the journal, and its sqlite3 the write-ahead log."""
