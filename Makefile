@@ -4,6 +4,7 @@
 # make test-nested  what needs hardware virtualization, in a nested machine where this one has none
 # make bench  beside QEMU and natively (BENCH_OPTIONS='--rows alu,crc --rounds 2 --boots 0'); COMPILED=1: with the
 #             translator compiled, as wheels have it
+# make fuzz FORMAT=qcow2 SECONDS=3600    a coverage-guided fuzzer of an image format; it keeps its corpus in .fuzz
 # make lint   the linters alone
 # make docs   this documentation, in docs/_build/html
 #
@@ -13,6 +14,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 MEMORY ?= 512M
 DISK ?= debian.img
+FORMAT ?= qcow2
+SECONDS ?= 3600
 
 RUN_PACKAGES := python3 python3-venv
 ROOT_PACKAGES := debootstrap e2fsprogs
@@ -26,7 +29,7 @@ BIN := .venv/bin
 RUN_STAMP := .venv/run.stamp
 DEV_STAMP := .venv/dev.stamp
 
-.PHONY: run run-root test test-all test-nested bench lint docs clean
+.PHONY: run run-root test test-all test-nested bench fuzz lint docs clean
 .DELETE_ON_ERROR:
 
 run: $(RUN_STAMP)
@@ -68,6 +71,10 @@ ifdef COMPILED
 endif
 	$(if $(COMPILED),PYTHONPATH=$(CURDIR)/.venv/compiled) $(BIN)/python -m benchmarks $(BENCH_OPTIONS)
 
+fuzz: $(DEV_STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	PYTHONPATH=. $(BIN)/python -m tests.fuzz $(FORMAT) $(SECONDS)
+
 $(RUN_STAMP): pyproject.toml
 	tools/need $(RUN_PACKAGES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Skep needs Python 3.11 or newer")'
@@ -81,4 +88,4 @@ $(DEV_STAMP): pyproject.toml $(RUN_STAMP)
 	touch $@
 
 clean:
-	rm -rf .venv dist docs/_build .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv dist docs/_build .fuzz .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -129,7 +129,7 @@ class SparseImage(Image):
             found, at = self._find(block)
             n = min(size - start, end - offset)
             if found is Kind.ABSENT and n == size:
-                n = max(n, min((self._skip(block) - block) * size, end - offset))
+                n = max(n, min((self._skip(block, -(-end // size)) - block) * size, end - offset))
             if run and found is kind and (at + start == host + run if kind is Kind.DATA else kind is not Kind.PACKED):
                 run += n
             else:
@@ -140,9 +140,9 @@ class SparseImage(Image):
         if run:
             yield Run(kind, run, host)
 
-    def _skip(self, block: int) -> int:
-        """The first block from here on that may be there, or one beyond the last. Large disks are mostly empty."""
-        return self._table.skip(block)
+    def _skip(self, block: int, end: int) -> int:
+        """The first block from here on that may be there, or ``end``. Large disks are mostly empty."""
+        return self._table.skip(block, end)
 
     def _reserve(self, length: int | None = None) -> int:
         """A place of zeros for one block, under the lock. Raises OSError if the file cannot grow."""
@@ -389,7 +389,7 @@ class SparseImage(Image):
         while block < self._blocks:
             wrong = None
             with self._lock:
-                block = self._skip(block)
+                block = self._skip(block, self._blocks)
                 if block >= self._blocks:
                     return
                 try:

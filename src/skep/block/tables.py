@@ -73,10 +73,10 @@ class Table:
         """A look at the entry needs no file."""
         return index // self._per_page in self._pages
 
-    def skip(self, index: int) -> int:
-        """The first index from here on whose entry may not be absent, or ``count``. Large disks are mostly empty."""
-        width = self._entry.size
-        while index < self.count:
+    def skip(self, index: int, end: int) -> int:
+        """The first index from here on whose entry may not be absent, or ``end``. Large disks are mostly empty."""
+        width, end = self._entry.size, min(end, self.count)
+        while index < end:
             number, at = divmod(index, self._per_page)
             if number in self._touched:
                 break
@@ -91,7 +91,7 @@ class Table:
             index += (len(rest) - len(present)) // width
             if present:
                 break
-        return min(index, self.count)
+        return min(index, end)
 
     def _page(self, number: int) -> bytes | bytearray:
         pages = self._pages

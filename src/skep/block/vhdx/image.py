@@ -256,8 +256,8 @@ class VhdxImage(SectorImage):
         if isinstance(backing, VhdxImage) and linkage != layout.guid_text(backing._header.data_write):
             raise ImageError(f"its parent was changed since: {backing.path}", self.path)
 
-    def _skip(self, block: int) -> int:
-        chunk, within = divmod(self._table.skip(self._index(block)), self._ratio + 1)
+    def _skip(self, block: int, end: int) -> int:
+        chunk, within = divmod(self._table.skip(self._index(block), self._index(end)), self._ratio + 1)
         return chunk * self._ratio + min(within, self._ratio)
 
     def _reserved(self) -> Iterator[tuple[int, int]]:

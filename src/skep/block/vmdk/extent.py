@@ -340,7 +340,7 @@ class SparseExtent(SparseImage):
         while block < self._blocks:
             yield from self._owned_packed(block)
             with self._lock:
-                block = self._skip(block + 1)
+                block = self._skip(block + 1, self._blocks)
 
     def _owned_packed(self, block: int) -> Iterator[Owned]:
         try:
