@@ -7,15 +7,17 @@ what became of the images, the longest time that one took (seconds of CPU), and 
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import random
 import re
+import resource
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +29,14 @@ from skep.errors import UserError
 from tests.block.damage import Sparse, mutate, tables
 
 MIB = 1 << 20
+LONGEST = 10
+"""Seconds of CPU for one image."""
+MEMORY = 64 * MIB
+"""Of address space, more than the process has before it sees the first image."""
+
+
+class TooLong(BaseException):
+    """Somebody does not come to an end. Nobody is to take it for a typed error."""
 
 
 def written(path: Path, format: str, options: Mapping[str, str]) -> None:
@@ -158,6 +168,29 @@ def exercise(image: Image, rng: random.Random, write: bool) -> None:
     image.info()
 
 
+@contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """Raises TooLong after so many seconds of CPU."""
+
+    def stop(*_: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def value_of(name: str) -> int:
+    """A line of /proc/self/status, KiB."""
+    found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1])
+
+
 def attempt(job: Callable[[], object]) -> None:
     try:
         job()
@@ -174,24 +207,23 @@ def main(format: str, count: int, seed: int) -> None:
         sound = seeds(format, directory)
         pristine = [Sparse.of(path) for path in sound]
         known = [tables(format, image) for image in pristine]
+        address_space = value_of("VmSize") * 1024 + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
         for i in range(count):
             rng = random.Random(f"{format} {seed} {i}")
             which = rng.randrange(len(sound))
             path = sound[which]
             mutate(pristine[which], format, rng, known[which]).put(path)
             begun = time.process_time()
-            faulthandler.dump_traceback_later(60, exit=True)
             try:
-                outcomes[use(path, format, rng)] += 1
+                with bounded(LONGEST):
+                    outcomes[use(path, format, rng)] += 1
             except BaseException:
                 print(f"{format} seed {seed} image {i}", file=sys.stderr)
                 raise
             longest = max(longest, time.process_time() - begun)
-        faulthandler.cancel_dump_traceback_later()
     assert not os.listdir("/proc/self/fd")[8:], os.listdir("/proc/self/fd")
-    memory_most = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert memory_most is not None
-    print(dict(outcomes), f"{longest:.2f}", memory_most[1])
+    print(dict(outcomes), f"{longest:.2f}", value_of("VmHWM"))
 
 
 if __name__ == "__main__":

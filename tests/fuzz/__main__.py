@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.fuzz.images import pack, sound_images, target
 
 ENDLESS = 600
-"""Seconds after which an input is given up; tests.fuzz.images bounds CPU time."""
+"""Seconds after which an input is given up; tests.block.hostile bounds CPU time."""
 MEMORY = 400
 """MiB of the process, libFuzzer's tables and the corpus with it."""
 LARGEST = 200_000
