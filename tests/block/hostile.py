@@ -47,9 +47,14 @@ def written(path: Path, format: str, options: Mapping[str, str]) -> None:
             write_at(image, at, b"data" * 256)
 
 
+def small_disk() -> bytes:
+    """Mostly zeros: what is done to data tells little."""
+    return (b"data" * 300).ljust(700_000, b"\0") + (b"more" * 300).ljust(MIB - 700_000, b"\0")
+
+
 def by_qemu(path: Path, format: str, *options: str) -> None:
     raw = path.with_suffix(".raw")
-    raw.write_bytes((b"data" * 4096 + bytes(100000)).ljust(MIB, b"x"))
+    raw.write_bytes(small_disk())
     command = ("qemu-img", "convert", *options, "-f", "raw", "-O", format, str(raw), str(path))
     os.spawnvp(os.P_WAIT, command[0], command)
     raw.unlink()
@@ -93,10 +98,9 @@ def seeds(format: str, directory: Path) -> list[Path]:
         case "dmg":
             from tests.block.test_read_only_formats import dmg
 
-            model = (b"data" * 4096 + bytes(200000)).ljust(MIB, b"x")
             kinds = (0x80000005, 1, 0x80000004, 0x80000006, 0x80000008)
-            add(lambda path: path.write_bytes(dmg(model, kinds)) and None)
-            add(lambda path: path.write_bytes(dmg(model, kinds, plist=False)) and None)
+            add(lambda path: path.write_bytes(dmg(small_disk(), kinds)) and None)
+            add(lambda path: path.write_bytes(dmg(small_disk(), kinds, plist=False)) and None)
     return made
 
 
@@ -126,7 +130,7 @@ def with_log(source: Path, path: Path) -> None:
 def use(path: Path, format: str, rng: random.Random) -> str:
     """What became of it."""
     try:
-        with open_image(path, format=format, read_only=True) as image:
+        with open_image(path, format=format, read_only=True, inside=(str(path.parent),)) as image:
             exercise(image, rng, False)
     except UserError:
         return "refused"

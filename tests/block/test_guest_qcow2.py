@@ -12,6 +12,7 @@ import pytest
 from skep.block.backend import read_at
 from skep.block.format import BackingName
 from skep.block.image import create_image, open_disk, open_image
+from skep.block.naming import backing_path
 from skep.block.options import BlockOptions
 from skep.errors import UserError
 from skep.guest.debian import Guest
@@ -76,3 +77,9 @@ def test_what_is_below_opens_only_where_it_is_allowed(tmp_path: Path) -> None:
             continue
         with pytest.raises(UserError, match=says):
             open_disk(options)
+
+
+@pytest.mark.parametrize("name", ["ba\0se", "ba\ud800se", "nbd://host/disk", "json:{}"])
+def test_what_is_no_file_at_all(name: str) -> None:
+    with pytest.raises(UserError, match="not a file"):
+        backing_path("overlay", name)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.block.damage import MOST, SECTOR, Sparse
-from tests.block.hostile import LONGEST, bounded, seeds, use
+from tests.block.hostile import LONGEST, bounded, seeds, small_disk, use
 
 _HEAD = struct.Struct("<HQ")
 _PIECE = struct.Struct("<QI")
@@ -52,7 +52,7 @@ def sound_images(format: str, directory: Path) -> list[Sparse]:
     """Of our making, and of QEMU's."""
     paths = seeds(format, directory)
     raw = directory / "raw"
-    raw.write_bytes((b"data" * 300).ljust(700_000, b"\0") + b"more" * 300)
+    raw.write_bytes(small_disk())
     for options in QEMU.get(format, ()):
         paths.append(directory / f"qemu{len(paths)}.{format}")
         # Version 7.2 says 1 for a compressed qcow whatever became of it.

@@ -22,11 +22,19 @@ def scheme_of(name: str) -> str | None:
 def backing_path(overlay: str, name: str) -> str:
     """The file that ``name`` in the image ``overlay`` means. Raises UserError for what is not a file's name."""
     name = name.removeprefix("file:")
-    if scheme_of(name) is not None:
+    if scheme_of(name) is not None or not _is_path(name):
         raise ImageError(f"its backing file is not a file: {name[:100]!r}", overlay)
     if scheme_of(overlay) is not None and not os.path.isabs(name):
         raise ImageError(f"it is on another machine, so {name[:100]!r} means nothing here", overlay)
     return os.path.join(os.path.dirname(overlay), name)
+
+
+def _is_path(name: str) -> bool:
+    """An image may say anything: what has zeros in it, or no bytes that stand for it, is no file's name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def place_of(overlay: str, name: str, inside: Sequence[str] | None) -> str:

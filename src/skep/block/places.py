@@ -7,7 +7,9 @@ remember at once, the tables are gone through again for the rest.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from math import gcd
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ _WORD = 512
 _FULL = (1 << _WORD) - 1
 _MOST_WORDS = 1 << 17
 """About 30 MiB."""
+_LONG = 16
+"""Words of one owner that are remembered as a run."""
 
 
 class Owned(NamedTuple):
@@ -97,11 +101,28 @@ class _Marks:
         self.first = first
         self.end = end
         self._words: dict[int, int] = {}
+        self._starts: list[int] = []
+        """Long runs of words that are somebody's altogether, and in no dictionary: where they begin, in order."""
+        self._ends: list[int] = []
 
     def claim(self, first: int, end: int) -> bool:
         """Mark units, as far as they are in these words. False: somebody has one of them."""
+        first, end = max(first, self.first * _WORD), min(end, self.end * _WORD)
+        if first >= end:
+            return True
+        begin, stop = -(-first // _WORD), end // _WORD
+        if stop - begin < _LONG:
+            return self._claim_words(range(first // _WORD, -(-end // _WORD)), first, end)
+        free = self._claim_run(begin, stop)
+        free &= self._claim_words(range(first // _WORD, begin), first, end)
+        return self._claim_words(range(stop, -(-end // _WORD)), first, end) and free
+
+    def _claim_words(self, words: range, first: int, end: int) -> bool:
         free = True
-        for word in range(max(first // _WORD, self.first), min(-(-end // _WORD), self.end)):
+        for word in words:
+            if self._starts and self._in_run(word):
+                free = False
+                continue
             base = word * _WORD
             mask = _FULL
             if first > base:
@@ -111,16 +132,46 @@ class _Marks:
             old = self._words.get(word, 0)
             free = free and not old & mask
             self._words[word] = old | mask
-            if len(self._words) > _MOST_WORDS:
-                self.end = sorted(self._words)[_MOST_WORDS // 2]
+            if self._is_full():
                 break
         return free
+
+    def _claim_run(self, first: int, end: int) -> bool:
+        low, high = bisect_right(self._ends, first), bisect_left(self._starts, end)
+        if len(self._words) < end - first:
+            inside = [word for word in self._words if first <= word < end]
+        else:
+            inside = [word for word in range(first, end) if word in self._words]
+        for word in inside:
+            del self._words[word]
+        free = low == high and not inside
+        if low < high:
+            first, end = min(first, self._starts[low]), max(end, self._ends[high - 1])
+        self._starts[low:high], self._ends[low:high] = [first], [end]
+        self._is_full()
+        return free
+
+    def _in_run(self, word: int) -> bool:
+        at = bisect_right(self._starts, word) - 1
+        return at >= 0 and word < self._ends[at]
+
+    def _is_full(self) -> bool:
+        """There is no memory for more: the second half is left to another time."""
+        if len(self._words) + len(self._starts) <= _MOST_WORDS:
+            return False
+        self.end = sorted([*self._words, *self._starts])[_MOST_WORDS // 2]
+        return True
 
     def free(self, step: int, size: int) -> Iterator[tuple[int, int]]:
         """Parts of the file, of ``size`` bytes, that are nobody's."""
         since = self.first * _WORD
-        for word in sorted(self._words):
+        for word, end in sorted([*zip(self._words, repeat(0)), *zip(self._starts, self._ends, strict=True)]):
             base = word * _WORD
+            if end:
+                if base > since:
+                    yield since * step, base * step
+                since = end * _WORD
+                continue
             bits = self._words[word]
             at = 0
             while at < _WORD:
