@@ -25,6 +25,8 @@ from skep.engine.translate.catalog import Catalog
 from skep.engine.translate.codebuffer import CodeBuffer
 from skep.engine.translate.codemap import CodeMap
 from skep.engine.translate.compiler import compile_functions
+from skep.engine.translate.compose_runtime import COMPOSE_ROUTINES
+from skep.engine.translate.composing import Composer
 from skep.engine.translate.drafting import Drafting
 from skep.engine.translate.emission import LINK_KEY, Emission, Emitted
 from skep.engine.translate.layout import HASH_BITS, Mode
@@ -80,7 +82,9 @@ RELAX = 1 << 14
 def _routines() -> bytes:
     """What the runtime modules hold, in machine code, the same at any address; before it a line that tells where each
     routine begins."""
-    unit = compile_functions([*ROUTINES, *STRING_ROUTINES, *NARROW_ROUTINES, *SYSTEM_ROUTINES], 0)
+    unit = compile_functions(
+        [*ROUTINES, *STRING_ROUTINES, *NARROW_ROUTINES, *SYSTEM_ROUTINES, *COMPOSE_ROUTINES], 0
+    )
     return json.dumps(unit.entry).encode() + b"\n" + unit.code
 
 
@@ -116,6 +120,9 @@ class Cache:
         self._drafting = Drafting(memory, self.catalog, self.map.mark, self.blocks)
         self._emission = Emission(
             self.buffer.rx, memory.base, self.catalog, self.stubs, self._drafting.live_at, self.blocks
+        )
+        self._composer = Composer(
+            memory, self.blocks, self.catalog, self._emission, self.stubs, self.buffer.rx, self.routines
         )
         self._clear_write_tags = self._routine("clear_write_tags", 2)
         self._fence = self._routine("barrier", 0)
@@ -160,9 +167,8 @@ class Cache:
         self._begin_piece()
 
     def close(self) -> None:
-        for note in self.store.noted():
-            self._keep(*note)
         self.map.close()
+        self._composer.close()
         self._words.release()
         self.blocks.close()
         self.buffer.close()
@@ -290,44 +296,21 @@ class Cache:
         return 0, NONE
 
     def _note(self, block: Block) -> None:
-        """Note what the store will want to know of a block that was just made."""
-        made = self._made
-        if made is None or not self.store.keeps:
-            return
-        data, emitted = made
-        page = block.pa & ~4095
-        looks = [
-            (at, bytes(self.memory.view(page | at, n)), constants) for at, (_, n, constants) in self._drafting.looked
-        ]
-        self.store.note(
-            (
-                block.pa, block.mode, block.size, block.live, block.pa2, block.looked, data, emitted.code,
-                emitted.entry, emitted.links, emitted.copies, emitted.marks, looks,
-            )
-        )  # fmt: skip
+        """Write down for the store a block that was just made."""
+        if self.store.keeps:
+            data = self._record(block, *self._made) if self._made else self._composer.record(block.number)
+            if data:
+                self.store.note(block.pa >> 12, data)
 
-    def _keep(
-        self,
-        pa: int,
-        mode: int,
-        size: int,
-        live: int,
-        pa2: int | None,
-        looked: tuple[int, int],
-        data: bytes,
-        code_: bytes,
-        entry: int,
-        links: list[tuple[int, int, int]],
-        copies_: list[tuple[int, int, int]],
-        marks: bytes,
-        looks: list[tuple[int, bytes, tuple[tuple[int, int], ...]]],
-    ) -> None:
-        """Have the store keep a block that was noted."""
+    def _record(self, block: Block, data: bytes, emitted: Emitted) -> bytes:
+        """The record of a block that was made of the guest's bytes ``data``."""
+        pa, pa2 = block.pa, block.pa2
+        page = pa & ~4095
         offset = pa & 4095
         room = 4096 - offset
-        unplaced, *places = self._emission.unplaced(code_, links, mode, live, pa2)
+        unplaced, *places = self._emission.unplaced(bytes(emitted.code), emitted.links, block.mode, block.live, pa2)
         code = bytearray(unplaced)
-        constants_ = [copy for copy in copies_ if copy[1] + (copy[2] & 15) <= room]
+        constants_ = [copy for copy in emitted.copies if copy[1] + (copy[2] & 15) <= room]
         for to, of, k in constants_:
             k &= 15
             mine = int.from_bytes(code[to : to + k], "little") - int.from_bytes(data[of : of + k], "little")
@@ -336,21 +319,25 @@ class Cache:
         runs = [Run(offset, data[:room], _mask(min(len(data), room), ((of, k & 15) for _, of, k in constants_)))]
         if pa2 is not None:
             runs.append(Run(0, data[room:], second=True))
-        for at, seen, constants in {look[0]: look for look in looks}.values():
-            runs.append(Run(at, seen, _mask(len(seen), constants)))
+        for at, (_, n, constants) in dict(self._drafting.looked).items():
+            runs.append(Run(at, bytes(self.memory.view(page | at, n)), _mask(n, constants)))
         second, brk, *span = places
-        self.store.put(
-            pa >> 12,
-            Record(
-                offset, mode, size, runs, bytes(code), entry, live, [stub + LINK_KEY for _, stub, _ in links], copies,
-                second, brk, (span[0], span[1]), looked, marks,
-            ),
-        )  # fmt: skip
+        return Record(
+            offset, block.mode, block.size, runs, bytes(code), emitted.entry, block.live,
+            [stub + LINK_KEY for _, stub, _ in emitted.links], copies, second, brk, (span[0], span[1]), block.looked,
+            emitted.marks.tobytes(),
+        ).pack()  # fmt: skip
 
     def _make(self, pa: int, mode: int, next_page: Callable[[], int]) -> None:
         """The block at ``pa``, its bytes marked, nothing leading to it."""
         began = perf_counter_ns()
         state = self._state
+        self.made += 1
+        self._made = None
+        if self._composer.make(pa, mode):
+            self.instructions += self._composer.instructions
+            self.translating += perf_counter_ns() - began
+            return
         draft = self._drafting.draft(pa, mode, next_page)
         needs, live = self._drafting.needs(draft)
         start = state[POS >> 3]
@@ -376,7 +363,6 @@ class Cache:
         )  # fmt: skip
         state[NEXT >> 3] += 1
         state[POS >> 3] = at + len(notes) + 15 & ~15
-        self.made += 1
         self.instructions += len(draft.items)
         self.translating += perf_counter_ns() - began
 

@@ -62,21 +62,25 @@ class Catalog:
         """The form of the instruction ``ins``, just decoded from ``key``, which ``seen.forms`` does not have."""
         if ins.code == Code.INVALID:
             return seen.lowering.emulated
-        heads = seen.heads
-        for tail in _TAILS:
-            form = heads.get(key[:-tail])
-            if form is not None:
-                break
-        else:
-            form = self._shape(seen, key, ins, decoder)
+        form, _ = self.known(seen, key, ins, decoder)
         if len(key) <= SHORT and not form.wrap:
             if len(seen.forms) >= MAX_FORMS:
                 seen.forms.clear()
             seen.forms[key] = form
         return form
 
-    def _shape(self, seen: Seen, key: bytes, ins: Instruction, decoder: Decoder) -> Form:
-        """The form of an instruction seen for the first time: that of its bytes without the constants left open."""
+    def known(self, seen: Seen, key: bytes, ins: Instruction, decoder: Decoder) -> tuple[Form, int]:
+        """The form of a valid instruction, just decoded from ``key``, and how many of its bytes decide that."""
+        heads = seen.heads
+        for tail in _TAILS:
+            form = heads.get(key[:-tail])
+            if form is not None:
+                return form, len(key) - tail
+        return self._shape(seen, key, ins, decoder)
+
+    def _shape(self, seen: Seen, key: bytes, ins: Instruction, decoder: Decoder) -> tuple[Form, int]:
+        """As known, of an instruction seen for the first time: the form is that of its bytes without the constants left
+        open."""
         lowering = seen.lowering
         if max(len(seen.shapes), len(seen.heads), len(self._general)) >= MAX_SHAPES:
             for one in self._modes.values():
@@ -108,20 +112,22 @@ class Catalog:
                     if lowering.is_general(ins):
                         self._general[general] = form
             seen.shapes[name] = form
+        head = len(key)
         if target:
-            seen.heads[key[: where.immediate_offset]] = form
+            head = where.immediate_offset
         else:
-            constants = len(key)
             if where.has_immediate:
-                constants = where.immediate_offset if open_.imm_size else 0
-            if where.has_displacement and constants:
-                constants = where.displacement_offset if open_.disp_size or relative else 0
+                head = where.immediate_offset if open_.imm_size else 0
+            if where.has_displacement and head:
+                head = where.displacement_offset if open_.disp_size or relative else 0
             end = max(
                 where.displacement_offset + where.displacement_size, where.immediate_offset + where.immediate_size
             )
-            if 0 < constants < end == len(key):  # a register may stand behind them (VBLENDVPS)
-                seen.heads[key[:constants]] = form
-        return form
+            if not 0 < head < end == len(key):  # a register may stand behind them (VBLENDVPS)
+                head = len(key)
+        if head < len(key):
+            seen.heads[key[:head]] = form
+        return form, head
 
     def template(
         self, form: Form, lowering: Lowering, data: bytes, index: int, at: int, n: int, live: bool

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from iced_x86 import Decoder
 
+from skep.engine.translate import sheet
 from skep.engine.translate.asm import R10, R11, RCX, Assembler, Cond, Mem, gs
 from skep.engine.translate.catalog import Catalog
 from skep.engine.translate.drafting import Draft, KnownBlocks
@@ -52,7 +53,7 @@ _SLOW = struct.Struct(f"<Bi{len(_SLOW_CALL)}sBi")
 _SLOW_CODE = _SLOW.pack(0x68, 0, _SLOW_CALL, 0xE9, 0)
 """push descriptor; call slow; jmp back"""
 _RANGE_CODE = _SLOW.pack(0x68, 0, _RANGE_CALL, 0xE9, 0)
-_SLOW_SIZE = _SLOW.size
+SLOW_SIZE = _SLOW.size
 _SLOW_PUSH = b"\x68"
 # Looking names up in a class costs more than the rest of a step of the loops below.
 _NO, _JCC, _JMP, _CALL, _LOOP, _MODE, _LOOK = Ends.NO, Ends.JCC, Ends.JMP, Ends.CALL, Ends.LOOP, Ends.MODE, Ends.LOOK
@@ -76,9 +77,9 @@ def _jumps(opcode: bytes) -> _Jumps:
     return first, second, third, fourth
 
 
-_RANGE = 1 << 30
+RANGE_BIT = 1 << 30
 """In a descriptor: several operands share the check (runtime.fill_range)."""
-_TABLE = _RANGE | 1 << 29
+_TABLE = RANGE_BIT | 1 << 29
 """The same for a table, whose size is told in words of 8 bytes (runtime.fill_table)."""
 _MOVED = 8
 """With what is said of a check in a template: registers are renamed there."""
@@ -88,6 +89,7 @@ _JCC_JUMPS = [_jumps(bytes((0x0F, 0x80 | cc))) for cc in range(16)]
 _JMP_JUMPS = _jumps(b"\xe9")
 _LINK = struct.Struct(f"<2sQ{len(_LINK_CALL)}si")
 _LINK_SITE = 10 + len(_LINK_CALL)
+LINK_SIZE = _LINK.size
 RELATIVE = 4 | 1 << 8
 """In place of bytes: the displacement of a RIP-relative operand."""
 LINK_KEY = 2
@@ -178,7 +180,7 @@ class Emission:
         mode, lowering, data = draft.mode, draft.lowering, draft.data
         offset = draft.pa & 4095
         rx = self._executable + start
-        prologue, fix_second, fix_brk, fix_page = self._prologue(mode, bool(live))
+        prologue, fix_second, fix_brk, fix_page = self.prologue(mode, bool(live))
         out = bytearray(prologue)
         _i32(out, fix_second, self._second[mode & 3] - (rx + fix_second + 4))
         _i32(out, fix_brk, self._brk_exit - (rx + fix_brk + 4))
@@ -238,7 +240,7 @@ class Emission:
                     code, jump = lowering.range_check(write, flags, register == 4)
                     out += code
                     _i32(out, base + jump - 6, 4096 - length)
-                    desc = _RANGE | (mode & 3) << 24 | write << 22 | length << 12 | at
+                    desc = RANGE_BIT | (mode & 3) << 24 | write << 22 | length << 12 | at
                     stack = 0
                     if register == 4:
                         stack = 6 if e or form.step is not None else 2
@@ -287,7 +289,7 @@ class Emission:
             if saved & _MOVED:
                 out += _RESTORE if saved & 1 else b""
                 out += block.undo + _SLOW_PUSH + desc.to_bytes(4, "little")
-                out += (_RANGE_CALL if desc & _RANGE else _SLOW_CALL) + redo + b"\xe9"
+                out += (_RANGE_CALL if desc & RANGE_BIT else _SLOW_CALL) + redo + b"\xe9"
                 out += (back - len(out) - 4).to_bytes(4, "little", signed=True)
                 continue
             code, again = self._tail(lowering, desc, saved)
@@ -295,7 +297,7 @@ class Emission:
             end = len(out)
             if again:
                 _i32(out, here + again, back - (here + again + 4))
-            _i32(out, end - _SLOW_SIZE + 1, desc)
+            _i32(out, end - SLOW_SIZE + 1, desc)
             _i32(out, end - 4, back - end)
         for site, target, at in block.outs:
             _i32(out, site, len(out) - site - 4)
@@ -416,7 +418,7 @@ class Emission:
         """Where a check with the descriptor ``desc`` goes on when it fails: ends in _SLOW_CODE or
         _RANGE_CODE. With it, where another displacement of a jump back stands, or 0."""
         restore = _RESTORE if saved & 1 else b""
-        call = _RANGE_CODE if desc & _RANGE else _SLOW_CODE
+        call = _RANGE_CODE if desc & RANGE_BIT else _SLOW_CODE
         if not saved & 2:
             return restore + call, 0
         size = desc >> 12 & 1023
@@ -428,6 +430,24 @@ class Emission:
         _i32(out, jump, len(out) - jump - 4)
         return bytes(out + restore + call), again
 
+    def pieces(self) -> dict[int, list[bytes]]:
+        """What machine code puts blocks together of (composing.py), by its place on the sheet."""
+        tails = [(_RESTORE if i & 1 else b"") + (_RANGE_CODE if i & 2 else _SLOW_CODE) for i in range(4)]
+        link = _LINK.pack(b"\x49\xbb", 0, _LINK_CALL, 0)
+        return {
+            sheet.LEAD_CODE: _LEA, sheet.TAKE_CODE: _TAKE, sheet.KEEP_CODE: _KEEP, sheet.TAILS: tails,
+            sheet.CHECK_CODE: [_CHECK_DEAD, _CHECK_LIVE], sheet.PAGE_CODE: [_PAGE_PLUS], sheet.LINK_CODE: [link],
+            sheet.BREAK_CODE: [_BRK_JUMP],
+        }  # fmt: skip
+
+    def stack_tail(self, lowering: Lowering, index: int) -> tuple[bytes, int, int]:
+        """One of _tail's for the stack, by sheet.M_TAIL, and where the other displacement of a jump back and the
+        size's complement to 4096 stand."""
+        desc = (RANGE_BIT if index & 2 else 0) | (1 << 22 if index & 4 else 0) | 1 << 12
+        code, again = self._tail(lowering, desc, index & 1 | 2 | (4 if index & 8 else 0))
+        _, jump = lowering.fallback(1, bool(index & 4), bool(index & 8))
+        return code, again, jump - 6
+
     def unplaced(
         self, made: bytes, links: list[tuple[int, int, int]], mode: int, live: int, pa2: int | None
     ) -> tuple[bytes, int, int, int, int]:
@@ -435,7 +455,7 @@ class Emission:
         blocks there are; and where it wants the displacements of `second` and `brk`, and twice the host address of its
         second page."""
         code = bytearray(made)
-        _, second, brk, page = self._prologue(mode & ~Mode.PLAIN, bool(live))
+        _, second, brk, page = self.prologue(mode & ~Mode.PLAIN, bool(live))
         _i32(code, second, 0)
         _i32(code, brk, 0)
         for site, stub, key in links:
@@ -462,7 +482,7 @@ class Emission:
             return a.code(0) + lowering.dispatch_code
         return _PAGE_PLUS + (target & 0xFFFFFFFF).to_bytes(4, "little") + lowering.dispatch_code
 
-    def _prologue(self, mode: int, live: bool) -> tuple[bytes, int, int, int]:
+    def prologue(self, mode: int, live: bool) -> tuple[bytes, int, int, int]:
         """The checked entry, and where it wants the displacements of `second`, `brk` and the block's negated offset."""
         known = self._prologues.get((mode & Mode.SHAPE, live))
         if known is not None:
@@ -581,6 +601,6 @@ class Emission:
             if saved & 1:
                 out.extend(_RESTORE)
                 here += len(_RESTORE)
-            out.extend(_SLOW.pack(0x68, desc | offset, _SLOW_CALL, 0xE9, back - (here + _SLOW_SIZE)))
+            out.extend(_SLOW.pack(0x68, desc | offset, _SLOW_CALL, 0xE9, back - (here + SLOW_SIZE)))
         return bytes(out)
 

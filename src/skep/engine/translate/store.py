@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from time import time_ns
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import iced_x86
 
@@ -35,6 +35,7 @@ from skep.engine.translate.segment import (
     read_whole,
     write_whole,
 )
+from skep.engine.translate.sheet import MOST_CODE
 from skep.engine.translate.tables import COPY, RECORD, RUN, RUN_MASKED, RUN_SECOND, WHICH
 
 LIMIT = 256 << 20
@@ -45,8 +46,6 @@ WORTH = 64
 """A segment with fewer records, or with less than a twentieth of what was adopted, is not written."""
 OLD = 7 * 86400 * 10**9
 """Nanoseconds after which what another translator compiled goes."""
-MOST = 48 << 10
-"""Bytes of code of a block that is kept."""
 READ = 2 << 20
 """Bytes of groups that are remembered."""
 SEEN_BITS = 17
@@ -212,6 +211,7 @@ class Store:
         if self._directory < 0:
             return
         try:
+            self.sort_notes()
             self._keep()
         except OSError as error:
             self.problem = error.strerror or str(error)
@@ -219,9 +219,6 @@ class Store:
             if self._draft is not None:
                 self._draft.drop()
                 self._draft = None
-            if self._notes is not None:
-                self._notes.close()
-                self._notes = None
             for segment in self._segments:
                 segment.close()
             self._segments.clear()
@@ -281,53 +278,47 @@ class Store:
 
     # Keeping
 
-    def note(self, what: tuple[Any, ...]) -> None:
-        """Write down what shall become a record when the VM ends: to make one costs more than to make a block."""
+    def note(self, page: int, record: bytes) -> None:
+        """A block was made that no record was: write down its packed record. ``page`` is the same for all that are made
+        on one page."""
+        if len(record) > MOST_CODE:
+            return
         try:
             if self._notes is None:
                 self._notes = Notes(self._directory)
             if self._notes.size < self._limit:
-                self._notes.add(what)
+                self._notes.add((page, record))
         except OSError as error:
             self.problem = error.strerror or str(error)
             self.close()
 
-    def noted(self) -> Iterator[tuple[Any, ...]]:
-        """What was written down."""
-        try:
-            if self._notes is not None:
-                yield from self._notes
-        except OSError as error:
-            self.problem = error.strerror or str(error)
+    def sort_notes(self) -> None:
+        """What was noted goes to a draft of a segment; at the VM's end."""
+        if self._notes is not None:
+            try:
+                for page, record in self._notes:
+                    self._put(page, record)
+            finally:
+                self._notes.close()
+                self._notes = None
 
-    def put(self, page: int, record: Record) -> None:
-        """A block was made that no record was. ``page`` is the same for all that are made on one page."""
-        if self._directory < 0 or len(record.code) > MOST:
-            return
-        data = record.pack()
+    def _put(self, page: int, data: bytes) -> None:
         name = _name(data)
         check = zlib.crc32(data)
         number = check & (1 << SEEN_BITS) - 1
         if self._seen[number] == name.key ^ check << 32:
             return
         self._seen[number] = name.key ^ check << 32
-        self._add(page, name, check, data)
-
-    def _add(self, page: int, name: Name, check: int, data: bytes) -> None:
-        try:
-            if self._new is not None:
-                self._new.append((page, name, check, data))
-                if len(self._new) < WORTH:
-                    return
-                self._draft = Draft(self._directory, f"{self._identity}-{os.urandom(8).hex()}.seg")
-                for one in self._new:
-                    self._draft.add(*one)
-                self._new = None
-            elif self._draft is not None and self._draft.size < self._limit:
-                self._draft.add(page, name, check, data)
-        except OSError as error:
-            self.problem = error.strerror or str(error)
-            self.close()
+        if self._new is not None:
+            self._new.append((page, name, check, data))
+            if len(self._new) < WORTH:
+                return
+            self._draft = Draft(self._directory, f"{self._identity}-{os.urandom(8).hex()}.seg")
+            for one in self._new:
+                self._draft.add(*one)
+            self._new = None
+        elif self._draft is not None and self._draft.size < self._limit:
+            self._draft.add(page, name, check, data)
 
     def _names(self) -> list[str]:
         """The segments that there are, the one that was used last at the end."""
