@@ -158,7 +158,8 @@ class TestOracle:
         with Oracle(timeout=0.5) as impatient:
             with pytest.raises(OracleError, match="did not finish"):
                 outcome(impatient, "again: jmp again")
-            assert outcome(impatient, "nop").vector == 6  # a new worker
+            impatient.timeout = 30  # a new worker, on a busy machine
+            assert outcome(impatient, "nop").vector == 6
 
     def test_initial_components_are_written_out(self) -> None:
         image = bytearray(b"\xaa" * XSAVE_SIZE)
