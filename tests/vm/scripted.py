@@ -49,8 +49,6 @@ class ScriptedVcpu:
     def request_exit(self) -> None:
         self.wanted.set()
 
-    asleep = False
-
     def frozen(self) -> bool:
         return False
 

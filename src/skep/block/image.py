@@ -9,7 +9,7 @@ from skep.block.backend import BlockBackend, File
 from skep.block.filters import CopyOnRead, Throttle, Trace
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.block.layers import Opening, open_named, open_tree
-from skep.block.naming import backing_path
+from skep.block.naming import REMOTE, backing_path, scheme_of
 from skep.block.options import BlockOptions
 from skep.block.record import Recorder
 from skep.block.registry import format_named
@@ -84,6 +84,8 @@ def create_image(
     """
     path = os.fspath(path)
     kind = format_named(format, path)
+    if scheme_of(path) in REMOTE and not kind.fits_devices:
+        raise ImageError(f"a {format} image needs a file that grows", path, "make raw, qcow2 or luks there")
     options = {} if options is None else options
     for name in options:
         if name not in kind.create_options:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from skep.block.backend import File
-from skep.block.bytewise import Bytewise
-from skep.block.file import HostFile, open_file
 from skep.block.filters import REQUESTS, CopyOnRead, Delay, Fault, Faulty, Throttle, Trace
 from skep.block.format import BackingName, Can, Image, ImageError
 from skep.block.naming import place_of, scheme_of
+from skep.block.protocol import open_protocol, whole_bytes
 from skep.block.raw import RawImage
 from skep.block.record import Recorder
 from skep.block.registry import FORMATS, format_named, probe
@@ -48,7 +47,7 @@ def open_named(name: str, format: str | None, options: Mapping[str, str], how: O
         return open_tree(parse_layers(name), how)
     if format is not None:
         format_named(format, name)
-    return _with_chain(_open_image(open_place(name, how), format, options, None, how), how)
+    return _with_chain(_open_image(_open_place(name, how), format, options, None, how), how)
 
 
 def open_tree(tree: Tree, how: Opening) -> Image:
@@ -57,15 +56,11 @@ def open_tree(tree: Tree, how: Opening) -> Image:
     return _image_over(Layer(tree), how)
 
 
-def open_place(name: str, how: Opening) -> File:
-    """A file's bytes, whatever is in it: on this host, or behind a network block device."""
-    path = name.removeprefix("file:")
-    return open_file(path, read_only=how.read_only, no_cache=how.no_cache, synchronous=how.synchronous, lock=how.lock)
-
-
-def _whole_bytes(layer: File) -> File:
-    """The same, so that it takes any offset and length."""
-    return Bytewise(layer) if layer.alignment > 1 and not isinstance(layer, HostFile) else layer
+def _open_place(name: str, how: Opening) -> File:
+    """A file's bytes, whatever is in it."""
+    return open_protocol(
+        name, read_only=how.read_only, no_cache=how.no_cache, synchronous=how.synchronous, lock=how.lock
+    )
 
 
 # Layers as a tree tells them.
@@ -93,11 +88,15 @@ def _open_layer(said: Layer, how: Opening, *, image: bool) -> File:
         return _open_format(said, None, how)
     if driver is None or driver in ("file", "host_device"):
         return _open_file(said, how)
+    if driver == "nbd":
+        from skep.block.nbd.client import open_layer
+
+        return open_layer(said, read_only=how.read_only, write_cache=not how.synchronous)
     if driver in FORMATS:
         return _open_format(said, driver, how)
     if driver in _FILTERS:
         return _open_filter(said, driver, how, image=image)
-    known = ", ".join(sorted(("file", "host_device", *FORMATS, *_FILTERS)))
+    known = ", ".join(sorted(("file", "host_device", "nbd", *FORMATS, *_FILTERS)))
     raise UserError(f"no such driver: {driver!r}", said.where("driver"), f"known are {known}")
 
 
@@ -107,7 +106,7 @@ def _open_file(said: Layer, how: Opening) -> File:
     if locking not in ("auto", "on", "off"):
         raise UserError(f"is auto, on or off, not {locking!r}", said.where("locking"))
     how = replace(how, lock=how.lock and locking != "off", no_cache=how.no_cache if direct is None else direct)
-    return open_place(name, how)
+    return _open_place(name, how)
 
 
 def _open_format(said: Layer, format: str | None, how: Opening) -> Image:
@@ -119,7 +118,7 @@ def _open_format(said: Layer, format: str | None, how: Opening) -> Image:
     if name is not None and name.startswith("json:"):
         raise UserError("is told as a tree already", said.where("filename"))
     options = said.rest(None if format is None else format_named(format).open_options)
-    below = open_place(name or "", how) if file is None else _whole_bytes(_file_over(file, how))
+    below = _open_place(name or "", how) if file is None else whole_bytes(_file_over(file, how))
     image = _open_image(below, format, options, data, how)
     if backing is None:
         return image if bare else _with_chain(image, how)
@@ -211,7 +210,7 @@ def _open_image(file: File, format: str | None, options: Mapping[str, str], data
     def open_other(name: str) -> File:
         if data is not None:
             return _file_over(data, how)
-        return open_place(place_of(file.path, name, how.inside), how)
+        return _open_place(place_of(file.path, name, how.inside), how)
 
     image = None
     try:
@@ -267,7 +266,7 @@ def _open_backing(above: Image, name: BackingName, seen: set[str], how: Opening)
     try:
         if name.format is not None:
             format_named(name.format, place)
-        return _open_image(open_place(place, how), name.format, {}, None, how)
+        return _open_image(_open_place(place, how), name.format, {}, None, how)
     except UserError as error:
         raise ImageError(f"its backing file cannot be opened: {error}", above.path) from None
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from skep.block.format import ImageError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=:)")
-REMOTE: tuple[str, ...] = ()
+REMOTE = ("nbd", "nbd+unix")
 """What may be before the ``:`` of a name that is no file's."""
 
 
@@ -24,7 +24,7 @@ def backing_path(overlay: str, name: str) -> str:
     name = name.removeprefix("file:")
     if scheme_of(name) is not None or not _is_path(name):
         raise ImageError(f"its backing file is not a file: {name[:100]!r}", overlay)
-    if scheme_of(overlay) is not None and not os.path.isabs(name):
+    if scheme_of(overlay) in REMOTE and not os.path.isabs(name):
         raise ImageError(f"it is on another machine, so {name[:100]!r} means nothing here", overlay)
     return os.path.join(os.path.dirname(overlay), name)
 

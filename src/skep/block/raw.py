@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from skep.block.backend import Buffers, Extent, File, Located, read_padded, write_zeroes_as_data
-from skep.block.file import create_file
+from skep.block.backend import Buffers, Extent, File, read_padded, write_zeroes_as_data
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError, Option
+from skep.block.protocol import create_protocol
 from skep.block.secrets import NO_SECRETS, Secrets
 
 _PREALLOCATION = ("off", "falloc", "full")
@@ -17,6 +17,7 @@ class RawImage(Image):
     """A file whose last sector is not whole is a disk with zeros at its end."""
 
     format = "raw"
+    fits_devices = True
     create_options: ClassVar = {
         "preallocation": Option("Preallocation mode (allowed values: off, falloc, full)", "off"),
     }
@@ -43,9 +44,6 @@ class RawImage(Image):
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         return self.file.write_now(buffers, offset)
-
-    def locate(self, offset: int, length: int, write: bool) -> Located | None:
-        return self.file.locate(offset, length, write)
 
     def discard(self, offset: int, length: int) -> None:
         self.file.discard(offset, length)
@@ -82,7 +80,7 @@ class RawImage(Image):
         mode = options.get("preallocation", "off")
         if mode not in _PREALLOCATION:
             raise ImageError(f"no such preallocation: {mode!r}", path, f"known are {', '.join(_PREALLOCATION)}")
-        with create_file(path, size) as file:
+        with create_protocol(path, size) as file:
             preallocate(file, 0, size, mode)
 
     @classmethod

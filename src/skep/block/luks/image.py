@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Self
 
 from skep.block.backend import Buffers, Extent, File
 from skep.block.choices import choice
-from skep.block.file import create_file
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError, Option
 from skep.block.luks import names
 from skep.block.luks import options as said
 from skep.block.luks.header import write_header
 from skep.block.luks.keys import KeySlots, sector_cipher
 from skep.block.luks.layer import EncryptedFile, LockedFile
+from skep.block.protocol import create_protocol
 from skep.block.raw import preallocate
 from skep.block.secrets import NO_SECRETS, Secrets
 
@@ -22,6 +22,7 @@ class LuksImage(Image):
     """Locked until :meth:`unlock`: then it can be read and written. A new disk is not zeros, but anything."""
 
     format = "luks"
+    fits_devices = True
     can = Can.WRITE | Can.DISCARD | Can.RESIZE
     create_options: ClassVar = {
         **names.CREATE,
@@ -105,7 +106,7 @@ class LuksImage(Image):
         said.password_of(path, options, secrets)
         header, key = said.header_of(path, options)
         start = header.payload_offset * SECTOR
-        with create_file(path, start + size) as file:
+        with create_protocol(path, start + size) as file:
             write_header(file, 0, header)
             said.add_first_key(KeySlots(file), key, path, options, secrets)
             preallocate(file, start, size, mode)

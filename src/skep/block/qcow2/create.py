@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from skep.block.backend import write_at
-from skep.block.file import create_file, open_file
 from skep.block.format import PREALLOCATION, BackingName, ImageError, Option
 from skep.block.luks import names
 from skep.block.luks.names import prefixed
+from skep.block.protocol import create_protocol, open_protocol
 from skep.block.qcow2.header import (
     FEATURE_NAMES,
     Autoclear,
@@ -77,7 +77,7 @@ def create(
             header.extensions = {int(Extension.BACKING_FORMAT): backing.format.encode()} | header.extensions
     data_file = _data_file(path, options, header, backing)
     cluster = header.cluster_size
-    with create_file(path) as file:
+    with create_protocol(path) as file:
         # The refcount table, one block, and nothing else yet: clusters 0, 1 and 2.
         packing = Packing(1 << header.refcount_order)
         counts = packing.several(0, cluster * 8 // packing.bits)
@@ -86,10 +86,10 @@ def create(
         write_at(file, 2 * cluster, packing.pack(counts))
         write_at(file, 0, header.pack())
         file.flush()
-    with kind(open_file(path)) as image:
+    with kind(open_protocol(path)) as image:
         if data_file is not None:
             place = data_file
-            image.open_files(lambda name: create_file(place, size))
+            image.open_files(lambda name: create_protocol(place, size))
         if encrypted:
             from skep.block.qcow2.encryption import encrypt_new
 

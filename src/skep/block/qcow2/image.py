@@ -21,6 +21,7 @@ from skep.block.secrets import NO_SECRETS, Secrets, secret_named
 class Qcow2Image(Written):
     """An open qcow2 image."""
 
+    fits_devices = True
     create_options: ClassVar[Mapping[str, Option]] = create.OPTIONS
     open_options: ClassVar[Mapping[str, Option]] = create.OPEN_OPTIONS
     amend_options: ClassVar[Mapping[str, Option]] = create.AMEND_OPTIONS
