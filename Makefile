@@ -21,7 +21,7 @@ RUN_PACKAGES := python3 python3-venv
 ROOT_PACKAGES := debootstrap e2fsprogs
 TEST_PACKAGES := $(RUN_PACKAGES) $(ROOT_PACKAGES) acpica-tools binutils cpio cryptsetup-bin nbdkit dmidecode gdb linux-perf lz4 openssl python3-dev python3-libvhdi \
     qemu-user \
-    gcc libc6-dev qemu-system-x86 qemu-utils socat sqlite3 tcc xz-utils zstd
+    gcc libc6-dev qemu-system-x86 qemu-utils socat sqlite3 strace tcc xz-utils zstd
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev qemu-system-x86
 
 BIN := .venv/bin
