@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from iced_x86 import Code, Decoder, Instruction
 
-from skep.engine.translate.forms import HOMES, NOTHING_OPEN, Form, Open, Template, near_branch
+from skep.engine.translate.forms import HOMES, NOTHING_OPEN, Form, Legality, Open, Template, near_branch
 from skep.engine.translate.layout import Mode
 from skep.engine.translate.lower import Lowering
 from skep.engine.translate.narrow import Narrow
+from skep.engine.translate.plain import Kind, Kinds, Plain, PlainForm
+from skep.engine.translate.reading import RELATIVE, Read
 
 MAX_FORMS = 1 << 16
 """Instructions whose bytes are remembered, by mode: what a guest can make us keep has a bound."""
@@ -48,6 +50,7 @@ class Catalog:
         self._modes: dict[int, Seen] = {}
         self._general: dict[tuple[tuple[bytes, Open], int], Form] = {}
         """Forms that no legality class changes."""
+        self._kinds = Kinds()
 
     def mode(self, mode: int) -> Seen:
         mode &= ~Mode.PLAIN
@@ -55,8 +58,15 @@ class Catalog:
         if known is None:
             if len(self._modes) >= MAX_MODES:
                 self._modes.clear()
-            known = self._modes[mode] = Seen(Narrow(mode) if mode & Mode.NARROW else Lowering(mode))
+            known = self._modes[mode] = Seen(self._lowering(mode))
         return known
+
+    def _lowering(self, mode: int) -> Lowering:
+        if mode & Mode.NARROW:
+            return Narrow(mode)
+        if mode >> Mode.CLASS_SHIFT & Legality.ALIGNED:
+            return Lowering(mode)
+        return Plain(mode, self._kinds)
 
     def form(self, seen: Seen, key: bytes, ins: Instruction, decoder: Decoder) -> Form:
         """The form of the instruction ``ins``, just decoded from ``key``, which ``seen.forms`` does not have."""
@@ -86,6 +96,13 @@ class Catalog:
             for one in self._modes.values():
                 one.clear()
             self._general.clear()
+        if isinstance(lowering, Plain):
+            plain = lowering.plain(key)
+            if plain is not None:
+                found, head = self._plain(seen, lowering, key, *plain)
+                if head < len(key):
+                    seen.heads[key[:head]] = found
+                return found, head
         where = decoder.get_constant_offsets(ins)
         target = near_branch(ins)
         relative = ins.is_ip_rel_memory_operand
@@ -129,14 +146,37 @@ class Catalog:
             seen.heads[key[:head]] = form
         return form, head
 
+    def _plain(self, seen: Seen, lowering: Plain, key: bytes, read: Read, kind: Kind, open_: Open) -> tuple[Form, int]:
+        """The same of a plain instruction, and how many of its bytes decide its form."""
+        disp, imm = read.disp, read.imm
+        shape = key[:imm] if open_.imm_size else key
+        head = len(shape)
+        if open_.disp_size or read.where == RELATIVE:
+            if head == imm:
+                head = disp
+            shape = shape[:disp] + shape[imm:]
+        elif disp < imm:
+            head = len(key)
+        name = (shape, open_)
+        form = seen.shapes.get(name)
+        if form is None:
+            general = (name, lowering.shape)
+            form = self._general.get(general)
+            if form is None:
+                form = self._general[general] = lowering.plain_form(read, kind, open_, len(key))
+            seen.shapes[name] = form
+        return form, head
+
     def template(
         self, form: Form, lowering: Lowering, data: bytes, index: int, at: int, n: int, live: bool
     ) -> Template:
-        decoder = Decoder(lowering.bits, data[index : index + n], ip=at)
-        ins = decoder.decode()
+        t: Template | None = None
         if form.emulate:
             t = lowering.emulated_template
-        else:
+        elif isinstance(form, PlainForm) and isinstance(lowering, Plain):
+            t = lowering.plain_template(form, data[index : index + n], live)
+        if t is None:
+            ins = Decoder(lowering.bits, data[index : index + n], ip=at).decode()
             t = lowering.template(ins, data[index : index + n], live, None, form.open)
         if live:
             form.live = t
@@ -165,6 +205,10 @@ class Catalog:
 
     def placed(self, form: Form, lowering: Lowering, data: bytes, index: int, at: int, n: int) -> Template:
         """The instruction with its operand at r10 plus a hole."""
-        ins = Decoder(lowering.bits, data[index : index + n], ip=at).decode()
-        t = form.placed = lowering.placed(ins, data[index : index + n], form.open)
+        if isinstance(form, PlainForm) and isinstance(lowering, Plain):
+            t = lowering.plain_placed(form, data[index : index + n])
+        else:
+            ins = Decoder(lowering.bits, data[index : index + n], ip=at).decode()
+            t = lowering.placed(ins, data[index : index + n], form.open)
+        form.placed = t
         return t

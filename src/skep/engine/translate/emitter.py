@@ -333,7 +333,7 @@ class Emitter:
         else:
             size = RegisterExt.size(base if base != Register.NONE else index)
             narrow = size == 4
-            hb, hi = self.parts(ins)
+            hb, hi = self.parts(*self.memory_registers(ins))
             d = sign_extend(disp & 0xFFFFFFFF, 32)
             n = self.open.disp_size
             if n:
@@ -350,15 +350,19 @@ class Emitter:
             a.mov(R10, R10, size=32)
         self.segment(ins)
 
-    def parts(self, ins: Instruction) -> tuple[int | None, int | None]:
+    @staticmethod
+    def memory_registers(ins: Instruction) -> tuple[int | None, int | None]:
+        """Numbers of a memory operand's base and index."""
+        base, index = GPR.get(ins.memory_base), GPR.get(ins.memory_index)
+        return None if base is None else base[0], None if index is None else index[0]
+
+    def parts(self, base: int | None, index: int | None) -> tuple[int | None, int | None]:
         """Host registers of a memory operand's base and index, r10 and r11 for those in the state block."""
         found: list[int | None] = []
-        for register, temporary in ((ins.memory_base, R10), (ins.memory_index, R11)):
-            if register == Register.NONE:
+        for number, temporary in ((base, R10), (index, R11)):
+            if number is None:
                 found.append(None)
-                continue
-            number = GPR[register][0]
-            if self.homes[number] is None:
+            elif self.homes[number] is None:
                 self.a.mov(temporary, gs(number * 8))
                 found.append(temporary)
             else:

@@ -7,7 +7,7 @@ instructions that are not simply copied. Numbers of general registers are those 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 from iced_x86 import (
     Code,
@@ -67,8 +67,7 @@ class Template:
     """r10 is behind it what it was before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Open:
+class Open(NamedTuple):
     """Where in its bytes an instruction has constants that its form leaves open; 0 bytes: none."""
 
     disp: int = 0
@@ -99,7 +98,7 @@ class Form:
     wrap: int = 0
     """Not 0: it branches, or addresses something, relative to RIP; from here on a target relative to the page is a
     negative number"""
-    open: Open = Open()
+    open: Open = NOTHING_OPEN
     reach: tuple[int, int, int, bool, int, int] | None = None
     """An operand that may share its check: base register, constant besides an open displacement, size, is it written,
     where the open displacement stands in the instruction, and in how many bytes"""

@@ -155,20 +155,12 @@ class Special(Emitter):
             a.raw(self.data)
             self.keeps = True
             return
-        h = self.homes[number]
         part = ins.memory_base if ins.memory_base != Register.NONE else ins.memory_index
         if self.wide and part in GPR and GPR[part][1] == 8 and size >= 4:
-            base, index = self.parts(ins)
-            to = R11 if h is None else h
-            n = self.open.disp_size
-            open_disp = 0x11 if n == 1 else 0x11111111
-            disp = open_disp if n else sign_extend(ins.memory_displacement & 0xFFFFFFFF, 32)
-            a.lea(to, Mem(base, index, ins.memory_index_scale, disp), size=size * 8)
-            if n:
-                self.copies.append((len(a) - n, self.open.disp, n))
-            if h is None:
-                a.mov(gs(number * 8), R11)
+            disp = sign_extend(ins.memory_displacement & 0xFFFFFFFF, 32)
+            self.lea(number, size, *self.memory_registers(ins), ins.memory_index_scale, disp)
             return
+        h = self.homes[number]
         bare = ins.copy()
         bare.segment_prefix = Register.DS if not self.wide else Register.NONE
         self.address(bare)
@@ -183,6 +175,20 @@ class Special(Emitter):
                 a.mov(gs(number * 8), R10)
         else:
             a.mov(h, R10, size=size * 8)
+
+    def lea(self, number: int, size: int, base: int | None, index: int | None, scale: int, disp: int) -> None:
+        """Guest register ``number`` = the address that guest registers make, with ``disp`` or an open displacement."""
+        a = self.a
+        to = self.homes[number]
+        host_base, host_index = self.parts(base, index)
+        n = self.open.disp_size
+        if n:
+            disp = 0x11 if n == 1 else 0x11111111
+        a.lea(R11 if to is None else to, Mem(host_base, host_index, scale, disp), size=size * 8)
+        if n:
+            self.copies.append((len(a) - n, self.open.disp, n))
+        if to is None:
+            a.mov(gs(number * 8), R11)
 
     def _push(self, ins: Instruction) -> None:
         a = self.a
