@@ -32,6 +32,9 @@ class Failing:
     def read_now(self, buffers: Buffers, offset: int) -> bool:
         return False  # so that every read comes by preadv
 
+    def locate(self, offset: int, length: int, write: bool) -> None:
+        return None  # as above
+
     def preadv(self, buffers: Buffers, offset: int) -> None:
         first, count = offset // SECTOR, sum(map(len, buffers)) // SECTOR
         if not self.bad.isdisjoint(range(first, first + count)):

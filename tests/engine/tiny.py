@@ -19,7 +19,7 @@ import faulthandler
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -180,6 +180,9 @@ class TestInterrupts:
     def settle(self) -> None:
         """Nothing was lent."""
 
+    def collect(self) -> None:
+        """Nobody posts to what lends nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -200,7 +203,8 @@ class Tiny:
 
     ``handlers`` gives vectors to labels of the program (interrupt gates); ``ist`` gives vectors to IST stacks 1 to 7;
     ``user`` starts the program in ring 3, its pages and :data:`USER_STACK` being the user's. ``apic`` is a real one, in
-    place of :attr:`interrupts`; ``constants`` are ports that the engine may answer.
+    place of :attr:`interrupts`, and ``other_apics`` are the other vCPUs'; ``constants`` are ports that the engine may
+    answer.
     """
 
     def __init__(
@@ -217,6 +221,7 @@ class Tiny:
         base: int = 0,
         cpus: int = 1,
         apic: LocalApic | None = None,
+        other_apics: Sequence[LocalApic] = (),
         constants: ConstantPorts | None = None,
     ) -> None:
         self.base = base
@@ -246,7 +251,7 @@ class Tiny:
         self.set(**start)
         self.others: list[Vcpu] = []
         for index in range(1, cpus):
-            vcpu = self.vm.create_vcpu(index, TestInterrupts())
+            vcpu = self.vm.create_vcpu(index, other_apics[index - 1] if other_apics else TestInterrupts())
             vcpu.set_state(start | {"rdi": index, "rsp": start["rsp"] - index * OTHER_STACK})
             self.others.append(vcpu)
 

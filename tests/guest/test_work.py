@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.engine.translate.blocks import PIECES
 from skep.guest.debian import Guest
 from tests.linux import Linux
 
@@ -40,19 +41,54 @@ $B diff seq random | $B md5sum
 """
 
 
-@pytest.mark.parametrize("model", ["baseline", "host"])
-def test_the_same_work_has_the_same_result(guest: Guest, tmp_path: Path, model: str) -> None:
+@pytest.fixture
+def native(guest: Guest, tmp_path: Path) -> str:
+    """What the host says."""
     with guest.initrd.open("rb") as archive:
         unpack = ["cpio", "-i", "--quiet", "--make-directories", "bin/busybox"]
         subprocess.run(unpack, stdin=archive, cwd=tmp_path, check=True, timeout=60)
     busybox = tmp_path / "bin" / "busybox"
     script = SCRIPT.replace("/tmp/work", str(tmp_path / "work"))
-    native = subprocess.run(
+    return subprocess.run(
         [busybox, "sh", "-c", script], env={"B": str(busybox)}, check=True, capture_output=True, text=True, timeout=60
-    )
+    ).stdout
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """The script, for the guest."""
     disk = tmp_path / "disk"
     text = SCRIPT.encode()
     disk.write_bytes(text + b"\n" * (-len(text) % 512))
+    return disk
+
+
+@pytest.mark.parametrize("model", ["baseline", "host"])
+def test_the_same_work_has_the_same_result(guest: Guest, native: str, disk: Path, model: str) -> None:
     with Linux(guest, disks=[disk], config={"cpu.model": model}) as linux:
-        assert linux("B=/bin/busybox sh /dev/vda") == native.stdout
+        assert linux("B=/bin/busybox sh /dev/vda") == native
         linux.power_off()
+
+
+@pytest.mark.slow
+def test_in_a_code_buffer_that_is_filled_again_and_again(guest: Guest, native: str, disk: Path) -> None:
+    """Two processors, whose code goes and is made again, some of it while the other one runs it."""
+    config = {"code_size": "8M", "code_cache": "off", "stats": "true"}
+    with Linux(guest, disks=[disk], cpus=2, config=config) as linux:
+        before = 0
+        for _ in range(3):
+            assert linux("B=/bin/busybox sh /dev/vda") == native
+            before = before or _anonymous()
+        grown = _anonymous() - before
+        linux.power_off()
+    told = linux.vm.statistics
+    print({name: told[name] for name in told if "buffer" in name or "forgotten" in name or "room" in name}, grown)
+    assert told["pieces of the code buffer used again"] >= 5 * PIECES
+    assert told["bytes of host code"] <= 8 << 20
+    assert grown < 16 << 10  # KiB
+
+
+def _anonymous() -> int:
+    """KiB of memory of this process's own: no guest's, no translations'."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0])

@@ -11,7 +11,7 @@ import pytest
 
 from skep.clock import GuestClock
 from skep.contracts.conformance import DeviceConformance
-from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.interrupts import Lent, LocalInterrupts
 from skep.contracts.io import IoRegion, IoSpace
 from skep.irqchip import lapic as regs
 from skep.irqchip.apicbus import ApicBus, Delivery, Message
@@ -562,32 +562,56 @@ class Loan:
     def __init__(self, clock: GuestClock) -> None:
         self.clock = clock
         self.held = False
-        self.service = self.vector = self.deadline = 0
+        self.service = self.vector = self.deadline = self.task = self.command = self.edges = self.box = 0
 
-    def give(self, service: int, vector: int, deadline: int) -> None:
+    def give(self, lent: Lent, vector: int) -> None:
         assert not self.held
-        self.held, self.service, self.vector, self.deadline = True, service, vector, deadline
+        self.held, self.vector = True, vector
+        self.service, self.deadline, self.task, self.command, self.edges = lent
 
-    def take(self) -> tuple[int, int]:
+    def take(self) -> Lent:
         assert self.held
         self.held = False
-        return self.service, self.deadline
+        return Lent(self.service, self.deadline, self.task, self.command, self.edges)
+
+    def collect(self) -> int:
+        box, self.box = self.box, 0
+        return box
 
     def write(self, apic: LocalApic, index: int, value: int) -> None:
         now = self.clock.tsc()
         if self.held and index == 0x80B:
-            self.service = 0
+            self.service ^= 1 << self.service.bit_length() - 1 if self.service else 0
+        elif self.held and index == 0x808:
+            self.task = value
+        elif self.held and index == 0x830:
+            self.command = value
         elif self.held and self.vector and not 0 < self.deadline <= now and not 0 < value <= now:
             self.deadline = value
         else:
             assert apic.write_msr(index, value)
 
+    def post(self, apic: LocalApic, vector: int) -> None:
+        """From another vCPU."""
+        if self.held:
+            self.box |= 1 << vector
+        else:
+            with apic.lock:
+                apic.accept(Delivery.FIXED, vector, False)
+
     def window(self, apic: LocalApic) -> int | None:
         """The interrupt that is taken, if one is."""
         due = self.held and self.deadline and self.clock.tsc() >= self.deadline
-        if due and not self.service and not apic.irr and not apic.extint_latched:
-            self.service, self.deadline = self.vector, 0
-            return self.service
+        vector = max(self.box.bit_length() - 1, self.vector if due else 0)
+        floor = max(self.service.bit_length() - 1, self.task) >> 4
+        if self.held and not apic.irr and not apic.extint_latched and vector >> 4 > floor:
+            if vector == self.box.bit_length() - 1:
+                self.box ^= 1 << vector
+            else:
+                self.deadline = 0
+            self.service |= 1 << vector
+            self.edges |= 1 << vector
+            return vector
         return apic.acknowledge() if apic.pending() else None
 
 
@@ -606,7 +630,7 @@ def test_what_was_lent_comes_back(time: Time) -> None:
     assert not loan.held, "something waits"
     assert apic.acknowledge() == 0x55
     apic.lend(loan)
-    assert (loan.held, loan.service, loan.vector, loan.deadline) == (True, 0x55, 0xEC, deadline)
+    assert (loan.held, loan.service, loan.vector, loan.deadline) == (True, 1 << 0x55, 0xEC, deadline)
     time.pass_ns(1001)
     assert loan.held and not apic._ready, "the clock does not watch it meanwhile"
     assert apic.pending() and apic.isr == 1 << 0x55 and not loan.held
@@ -632,8 +656,7 @@ def test_settled_the_clock_watches(time: Time) -> None:
         (0x832, 0xEC, 0),
         (0x832, 0x2_00EC, 0),
         (0x832, 0x4_000F, 0),
-        (0x808, 0xE0, 0),
-        (0x808, 0xDF, 0xEC),
+        (0x808, 0xE0, 0xEC),
     ],
 )
 def test_a_timer_that_is_not_lent(time: Time, index: int, value: int, vector: int) -> None:
@@ -674,11 +697,31 @@ def test_whatever_arrives_meanwhile_kicks(time: Time) -> None:
 def test_init_takes_what_was_lent(time: Time) -> None:
     apic, loan = _lent(time)
     apic.lend(loan)
-    loan.service, loan.deadline = 0xEC, 5
+    loan.service, loan.deadline = 1 << 0xEC, 5
     with time.lock:
         apic.accept(Delivery.INIT, 0, False)
     apic.settle()
     assert apic.isr == 0 and apic.timer.tsc_deadline == 0
+
+
+def test_what_comes_too_late_is_collected(time: Time) -> None:
+    """An interrupt is left for a vCPU that does not look any more."""
+    cpus = Cpus(time, x2apic=True)
+    apic, loan = cpus.all[0], Loan(time.clock)
+    apic.lend(loan)
+    apic.settle()
+    loan.box = 1 << 0x91
+    before = cpus.kicks[0]
+    apic.collect()
+    assert cpus.kicks[0] == before + 1 and apic.pending() and apic.acknowledge() == 0x91
+    apic.lend(loan)
+    loan.box = 1 << 0xA1
+    apic.collect()
+    assert loan.box, "the vCPU looks"
+    assert apic.write_msr(0x80F, 0xFF) and apic.irr == 1 << 0xA1
+    loan.box = 1 << 0xB1
+    apic.collect()
+    assert apic.irr == 1 << 0xA1, "switched off"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -688,7 +731,7 @@ def test_nobody_can_tell(seed: int) -> None:
     time = Time()
     (plain, _), (apic, loan) = _lent(time), _lent(time)
     for _ in range(600):
-        what = choose.choice(("arrival", "deadline", "time", "eoi", "read", "priority", "ipi", *["window"] * 3))
+        what = choose.choice(("arrival", "deadline", "time", "eoi", "read", "priority", "ipi", "post", *["window"] * 3))
         vector = choose.choice((0x31, 0x55, 0x91, 0xEC, 0xF3))
         if what == "arrival":
             level = choose.random() < 0.2
@@ -708,11 +751,16 @@ def test_nobody_can_tell(seed: int) -> None:
             index = choose.choice((0x810 + choose.randrange(8), 0x80A, 0x802, regs.MSR_TSC_DEADLINE))
             assert plain.read_msr(index) == apic.read_msr(index)
         elif what == "ipi":
-            for one in (plain, apic):
-                assert one.write_msr(0x830, 1 << 18 | vector)  # to itself
+            assert plain.write_msr(0x830, 1 << 18 | vector)  # to itself
+            loan.write(apic, 0x830, 1 << 18 | vector)
+            if loan.held:
+                loan.post(apic, vector)
+        elif what == "post":
+            plain.accept(Delivery.FIXED, vector, False)
+            loan.post(apic, vector)
         elif what == "priority":
-            for one in (plain, apic):
-                assert one.write_msr(0x808, 0x10 * (vector & 1))
+            assert plain.write_msr(0x808, 0x50 * (vector & 1))
+            loan.write(apic, 0x808, 0x50 * (vector & 1))
         else:
             first = plain.acknowledge() if plain.pending() else None
             assert loan.window(apic) == first

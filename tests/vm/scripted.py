@@ -49,6 +49,8 @@ class ScriptedVcpu:
     def request_exit(self) -> None:
         self.wanted.set()
 
+    asleep = False
+
     def frozen(self) -> bool:
         return False
 

@@ -7,12 +7,28 @@ format asks of what it lies over that it is a :class:`File`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+
+if TYPE_CHECKING:
+    from skep.block.file import HostFile
 
 Buffers = Sequence[memoryview]
 """Pieces of guest memory, in order: one transfer scattered over, or gathered from, all of them."""
+
+
+def _nothing() -> None:
+    pass
+
+
+class Located(NamedTuple):
+    """Bytes of a disk that are in a file, in a row and as they are, for who reads or writes them there by himself."""
+
+    file: HostFile
+    offset: int
+    ended: Callable[[], None] = _nothing
+    """To be called once, after that. Until then they stay where they are."""
 
 
 class BlockBackend(Protocol):
@@ -48,6 +64,10 @@ class BlockBackend(Protocol):
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         """As ``pwritev``, if that takes hardly any time. False: it would have to wait, and part may be written."""
+
+    def locate(self, offset: int, length: int, write: bool) -> Located | None:
+        """Where these bytes are, if reading or writing them there is all that ``preadv`` or ``pwritev`` would do, and
+        it takes hardly any time to know. None: call those."""
 
     def discard(self, offset: int, length: int) -> None:
         """Nobody needs this data any more. What is read there later is anything, and the same each time."""

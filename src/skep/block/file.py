@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from skep.block.backend import Buffers, Extent, split, write_zeroes_as_data
+from skep.block.backend import Buffers, Extent, Located, split, write_zeroes_as_data
 from skep.block.locking import lock_image
 from skep.errors import HostError, UserError
 from skep.locks import Lock, Order
@@ -109,6 +109,11 @@ class HostFile:
             self._slow_until = ended + _WARY_NS
         return True
 
+    def locate(self, offset: int, length: int, write: bool) -> Located | None:
+        if offset + length > self.size or (write and self.read_only):
+            return None
+        return Located(self, offset)
+
     def discard(self, offset: int, length: int) -> None:
         self._allocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
@@ -174,6 +179,11 @@ class HostFile:
         except OSError as e:
             self._lost = e
             raise
+
+    @property
+    def fd(self) -> int:
+        """For who knows how to ask the kernel himself."""
+        return self._fd
 
     @property
     def is_open(self) -> bool:

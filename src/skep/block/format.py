@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self
 
-from skep.block.backend import Buffers, Extent, File, write_zeroes_as_data
+from skep.block.backend import Buffers, Extent, File, Located, write_zeroes_as_data
 from skep.block.secrets import NO_SECRETS, Secrets
 from skep.errors import UserError
 
@@ -206,6 +206,9 @@ class Image(ABC):
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         return False
+
+    def locate(self, offset: int, length: int, write: bool) -> Located | None:
+        return None
 
     def discard(self, offset: int, length: int) -> None:  # noqa: B027 - a format that cannot need not
         """Nothing, in a format that cannot."""

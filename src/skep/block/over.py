@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from skep.block.backend import Buffers, Extent, File
+from skep.block.backend import Buffers, Extent, File, Located
 
 
 class Over:
@@ -50,6 +50,10 @@ class Over:
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         return self.below.write_now(buffers, offset)
+
+    def locate(self, offset: int, length: int, write: bool) -> Located | None:
+        """Nowhere, unless a layer knows that it leaves the bytes as they are and need not see who reads or writes."""
+        return None
 
     def discard(self, offset: int, length: int) -> None:
         self.below.discard(offset, length)

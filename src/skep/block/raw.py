@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from skep.block.backend import Buffers, Extent, File, read_padded, write_zeroes_as_data
+from skep.block.backend import Buffers, Extent, File, Located, read_padded, write_zeroes_as_data
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError, Option
 from skep.block.protocol import create_protocol
 from skep.block.secrets import NO_SECRETS, Secrets
@@ -44,6 +44,9 @@ class RawImage(Image):
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         return self.file.write_now(buffers, offset)
+
+    def locate(self, offset: int, length: int, write: bool) -> Located | None:
+        return self.file.locate(offset, length, write)
 
     def discard(self, offset: int, length: int) -> None:
         self.file.discard(offset, length)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from skep.block.backend import Buffers, File
+from skep.block.backend import Buffers, File, Located
 from skep.block.file import HostFile
 from skep.block.format import SECTOR
 from skep.block.over import Over
@@ -104,6 +104,9 @@ class Recorder(Over):
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         return False  # a log of its own to write
 
+    def locate(self, offset: int, length: int, write: bool) -> Located | None:
+        return None if write else self.below.locate(offset, length, write)
+
     def discard(self, offset: int, length: int) -> None:
         self.below.discard(offset, length)
         self._log.zeroes(offset, length)
@@ -148,6 +151,9 @@ class RecordedFile(HostFile):
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         return False
+
+    def locate(self, offset: int, length: int, write: bool) -> Located | None:
+        return None if write else super().locate(offset, length, write)
 
     def discard(self, offset: int, length: int) -> None:
         super().discard(offset, length)

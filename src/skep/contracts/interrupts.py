@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Lent(NamedTuple):
+    """Registers of a local APIC that its vCPU has while it runs guest code."""
+
+    service: int
+    """ISR: a bit for each vector in service, of 256; at most :data:`IN_SERVICE`, none of them a level."""
+    deadline: int
+    """IA32_TSC_DEADLINE, in ticks of the VM's counter; 0: not armed."""
+    task: int
+    """The task priority register."""
+    command: int
+    """The interrupt command register."""
+    edges: int = 0
+    """A bit for each vector that was taken meanwhile."""
+
+
+IN_SERVICE = 8
+"""Interrupts in service at once that can be lent."""
 
 
 class Loan(Protocol):
-    """What a vCPU can do by itself of its local APIC's work while it runs guest code."""
+    """What a vCPU can do by itself of its local APIC's work while it runs guest code, and a box in which other vCPUs
+    leave interrupts for it."""
 
-    def give(self, service: int, vector: int, deadline: int) -> None:
-        """From here on the vCPU ends the interrupt in service where the guest writes EOI; ``service`` is its vector, 0:
-        there is none. Unless ``vector`` is 0, the guest may write IA32_TSC_DEADLINE, and when that has come the vCPU
-        takes the timer's interrupt, ``vector``, if none is in service. ``deadline`` is in ticks of the VM's counter, 0:
-        not armed."""
+    def give(self, lent: Lent, vector: int) -> None:
+        """From here on the vCPU ends the interrupts in service where the guest writes EOI, writes the task priority,
+        takes interrupts from the box, and sends them to others'. Unless ``vector`` is 0, the guest may write
+        IA32_TSC_DEADLINE, and when that has come the vCPU takes the timer's interrupt, ``vector``."""
 
-    def take(self) -> tuple[int, int]:
-        """No longer: what is in service and the deadline by now."""
+    def take(self) -> Lent:
+        """No longer; what the registers are by now."""
+
+    def collect(self) -> int:
+        """Empty the box: a bit for each vector, edges all. On the vCPU's thread, or while it runs no guest code; under
+        the local APIC's lock."""
 
 
 class LocalInterrupts(Protocol):
@@ -50,3 +73,6 @@ class LocalInterrupts(Protocol):
 
     def settle(self) -> None:
         """Guest code does not run for a while: what was given is taken back, and the time watched."""
+
+    def collect(self) -> None:
+        """From any thread: something came into the box that the vCPU may not see."""

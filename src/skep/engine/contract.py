@@ -58,6 +58,10 @@ class Vcpu(Protocol):
         """Between the VM's ``freeze`` and ``thaw``, from any thread: whether it stands still in the middle of ``run``,
         where its state may be read. False: ``run`` still has something to finish, or returns when it is asked to."""
 
+    @property
+    def asleep(self) -> bool:
+        """From any thread: whether it sleeps after HLT in the middle of ``run``, until an interrupt comes."""
+
     def get_state(self) -> dict[str, Any]:
         """Architectural names: rax.., rip, rflags, cr0.., efer, cs.. (selector, base, limit, attributes), gdtr, idtr,
         ldtr, tr, dr0.., xcr0, xsave (bytes, standard format), msrs {index: value}. Each machine says their exact shape:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
+from skep.contracts.interrupts import IN_SERVICE, Lent
 from skep.contracts.io import IoSpace
 from skep.irqchip.apicbus import Delivery, Message
 from skep.irqchip.lapictimer import TSC_DEADLINE, ApicTimer
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 MSR_APIC_BASE = 0x1B
 MSR_TSC_DEADLINE = 0x6E0
 MSR_X2APIC = 0x800
-_MSR_ICR = 0x830
 
 DEFAULT_BASE = 0xFEE0_0000
 BASE_BSP, BASE_EXTD, BASE_EN = 1 << 8, 1 << 10, 1 << 11
@@ -92,7 +92,9 @@ class LocalApic(Fields):
         self._base_bits = ((1 << physical_bits) - 1) & ~0xFFF | BASE_EN | BASE_EXTD | BASE_BSP
         self._ready = False
         self._loan: Loan | None = None
-        """Who ends interrupts meanwhile; nothing waits then, and at most one is in service."""
+        """Who has ISR, the task priority and ICR meanwhile; nothing waits in IRR then."""
+        self._box: Loan | None = None
+        """Where other processors may have left interrupts."""
         self._lent_timer = False
         self.lines = 0
         self.timer = ApicTimer(clock, self._timer_expired)
@@ -148,7 +150,7 @@ class LocalApic(Fields):
     # LocalInterrupts: the engine's questions, on the vCPU's own thread.
 
     def pending(self) -> bool:
-        if self._loan is not None:
+        if self._box is not None:
             self._take_back()
         return self._ready
 
@@ -176,6 +178,7 @@ class LocalApic(Fields):
             return latched
 
     def read_tpr(self) -> int:
+        self._take_back()
         return self.tpr >> 4
 
     def write_tpr(self, value: int) -> None:
@@ -203,35 +206,46 @@ class LocalApic(Fields):
             return self._read_register(offset)
 
     def lend(self, loan: Loan) -> None:
-        if not self._x2apic:
+        if not self._x2apic or not self.svr & SVR_ENABLE:
             return
         with self.lock:
-            serving = self.isr
-            if self.irr or self._extint_waits() or serving & (serving - 1) or serving & self.tmr:
+            if self.irr or self._extint_waits() or self.isr & self.tmr or self.isr.bit_count() > IN_SERVICE:
                 self.timer.settle()
                 return
             timer = self.lvt[0]
             vector = timer & 0xFF
-            held_off = timer & LVT_MASKED or vector < 16 or vector >> 4 <= self.tpr >> 4
-            if held_off or self.timer.mode != TSC_DEADLINE:
+            if timer & LVT_MASKED or vector < 16 or self.timer.mode != TSC_DEADLINE:
                 vector = 0
                 self.timer.settle()
-            self.isr = 0
-            self._loan = loan
+            lent = Lent(self.isr, self.timer.lend() if vector else 0, self.tpr, self.icr)
+            self.isr = self.tpr = 0  # whoever interrupts kicks, and the vCPU looks
+            self._loan = self._box = loan
             self._lent_timer = vector != 0
-            loan.give(serving.bit_length() - 1 if serving else 0, vector, self.timer.lend() if vector else 0)
+            loan.give(lent, vector)
 
     def _take_back(self) -> None:
         with self.lock:
             loan, self._loan = self._loan, None
-            if loan is None:
-                return
-            serving, deadline = loan.take()
-            if serving:
-                self.isr = 1 << serving
-            if self._lent_timer:
-                self.timer.take_back(deadline)
-            self._update()
+            if loan is not None:
+                self.isr, deadline, self.tpr, self.icr, edges = loan.take()
+                self.tmr &= ~edges | self.irr
+                if self._lent_timer:
+                    self.timer.take_back(deadline)
+            if self._empty_box() or loan is not None:
+                self._update()
+
+    def collect(self) -> None:
+        with self.lock:
+            if self._loan is None and self._empty_box():
+                self._update()
+
+    def _empty_box(self) -> bool:
+        """Whether there was anything. What is for a disabled APIC gets lost."""
+        bits = 0 if self._box is None else self._box.collect()
+        if bits and self._enabled and self.svr & SVR_ENABLE:
+            self.irr |= bits
+            self.tmr &= ~bits
+        return bits != 0
 
     def settle(self) -> None:
         with self.lock:
@@ -240,8 +254,7 @@ class LocalApic(Fields):
 
     def write_msr(self, index: int, value: int) -> bool:
         with self.lock:
-            if index != _MSR_ICR:  # that changes nothing that is lent
-                self._take_back()
+            self._take_back()
             if index == MSR_TSC_DEADLINE:
                 self.timer.set_tsc_deadline(value)
                 return True

@@ -145,7 +145,7 @@ class Processor:
         activity = Activity.RUNNING
         if self._faulted:
             activity = Activity.FAULTED
-        elif self._halted is not None:
+        elif self._halted is not None or vcpu.asleep:
             activity = Activity.HALTED if self.hopeless else Activity.IDLE
         elif len(places) == LOOKS and max(places) - min(places) < _SPIN:
             activity = Activity.SPINNING
@@ -167,7 +167,8 @@ class Processor:
             return "waiting to be started"
         if self._parked.is_set():
             return "frozen"
-        return "halted" if self._halted is not None else "running"
+        vcpu = self._vcpu
+        return "halted" if self._halted is not None or (vcpu is not None and vcpu.asleep) else "running"
 
     def registers(self, timeout: float) -> dict[str, Any]:
         answer: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from skep.block.backend import BlockBackend, Buffers
+from skep.block.backend import BlockBackend, Buffers, Located
 from skep.block.image import open_disk
 from skep.block.options import BlockOptions
 from skep.devices.virtio.blk import T_FLUSH, T_GET_ID, T_IN, T_OUT, VirtioBlk
@@ -34,6 +34,9 @@ class Nowhere:
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         return True
+
+    def locate(self, offset: int, length: int, write: bool) -> Located | None:
+        return None
 
     def discard(self, offset: int, length: int) -> None:
         pass

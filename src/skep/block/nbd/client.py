@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
-from skep.block.backend import Buffers, Extent, File, split, write_zeroes_as_data
+from skep.block.backend import Buffers, Extent, File, Located, split, write_zeroes_as_data
 from skep.block.nbd.address import Address, of_layer, parse
 from skep.block.nbd.connection import FUA, NO_HOLE, Command, Connection, ProtocolError
 from skep.block.nbd.handshake import Flag, shake_hands
@@ -157,6 +157,9 @@ class NbdFile:
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
         return False
+
+    def locate(self, offset: int, length: int, write: bool) -> Located | None:
+        return None
 
     def discard(self, offset: int, length: int) -> None:
         if Flag.SEND_TRIM in self._flags:

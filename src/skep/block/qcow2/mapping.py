@@ -6,9 +6,10 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from skep.block.backend import Buffers, Extent, File, fill_zeroes, read_at, read_padded, split
+from skep.block.backend import Buffers, Extent, File, Located, fill_zeroes, read_at, read_padded, split
 from skep.block.format import BackingName, Can, DamagedImage, Image
 from skep.block.qcow2.compression import decompress
 from skep.block.qcow2.header import Extension, Incompatible, read_header
@@ -86,7 +87,12 @@ class Mapped(Image):
         serial = next(self._serial)
         self._transfers.add(serial)
         try:
-            self._read(buffers, offset)
+            length = sum(map(len, buffers))
+            host = self._known_host(offset, length, 0) if self._encryption is None else None
+            if host is not None and host + length <= self._data.size:
+                self._data.preadv(buffers, host)
+            else:
+                self._read(buffers, offset)
         finally:
             self._transfers.discard(serial)
 
@@ -98,6 +104,20 @@ class Mapped(Image):
             return host is not None and self._data.read_now(buffers, host)
         finally:
             self._transfers.discard(serial)
+
+    def locate(self, offset: int, length: int, write: bool) -> Located | None:
+        serial = next(self._serial)
+        self._transfers.add(serial)
+        host = self._place_to_write(offset, length) if write else self._known_host(offset, length, 0)
+        place = None if host is None else self._data.locate(host, length, write)
+        if place is None:
+            self._transfers.discard(serial)
+            return None
+        return Located(place.file, place.offset, partial(self._transfers.discard, serial))
+
+    def _place_to_write(self, offset: int, length: int) -> int | None:
+        """Where these bytes are in the file, if they may be written there and nothing else is to be done."""
+        return None
 
     def _read(self, buffers: Buffers, offset: int) -> None:
         end = offset + sum(map(len, buffers))

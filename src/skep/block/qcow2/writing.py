@@ -58,26 +58,34 @@ class Written(Owning):
         serial = next(self._serial)
         self._transfers.add(serial)
         try:
-            self._tracked.touch(offset, sum(map(len, buffers)))
-            self._write(buffers, offset)
+            length = sum(map(len, buffers))
+            host = self._place_to_write(offset, length)
+            if host is None:
+                self._tracked.touch(offset, length)
+                self._write(buffers, offset)
+            else:
+                self._data.pwritev(buffers, host)
         finally:
             self._transfers.discard(serial)
         self._after_write()
 
     def write_now(self, buffers: Buffers, offset: int) -> bool:
-        if self.read_only or self._lost is not None or not self.write_cache:
-            return False
         serial = next(self._serial)
         self._transfers.add(serial)
         try:
-            length = sum(map(len, buffers))
-            host = self._known_host(offset, length, COPIED)
-            if host is None or not self._is_data(host, length):
-                return False
-            self._tracked.touch(offset, length)
-            return self._data.write_now(buffers, host)
+            host = self._place_to_write(offset, sum(map(len, buffers)))
+            return host is not None and self._data.write_now(buffers, host)
         finally:
             self._transfers.discard(serial)
+
+    def _place_to_write(self, offset: int, length: int) -> int | None:
+        if self.read_only or self._lost is not None or not self.write_cache:
+            return None
+        host = self._known_host(offset, length, COPIED)
+        if host is None or not self._is_data(host, length):
+            return None
+        self._tracked.touch(offset, length)
+        return host
 
     def _may_write(self) -> None:
         if self.read_only:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from skep.block import copying
+from skep.block import copying, load
 from skep.block.backend import Extent, read_at, write_at
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.block.image import create_image, open_image
@@ -561,38 +559,21 @@ def bench(arguments: Namespace) -> int:
                 f"Sending {arguments.count} {what} requests, {arguments.buffer} bytes each, {arguments.depth} in"
                 f" parallel (starting at offset {arguments.offset}, step size {step})"
             )
-        if arguments.buffer <= 0 or image.size < arguments.buffer or arguments.depth < 1:
-            raise OSError(errno.EINVAL, "requests do not fit into the disk", arguments.file)
         begun = time.monotonic()
-        _send(image, arguments, step)
+        load.run(
+            image,
+            load.Load(
+                count=arguments.count,
+                depth=arguments.depth,
+                size=arguments.buffer,
+                offset=arguments.offset,
+                step=step,
+                write=arguments.write,
+                pattern=arguments.pattern,
+                flush_interval=arguments.flush_interval,
+                threads=arguments.aio == "threads",
+            ),
+        )
         took = time.monotonic() - begun
         _say(arguments, f"Run completed in {took:.3f} seconds.")
     return 0
-
-
-def _send(image: Image, arguments: Namespace, step: int) -> None:
-    """Requests that can be answered at once are; what has to wait for the host does so on other threads."""
-    size, write = arguments.buffer, arguments.write
-    rooms = [[memoryview(bytearray([arguments.pattern & 0xFF]) * size)] for _ in range(arguments.depth)]
-    now, later = (image.write_now, image.pwritev) if write else (image.read_now, image.preadv)
-    offset, limit = arguments.offset, image.size - size
-    with ThreadPoolExecutor(min(arguments.depth, 16), "bench") as pool:
-        waiting: dict[int, Any] = {}
-        for number in range(arguments.count):
-            if offset > limit:
-                offset = (offset - limit) % (limit + 1) if step % (limit + 1) else 0
-                offset -= offset % min(size, SECTOR)
-            which = number % arguments.depth
-            if waiting and which in waiting:
-                waiting.pop(which).result()
-            if not now(rooms[which], offset):
-                waiting[which] = pool.submit(later, rooms[which], offset)
-            if write and arguments.flush_interval and (number + 1) % arguments.flush_interval == 0:
-                for one in waiting.values():
-                    one.result()
-                waiting.clear()
-                image.flush()
-            offset += step
-        for one in waiting.values():
-            one.result()
-

@@ -12,6 +12,9 @@ from skep.errors import UserError
 
 CACHES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
+ENGINES = ("io_uring", "native", "threads")
+"""`native`, Linux's older interface, is io_uring here."""
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -144,8 +147,8 @@ def make_parser() -> Parser:
     one = command("bench", commands.bench, "How fast requests are", _format, _quiet, _shared)
     one.add_argument("-c", dest="count", type=int, default=75000, metavar="N", help="requests (75000)")
     one.add_argument("-d", dest="depth", type=int, default=64, metavar="N", help="at once (64)")
-    one.add_argument("-n", dest="native", action="store_true", help="with Linux's own asynchronous I/O: ignored")
-    one.add_argument("-i", dest="aio", metavar="ENGINE", help="ignored")
+    one.add_argument("-n", dest="native", action="store_true", help="ignored: see -i")
+    one.add_argument("-i", dest="aio", choices=ENGINES, help="io_uring where there is one, or threads")
     one.add_argument("-o", dest="offset", type=size, default=0, metavar="OFFSET", help="of the first")
     one.add_argument("-s", dest="buffer", type=size, default=4096, metavar="BYTES", help="of a request (4k)")
     one.add_argument("-S", dest="step", type=size, metavar="BYTES", help="from one to the next (as -s)")

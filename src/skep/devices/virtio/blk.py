@@ -5,7 +5,8 @@ or at once, while the write cache is off, because the driver said so (``writebac
 because the user did (``wce``). What a flush covers had completed before it was taken from its queue.
 
 The worker does by itself what the host can do at once, a read from the page cache before all, and that even on the
-thread of the vCPU that asks; whatever may have to wait goes to a pool of threads, and requests pass each other there.
+thread of the vCPU that asks; whatever may have to wait goes to an io_uring, or to a pool of threads where that cannot
+do it, and requests pass each other there.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import NamedTuple
 from skep.block.backend import BlockBackend
 from skep.block.format import SECTOR
 from skep.block.options import BlockOptions
+from skep.block.queue import Queue as Requests
 from skep.devices.virtio.device import HAND_OVER, VirtioDevice
 from skep.devices.virtio.flusher import Flusher
-from skep.devices.virtio.pool import Pool
 from skep.devices.virtio.queue import Chain, DriverError
 from skep.locks import Lock
 from skep.memory import GuestMemory
@@ -43,7 +44,7 @@ MAX_WRITE_ZEROES, MAX_WRITE_ZEROES_SEGMENTS = (1 << 26) // SECTOR, 1
 _LONG = 1 << 16
 """Bytes that a visitor should not have to copy."""
 _THREADS = 16
-"""Requests that wait for the host at the same time, flushes not counted."""
+"""Requests that wait for the host at the same time and that no io_uring can do, flushes not counted."""
 
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
 _RANGE = struct.Struct("<QII")  # sector, num_sectors, flags
@@ -88,7 +89,7 @@ class VirtioBlk(VirtioDevice):
         self.backend = backend
         """What holds the data. Before the VM starts, a program may put a layer of its own in front of it."""
         self._flusher = Flusher(f"{name} flush", self._flush, self._flushed)
-        self._pool = Pool(f"{name} i/o", _THREADS)
+        self._requests = Requests(f"{name} i/o", _THREADS)
         self._options = options
         self._id = (options.serial or default_serial(options.path)).encode("ascii").ljust(ID_LENGTH, b"\0")
         self._host_errors: set[int | None] = set()
@@ -99,7 +100,7 @@ class VirtioBlk(VirtioDevice):
 
     def close(self) -> None:
         super().close()
-        self._pool.close()
+        self._requests.close()
         self._flusher.close()
         self.backend.close()
 
@@ -170,7 +171,7 @@ class VirtioBlk(VirtioDevice):
                 return _answer(chain, S_OK, length)
         except OSError as error:
             return self._refused(chain, error)
-        self._pool.submit(partial(self._work, chain, length, False, partial(self.backend.preadv, room, offset)))
+        self._requests.transfer(self.backend, False, room, offset, partial(self._done, chain, length, False))
         return None
 
     def _write(self, chain: Chain, sector: int, payload: list[memoryview]) -> int | None:
@@ -191,7 +192,7 @@ class VirtioBlk(VirtioDevice):
                 return None
         except OSError as error:
             return self._refused(chain, error)
-        self._pool.submit(partial(self._work, chain, 0, durable, partial(self.backend.pwritev, payload, offset)))
+        self._requests.transfer(self.backend, True, payload, offset, partial(self._done, chain, 0, durable))
         return None
 
     def _clear(
@@ -200,7 +201,7 @@ class VirtioBlk(VirtioDevice):
         ranges = self._ranges(payload, most, segments, discard)
         if isinstance(ranges, int):
             return _answer(chain, ranges)
-        self._pool.submit(partial(self._work, chain, 0, self._durable, partial(self._clear_all, ranges, discard)))
+        self._requests.submit(partial(self._clear_all, chain, ranges, discard, self._durable))
         return None
 
     def _ranges(self, payload: list[memoryview], most: int, segments: int, discard: bool) -> list[Range] | int:
@@ -231,24 +232,26 @@ class VirtioBlk(VirtioDevice):
 
     # Requests, on other threads.
 
-    def _work(self, chain: Chain, written: int, durable: bool, do: Callable[[], None]) -> None:
-        """One of the pool's jobs; ``written`` is what it puts into the guest's buffers."""
-        try:
-            do()
-        except Exception as error:
+    def _done(self, chain: Chain, written: int, durable: bool, error: Exception | None) -> None:
+        """A transfer ended, which put so many bytes into the guest's buffers."""
+        if error is not None:
             self.finish((chain, self._refused(chain, error)))
+        elif durable:
+            self._flusher.submit(chain)
         else:
-            if durable:
-                self._flusher.submit(chain)
-            else:
-                self.finish((chain, _answer(chain, S_OK, written)))
+            self.finish((chain, _answer(chain, S_OK, written)))
 
-    def _clear_all(self, ranges: list[Range], discard: bool) -> None:
-        for offset, length, unmap in ranges:
-            if discard:
-                self.backend.discard(offset, length)
-            else:
-                self.backend.write_zeroes(offset, length, unmap)
+    def _clear_all(self, chain: Chain, ranges: list[Range], discard: bool, durable: bool) -> None:
+        problem: Exception | None = None
+        try:
+            for offset, length, unmap in ranges:
+                if discard:
+                    self.backend.discard(offset, length)
+                else:
+                    self.backend.write_zeroes(offset, length, unmap)
+        except Exception as error:
+            problem = error
+        self._done(chain, 0, durable, problem)
 
     def _flush(self) -> None:
         self.backend.flush()

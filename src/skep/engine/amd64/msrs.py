@@ -25,7 +25,9 @@ IA32_MTRR_FIX = (0x250, 0x258, 0x259, *range(0x268, 0x270))
 IA32_PAT = 0x277
 IA32_MTRR_DEF_TYPE = 0x2FF
 IA32_TSC_DEADLINE = 0x6E0
-X2APIC_EOI = 0x80B
+X2APIC_TPR, X2APIC_EOI, X2APIC_ICR, X2APIC_SELF_IPI = 0x808, 0x80B, 0x830, 0x83F
+IPI_FIXED, IPI_LOGICAL = 0xCC8FF, 0x800
+"""In the interrupt command register (SDM 3, 11.6.1): what a fixed interrupt may have set; a logical destination."""
 X2APIC_FIRST, X2APIC_LAST = 0x800, 0x8FF
 EFER = 0xC000_0080
 STAR = 0xC000_0081

@@ -102,6 +102,10 @@ class KvmVcpu:
             if self._thread is not None and self._thread != threading.get_ident():
                 signal.pthread_kill(self._thread, KICK_SIGNAL)
 
+    @property
+    def asleep(self) -> bool:
+        return False  # HLT ends ``run``
+
     def frozen(self) -> bool:
         return False
 

@@ -127,6 +127,7 @@ def publish(c: int, number: int, count: int) -> int:
         key = ld64(block + KEY)
         if find(ld64(c + HASH), key):  # a group had two that fit
             st64(block + KEY, 0)
+            st32(block + GONE, 0)
         else:
             head = ld64(c + HEADS) + (key >> FRAME_SHIFT) * HEAD
             st32(block + FOLLOWING, ld32(head))
@@ -275,7 +276,6 @@ def put(c: int, record: int, page: int, second: int) -> int:
     st32(block + LOOK_LOW, ld32(record + LOOKS))
     st32(block + LIVE_FLAGS, ld16(record + FLAGS))
     st32(block + SECOND_FRAME, frame)
-    st32(block + GONE, 0)
     st64(c + POS, (pos + copied * 8 + 15) & ~15)
     st64(c + NEXT, ld64(c + NEXT) + 1)
     return 0
@@ -349,8 +349,10 @@ def kill(c: int, number: int, alone: int) -> int:
     st8(ld64(c + RW) + entry, 0x68)  # push
     st32(ld64(c + RW) + entry + 1, (key >> Mode.BITS) & PAGE_MASK)
     jump(c, entry + 5, ld64(c + AWAY + array))
+    gone = 0
     if alone:
-        st32(block + GONE, (key >> FRAME_SHIFT) + 1)
+        gone = (key >> FRAME_SHIFT) + 1
+    st32(block + GONE, gone)
     st64(block + KEY, 0)
     st64(c + LIVE, ld64(c + LIVE) - 1)
     st64(c + KILLED, ld64(c + KILLED) + 1)

@@ -24,7 +24,7 @@ _FIELDS = (
     "brk",
     "where",  # 1 while in guest code or in a routine called from it, else 0; a futex
     "stop",  # 1 while the vCPU must not be in guest code; a futex
-    # while it waits in machine code, with everything in this block: 1 for `stop` to end, 2 for a turn
+    # while it waits in machine code, with everything in this block: 1 for `stop` to end, 2 for a turn, 3 after HLT
     "parked",
     "seat", "turns",  # host addresses of what is its own, and of what all share (turns.py); 0: there is room for all
     "inject",  # 0x100 | vector of an interrupt to deliver on the way in, or 0
@@ -62,9 +62,17 @@ _FIELDS = (
     "kernel_gs_base",
     "star", "lstar", "cstar", "sfmask", "sysenter_cs", "sysenter_esp", "sysenter_eip",
     "tsc_offset", "tsc_adjust", "tsc_aux", "pat",
-    # what is done for the local APIC (loan.py): whether anything is; the vector in service, the timer's, or 0; when
-    # that comes and when the host's timer goes off at the latest, in ticks of the guest's counter, 0: not at all
-    "apic", "apic_service", "apic_vector", "apic_deadline", "apic_armed",
+    # what is done for the local APIC (loan.py): whether anything is; the vectors in service, a byte each, the most
+    # urgent lowest; the timer's vector, or 0; when that comes and when the host's timer goes off at the latest, in
+    # ticks of the guest's counter, 0: not at all; the task priority register; the interrupt command register
+    "apic", "apic_service", "apic_vector", "apic_deadline", "apic_armed", "apic_task", "apic_command",
+    # interrupts from other vCPUs: a bit for each vector; 1 while who sends need not tell Python; 1 when this vCPU has
+    # sent to one where that is not so
+    "posted0", "posted1", "posted2", "posted3", "listening", "ring",
+    "vcpus", "vcpus_count",  # host address of a u64 per APIC ID: its state block, or 0; and how many
+    "asleep",  # 1 while it sleeps after HLT, in machine code; a futex
+    "wakes",  # how many addresses stand at WAKES
+    "slept",  # ticks of the host's counter that it slept so
     "tick",  # the host's timer, a file descriptor (ticks.py)
     "tick_scale",  # nanoseconds a tick of the counter, times 2**32
     "tick_most",  # ticks that the timer is set for at most
@@ -107,6 +115,7 @@ _FIELDS = (
     "narrow_string", "span", "load_segment", "cpuid", "rdmsr", "wrmsr",
     # counters
     "n_fill", "n_pf", "n_irq", "n_iret", "n_syscall", "n_cr3", "n_miss", "n_link", "n_span", "n_tick", "n_port",
+    "n_ipi", "n_halt",
 )
 
 OFFSETS: dict[str, int] = {name: 8 * i for i, name in enumerate(_FIELDS)}
@@ -130,6 +139,9 @@ IDENTITY = 0x65000  # CPUID's leaves (identity.py)
 IDENTITY_SIZE = 0x1000
 TWINS = 0x66000  # by return address: {where a range's check failed, the plain twin's entry there} (sharing.py)
 TWINS_MASK = 0x3FF0
+WAKES = 0x6A000  # host addresses of state blocks whose vCPUs the stub is to wake; as many as there can be vCPUs
+TAKEN = 0x6A800  # what take_posted found (apic_runtime.py), four words
+EDGES = 0x6A820  # a bit for each vector that was taken since the local APIC lent, four words
 PAIR_SLOTS = 4096
 HASH_ENTRY = 32  # key + TABLE_KEY, checked entry, plain entry, the block's number (tables.py)
 TABLE_KEY = 2  # below: 0 where an entry is free, 1 where a block is no more
@@ -152,8 +164,11 @@ PDPTE = OFFSETS["pdpte0"]
 DR = OFFSETS["dr0"]
 ES = OFFSETS["es_sel"], OFFSETS["es_base"], OFFSETS["es_limit"], OFFSETS["es_attr"]
 """What ES holds; the other segments follow in the order of SEGMENTS."""
+POSTED = OFFSETS["posted0"]
 BRK, BRK_STI, BRK_STOP, BRK_TURN = (OFFSETS["brk"] + i for i in range(4))
 
+HALTED = 3
+"""In ``parked``: asleep after HLT."""
 NO_STACK = 0xD15E_A5ED_0000_0000
 """In place of a stack's page: no canonical address is there, and what takes it for one faults."""
 EMPTY_JC = 1 << 63 | 1  # the negative of no guest address

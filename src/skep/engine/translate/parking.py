@@ -26,13 +26,13 @@ from skep.engine.translate.asm import (
     Mem,
     gs,
 )
-from skep.engine.translate.layout import BRK_STOP, OFFSETS
+from skep.engine.translate.layout import BRK, BRK_STOP, OFFSETS
 
 SYS_FUTEX = 202
 WAIT, WAKE = 128, 129  # FUTEX_PRIVATE_FLAG with either
 _SPINS = 2000
 """Looks before sleeping: guest code comes by a check within microseconds."""
-_WHERE, _STOP, _PARKED = OFFSETS["where"], OFFSETS["stop"], OFFSETS["parked"]
+_WHERE, _STOP, _PARKED, _ASLEEP = (OFFSETS[name] for name in ("where", "stop", "parked", "asleep"))
 
 
 def futex(a: Assembler, word: int, operation: int, value: int) -> None:
@@ -43,6 +43,27 @@ def futex(a: Assembler, word: int, operation: int, value: int) -> None:
     a.xor(R10, R10, size=32)
     a.mov(RAX, SYS_FUTEX, size=32)
     a.syscall()
+
+
+def rouse(a: Assembler) -> None:
+    """The vCPU of the state block at rdi, whose ``brk`` was set, looks at that even if it sleeps after HLT. Uses what
+    futex uses."""
+    over = a.label()
+    a.mfence()
+    a.cmp(Mem(RDI, disp=_ASLEEP), 0, size=32)
+    a.jcc(Cond.E, over)
+    a.mov(Mem(RDI, disp=_ASLEEP), 0, size=32)
+    futex(a, _ASLEEP, WAKE, 1)
+    a.bind(over)
+
+
+def kick(a: Assembler) -> None:
+    """``void kick(u64 block)``: Python has something for the vCPU of this state block."""
+    a.mov(Mem(RDI, disp=OFFSETS["wanted"]), 1)
+    a.mov(Mem(RDI, disp=OFFSETS["irq"]), 1)
+    a.mov(Mem(RDI, disp=BRK), 1, size=8)
+    rouse(a)
+    a.ret()
 
 
 def say_in(a: Assembler, refused: Label) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.translate.blocks import Cache
+from skep.engine.translate.loan import Directory
 from skep.engine.translate.pairs import Pairs
 from skep.engine.translate.ticks import Ticker
 from skep.engine.translate.turns import Turns, host_cpus
@@ -26,6 +28,9 @@ class Shared:
         self.pairs = Pairs(memory)
         self.ticker = Ticker(self.cache.stubs["watch_ticks"])
         self.turns = Turns(self.cache.stubs["watch_turns"], max_vcpus) if max_vcpus > host_cpus() else None
+        self.directory = Directory(max_vcpus)
+        self.interrupts: list[LocalInterrupts] = []
+        """All local APICs of vCPUs that were made."""
         self.constants = 0
         """Host address of a table of ports (contracts/constantports.py), or 0."""
         self.names: PerfMap | None = None

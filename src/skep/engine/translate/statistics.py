@@ -35,6 +35,8 @@ WITHOUT_EXIT = {
     "n_pf": "page faults",
     "n_irq": "interrupts",
     "n_tick": "of them the timer's, from machine code",
+    "n_ipi": "interrupts to other vCPUs",
+    "n_halt": "HLT",
     "n_iret": "IRET",
     "n_syscall": "SYSCALL",
     "n_cr3": "CR3 loads",

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from skep.engine.translate.apic_runtime import FOR_PYTHON, NOTHING
 from skep.engine.translate.asm import (
     R8,
     R9,
@@ -55,17 +56,19 @@ from skep.engine.translate.asm import (
 from skep.engine.translate.layout import (
     BRK_TURN,
     EMPTY_JC,
+    HALTED,
     JC,
     JC_ARRAY,
     OFFSETS,
     TLB,
     TWINS,
     TWINS_MASK,
+    WAKES,
     XSAVE_AREA,
     Kind,
     Mode,
 )
-from skep.engine.translate.parking import go_all, park, say_in, say_out, stop_all
+from skep.engine.translate.parking import WAIT, WAKE, futex, go_all, kick, park, say_in, say_out, stop_all
 from skep.engine.translate.ticks import SYS_TIMERFD_SETTIME, watch_ticks
 from skep.engine.translate.turns import HAS_TURN, IDLE, give, give_way, take, watch_turns
 
@@ -178,6 +181,75 @@ class Stubs:
         a.mov(field("kind"), Kind.STOPPED)
         a.bind(nowhere)
         self._leave(a)
+        self._halt(a, decided, nowhere)
+
+    def _halt(self, a: Assembler, decided: Label, nowhere: Label) -> None:
+        """HLT: asleep until an interrupt comes that may be taken, or Python has something for the vCPU. Who wakes it
+        sets ``brk`` and then looks at ``asleep``; here it is the other way round."""
+        mine, doze, sleep, woken, own, park_, awake, out = (a.label() for _ in range(8))
+        self._begin("halt_exit")
+        a.mov(field("rip"), R10)
+        a.mov(field("kind"), Kind.HALT)
+        self._save(a)
+        a.cmp(field("apic"), 0, size=32)
+        a.jcc(Cond.E, self._exit_saved())
+        for name in ("wanted", "single"):
+            a.cmp(field(name), 0, size=32)
+            a.jcc(Cond.NE, self._exit_saved())
+        a.cmp(field("iflag"), 0, size=32)
+        a.jcc(Cond.NE, mine)
+        a.jmp(self._exit_saved())
+        a.bind(mine)
+        self._save_rest(a)
+        a.add(field("n_halt"), 1)
+        a.bind(doze)
+        a.mov(RAX, 1, size=32)
+        a.xchg(field("asleep"), RAX, size=32)
+        a.cmp(field("brk"), 0, size=16)
+        a.jcc(Cond.NE, awake)
+        a.cmp(field("irq"), 0, size=32)
+        a.jcc(Cond.NE, awake)
+        a.mov(field("parked"), HALTED)
+        say_out(a)
+        a.call(self._give_turn)
+        self._timestamp(a)
+        a.sub(field("slept"), RDI)
+        a.bind(sleep)
+        a.cmp(field("asleep"), 0, size=32)
+        a.jcc(Cond.E, woken)
+        a.mov(RDI, field("self_"))
+        futex(a, OFFSETS["asleep"], WAIT, 1)
+        a.jmp(sleep)
+        a.bind(woken)
+        self._timestamp(a)
+        a.add(field("slept"), RDI)
+        a.cmp(field("seat"), 0)
+        a.jcc(Cond.E, own)
+        a.mov(gs(BRK_TURN), 0, size=8)
+        a.mov(RSI, IDLE, size=32)
+        a.call(self._take_turn)
+        a.bind(own)
+        say_in(a, park_)
+        a.mov(field("parked"), 0)
+        a.jmp(awake)
+        a.bind(park_)
+        park(a)
+        a.bind(awake)
+        a.mov(field("asleep"), 0)
+        self._timestamp(a)
+        self._call(a, "halted")
+        a.mov(field("target"), RAX)
+        self._set_tick(a)
+        a.mov(RAX, field("target"))
+        a.cmp(RAX, NOTHING)
+        a.jcc(Cond.E, doze)
+        a.cmp(RAX, FOR_PYTHON)
+        a.jcc(Cond.E, out)
+        a.mov(field("kind"), Kind.BREAK)
+        self._call(a, "resume")
+        a.jmp(decided)
+        a.bind(out)
+        a.jmp(nowhere)
 
     def _take_part(self, a: Assembler, enter: Label) -> None:
         """To ``enter`` with a turn, where turns are taken; or with one to be had at the first look, behind the delivery
@@ -236,11 +308,7 @@ class Stubs:
             a.bind(other)
         self._attend(a)
         self._finish(a)
-        for name, kind in (
-            ("emu_exit", Kind.EMULATE),
-            ("segment_exit", Kind.SEGMENT),
-            ("halt_exit", Kind.HALT),
-        ):
+        for name, kind in (("emu_exit", Kind.EMULATE), ("segment_exit", Kind.SEGMENT)):
             self._begin(name)
             a.mov(field("rip"), R10)
             a.mov(field("kind"), kind)
@@ -264,9 +332,6 @@ class Stubs:
         self._begin("exit_saved")
         a.bind(self._exit_label)
         self._save_rest(a)
-        a.vzeroupper()
-        a.fninit()
-        a.ldmxcsr(field("host_mxcsr"))
         inside = a.label()
         a.cmp(field("kind"), Kind.FAULT)
         a.jcc(Cond.E, inside)
@@ -286,6 +351,8 @@ class Stubs:
         stop_all(a)
         self._begin("go_all")
         go_all(a)
+        self._begin("kick")
+        kick(a)
         self._begin("watch_ticks")
         watch_ticks(a)
         self._begin("watch_turns")
@@ -298,7 +365,7 @@ class Stubs:
 
     @staticmethod
     def _save_rest(a: Assembler) -> None:
-        """After ``_save``: what routines leave alone, to the state block. Uses rax and rdx."""
+        """After ``_save``: what routines leave alone, to the state block; the host's MXCSR again. Uses rax and rdx."""
         wide = a.label()
         a.test(field("mode"), Mode.NARROW, size=8)
         a.jcc(Cond.E, wide)
@@ -311,6 +378,9 @@ class Stubs:
         a.mov(RAX, 7)
         a.xor(RDX, RDX, size=32)
         a.xsave64(gs(XSAVE_AREA))
+        a.vzeroupper()
+        a.fninit()
+        a.ldmxcsr(field("host_mxcsr"))
 
     def _attend(self, a: Assembler) -> None:
         """rax = where to enter, or 0 to leave, for a vCPU that somebody wants."""
@@ -341,6 +411,21 @@ class Stubs:
         a.xor(R10, R10, size=32)
         a.mov(RAX, SYS_TIMERFD_SETTIME, size=32)
         a.syscall()
+        a.bind(over)
+
+    @staticmethod
+    def _wake(a: Assembler) -> None:
+        """The vCPUs that a routine has posted to and that sleep. Uses what futex uses."""
+        more, over = a.label(), a.label()
+        a.bind(more)
+        a.mov(RCX, field("wakes"))
+        a.jrcxz(over)
+        a.sub(RCX, 1)
+        a.mov(field("wakes"), RCX)
+        a.shl(RCX, 3)
+        a.mov(RDI, Mem(RCX, disp=WAKES, gs=True))
+        futex(a, OFFSETS["asleep"], WAKE, 1)
+        a.jmp(more)
         a.bind(over)
 
     _exit_label: Label
@@ -551,6 +636,7 @@ class Stubs:
                 a.jcc(Cond.E, leave)
             if routine == "write_msr":
                 self._set_tick(a)
+                self._wake(a)
             if routine == "identify":
                 a.mov(RBX, field("rbx"))
             self._restore(a)

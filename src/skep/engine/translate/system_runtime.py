@@ -16,9 +16,20 @@ from skep.engine.amd64.msrs import (
     KERNEL_GS_BASE,
     PRED_CMD_IBPB,
     X2APIC_EOI,
+    X2APIC_ICR,
+    X2APIC_SELF_IPI,
+    X2APIC_TPR,
 )
 from skep.engine.amd64.registers import Cr4, Xcr0
-from skep.engine.translate.compiler import fence, inline, ld16, ld32, ld64, sar, st, st8, st64
+from skep.engine.translate.apic_runtime import (
+    APIC_ROUTINES,
+    end_interrupt,
+    send,
+    send_self,
+    set_deadline,
+    set_task_priority,
+)
+from skep.engine.translate.compiler import inline, ld16, ld32, ld64, sar, st, st64
 from skep.engine.translate.identity import (
     EXTENDED_STATE,
     FEATURES,
@@ -33,7 +44,7 @@ from skep.engine.translate.identity import (
     first_row,
     next_row,
 )
-from skep.engine.translate.layout import BRK, BRK_STI, ES, Kind
+from skep.engine.translate.layout import ES, Kind
 from skep.engine.translate.runtime import descriptor_at, resume
 
 M32 = 0xFFFFFFFF
@@ -130,7 +141,7 @@ def identify(unused: int, desc: int) -> int:
 
 
 def read_msr(unused: int, desc: int) -> int:
-    """RDMSR of the segments' bases."""
+    """RDMSR of the segments' bases, and of what the local APIC has lent."""
     index = st.rcx & M32
     if index == FS_BASE:
         value = st.fs_base
@@ -138,6 +149,10 @@ def read_msr(unused: int, desc: int) -> int:
         value = st.gs_base
     elif index == KERNEL_GS_BASE:
         value = st.kernel_gs_base
+    elif index == X2APIC_TPR and st.apic:
+        value = st.apic_task
+    elif index == X2APIC_ICR and st.apic:
+        value = st.apic_command
     else:
         return python_msr(desc, 0)
     st.rax = value & M32
@@ -145,62 +160,19 @@ def read_msr(unused: int, desc: int) -> int:
     return 1
 
 
-def arm_tick(left: int) -> int:
-    """See to it that the host's timer goes off at ``apic_deadline``, which is ``left`` ticks ahead, or earlier."""
-    if st.apic_armed and st.apic_armed <= st.apic_deadline:
-        return 1
-    if left > st.tick_most:
-        left = st.tick_most
-    st.tick_ns = ((left * st.tick_scale) >> 32) + 1
-    st.apic_armed = st.apic_deadline
-    st.tick_set = 1
-    return 1
-
-
-def set_deadline(now: int, value: int, desc: int) -> int:
-    """IA32_TSC_DEADLINE, while it is ours (SDM 3, 11.5.4.1); ``now`` is the host's counter. An interrupt that is due,
-    before or after, stays due whatever is written next: Python sees to that."""
-    now = now + st.tsc_offset
-    if (st.apic_deadline and st.apic_deadline <= now) or (value and value <= now):
-        return python_msr(desc, 1)
-    st.apic_deadline = value
-    if value:
-        return arm_tick(value - now)
-    return 1
-
-
-def attend(now: int) -> int:
-    """Somebody wants the vCPU, which is to go on at ``st.rip``. If it is only its own timer: as resume, with the
-    interrupt on its way. 0: the rest is Python's, ``st.kind`` being BREAK."""
-    me = st.self_
-    if st.apic == 0 or st.wanted:
-        return 0
-    st8(me + BRK, 0)
-    st8(me + BRK_STI, 0)
-    fence()
-    if st.wanted:  # since the first look
-        st8(me + BRK, 1)
-        return 0
-    deadline = st.apic_deadline
-    if deadline:
-        now = now + st.tsc_offset
-        if now < deadline:
-            arm_tick(deadline - now)
-        elif st.apic_service:
-            st.irq = 1
-            st.wanted = 1
-            return 0
-        elif st.iflag == 0:
-            st.irq = 1
-        else:
-            st.apic_service = st.apic_vector
-            st.apic_deadline = 0
-            st.irq = 0
-            st.inject = 0x100 | st.apic_vector
-            st.site = 0
-            st.n_irq = st.n_irq + 1
-            st.n_tick = st.n_tick + 1
-    return resume()
+def write_apic(index: int, value: int, now: int) -> int:
+    """What the local APIC has lent: 1, or 0 with nothing done."""
+    if index == X2APIC_EOI and value == 0:
+        return end_interrupt(now)
+    if index == IA32_TSC_DEADLINE and st.apic_vector:
+        return set_deadline(now, value)
+    if index == X2APIC_ICR:
+        return send(value)
+    if index == X2APIC_SELF_IPI:
+        return send_self(value)
+    if index == X2APIC_TPR and value <= 0xFF:
+        return set_task_priority(now, value)
+    return 0
 
 
 def write_msr(now: int, desc: int) -> int:
@@ -208,11 +180,8 @@ def write_msr(now: int, desc: int) -> int:
     APIC has lent."""
     index = st.rcx & M32
     value = (st.rax & M32) | (st.rdx << 32)
-    if index == X2APIC_EOI and st.apic and value == 0:
-        st.apic_service = 0
+    if st.apic and write_apic(index, value, now):
         return 1
-    if index == IA32_TSC_DEADLINE and st.apic and st.apic_vector:
-        return set_deadline(now, value, desc)
     if index == IA32_PRED_CMD and value & ~PRED_CMD_IBPB == 0:
         return 1
     if sar(value, 47) + 1 > 1:
@@ -243,4 +212,6 @@ def port() -> int:
     return resume()
 
 
-SYSTEM_ROUTINES = [port, load_segment, row_of, identify, read_msr, arm_tick, set_deadline, attend, write_msr]
+SYSTEM_ROUTINES = [
+    *APIC_ROUTINES, port, load_segment, row_of, identify, read_msr, write_apic, write_msr,
+]  # fmt: skip

@@ -44,7 +44,7 @@ LOOK_LOW, LOOK_HIGH = 24, 26  # u16: between these offsets of its page lies what
 LIVE_FLAGS = 28  # u16: the flags that it reads
 SECOND_FRAME = 32  # u32: number of the second page's frame, plus 1
 FOLLOWING = 36  # u32 each: the next in the list of its frame, and of its second frame
-GONE = 44  # u32: of a block that is no more, number of the frame whose jumps may lead to its place, plus 1; or 0
+GONE = 44  # u32, where KEY is 0: number of the frame whose jumps may lead to the block's place, plus 1; or 0
 DESCRIPTION = 48
 
 # A head

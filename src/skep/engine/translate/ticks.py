@@ -15,6 +15,7 @@ import threading
 from skep.alarm import Alarm
 from skep.engine.translate.asm import R10, RAX, RBX, RDI, RDX, RSI, RSP, Assembler, Cond, Mem
 from skep.engine.translate.layout import BRK, OFFSETS, StateBlock
+from skep.engine.translate.parking import rouse
 from skep.errors import HostError
 
 SYS_TIMERFD_SETTIME = 286
@@ -53,6 +54,8 @@ def watch_ticks(a: Assembler) -> None:
     a.jcc(Cond.E, over)
     a.mov(Mem(RAX, disp=OFFSETS["apic_armed"]), 0)  # first: who sees ``brk`` sets the timer anew
     a.mov(Mem(RAX, disp=BRK), 1, size=8)
+    a.mov(RDI, RAX)
+    rouse(a)
     a.jmp(again)
     a.bind(over)
     a.add(RSP, 16)

@@ -23,7 +23,7 @@ from skep.engine.translate.access import Unsupported
 from skep.engine.translate.alone import Alone
 from skep.engine.translate.emulate import Emulator
 from skep.engine.translate.forms import Legality
-from skep.engine.translate.layout import BRK, BRK_STI, OFFSETS, PDPTE, XSAVE_AREA, Kind, Mode, StateBlock
+from skep.engine.translate.layout import BRK, BRK_STI, HALTED, OFFSETS, PDPTE, XSAVE_AREA, Kind, Mode, StateBlock
 from skep.engine.translate.loan import ApicLoan
 from skep.engine.translate.modelspecific import ModelSpecific
 from skep.engine.translate.port import GuestFault, TripleFault
@@ -100,7 +100,11 @@ class TranslateVcpu(Alone):
         self._world.add(st)
         self._exit_requested = False
         self._nmi = False
-        self._loan = ApicLoan(st, shared.ticker)
+        self._loan = ApicLoan(st, shared.ticker, routines)
+        self._tell = ctypes.PYFUNCTYPE(None, ctypes.c_uint64)(cache.stubs["kick"])
+        self._barrier = ctypes.PYFUNCTYPE(None)(routines["barrier"])
+        shared.directory.enter(st, index)
+        shared.interrupts.append(interrupts)
         self._fresh = True
         self.hits = 0
         self.counts = [0] * 15
@@ -113,10 +117,7 @@ class TranslateVcpu(Alone):
 
     def kick(self) -> None:
         if not self._closed:
-            st = self.st
-            st.wanted = 1
-            st.irq = 1
-            st.bytes[BRK] = 1
+            self._tell(self.st.address)
 
     def request_exit(self) -> None:
         self._exit_requested = True
@@ -125,9 +126,13 @@ class TranslateVcpu(Alone):
     def frozen(self) -> bool:
         if self._closed or not self._world.frozen or not self.st.parked:
             return False
-        self.interrupts.settle()
         self._loan.rest()
+        self.interrupts.settle()
         return True
+
+    @property
+    def asleep(self) -> bool:
+        return not self._closed and self.st.parked == HALTED
 
     def close(self) -> None:
         if not self._closed:
@@ -154,8 +159,8 @@ class TranslateVcpu(Alone):
         finally:
             if self._shared.turns is not None:
                 self._give_turn()
-            self.interrupts.settle()
             self._loan.rest()
+            self.interrupts.settle()
 
     def _run(self) -> Exit:
         st = self.st
@@ -189,7 +194,8 @@ class TranslateVcpu(Alone):
                 elif kind == Kind.MSR:
                     self.emulator.step_msr(bool(st.info))
                 elif kind == Kind.HALT:
-                    return self._halted()
+                    if not self._interrupted():
+                        return self._halted()
                 elif kind == Kind.MEM:
                     self._finish_access()
                 elif kind == Kind.EXCEPTION:
@@ -250,15 +256,18 @@ class TranslateVcpu(Alone):
         st = self.st
         st.bytes[BRK] = 0
         st.bytes[BRK_STI] = 0
+        self._barrier()  # what other vCPUs post from now on sets it again
         if st.inject:
             self._deliver()
         if self._exit_requested:
             self._exit_requested = False
             return True
-        if not (st.wanted or st.irq or st.apic_deadline):
-            return False
         wanted = st.wanted
         st.irq = st.wanted = 0  # before anything is asked: what comes from now on sets it again
+        if st.ring:
+            st.ring = 0
+            for each in tuple(self._shared.interrupts):
+                each.collect()
         st.site = 0  # the jump that led here goes elsewhere than to a handler
         interrupts = self.interrupts
         if self._nmi or interrupts.take_nmi():
@@ -279,6 +288,14 @@ class TranslateVcpu(Alone):
             if interrupts.pending():
                 st.irq = st.wanted = 1
         return False
+
+    def _interrupted(self) -> bool:
+        """Whether the vCPU, which executed HLT, need not sleep."""
+        st = self.st
+        if self._exit_requested or not st.iflag or not self.interrupts.pending():
+            return False
+        st.irq = 1
+        return True
 
     def _deliver(self) -> None:
         """The interrupt that was to be delivered on the way in, here."""
