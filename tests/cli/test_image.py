@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,57 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_the_same_answers(chain: Path, words: str) -> None:
     assert skep(*words.split(), chain) == qemu(*words.split(), chain)
+
+
+TOP = "driver=qcow2,file.driver=file,file.filename=top.qcow2"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"info {TOP}",
+        f"info --output=json {TOP}",
+        f"info --backing-chain {TOP}",
+        f"map --output=json {TOP}",
+        f"check {TOP}",
+        f"check --output=json {TOP}",
+        f"measure -O qcow2 {TOP}",
+        f"snapshot -l {TOP}",
+        f"compare {TOP} driver=qcow2,file.filename=base.qcow2",
+        f"convert -O raw {TOP} copy.raw",
+        f"convert -n -O raw --target-image-opts {TOP} driver=raw,file.filename=copy.raw",
+        f"dd bs=1M skip=1 count=2 if={TOP} of=part.raw",
+        f"resize --shrink {TOP} +1M",
+        "info file.filename=top.qcow2",
+        f"rebase -b base.qcow2 -F qcow2 {TOP}",
+        f"bitmap --add {TOP} marks",
+        f"amend -o lazy_refcounts=on {TOP}",
+        f"commit {TOP}",
+        f"info -f qcow2 {TOP}",
+        "info driver=qcow2,file.filename=top.qcow2,nonsense=1",
+        "info driver=nonsense,file.filename=top.qcow2",
+    ],
+)
+def test_images_told_by_options(chain: Path, words: str) -> None:
+    """Each on its own copy of the chain; then both disks are the same, and their copies."""
+    command, *rest = words.split()
+    answers: list[tuple[str, int]] = []
+    for place in (Path("theirs"), Path("ours")):
+        shutil.copytree(".", place, ignore=lambda _, names: [name for name in names if not name.endswith(".qcow2")])
+        if "copy.raw" in words and "-n" in rest:
+            (place / "copy.raw").write_bytes(bytes(10 * MIB))
+        with contextlib.chdir(place), contextlib.redirect_stdout(io.StringIO()) as out:
+            if place.name == "ours":
+                with contextlib.redirect_stderr(io.StringIO()):
+                    status = main(["image", command, "--image-opts", *rest])
+                answers.append((out.getvalue(), status))
+            else:
+                line = ["qemu-img", command, "--image-opts", *rest]
+                done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+                answers.append((done.stdout, done.returncode))
+    assert answers[0] == answers[1]
+    for name in sorted(path.name for path in Path("theirs").iterdir()):
+        qemu("compare", "-q", Path("theirs") / name, Path("ours") / name)
 
 
 @pytest.mark.parametrize("words", ["-O qcow2 --size 1G", "-O raw --size 10k --output=json", "-O qcow2 --size 1T"])
@@ -197,6 +249,50 @@ def test_commit_and_rebase(chain: Path) -> None:
     assert not any(one["present"] for one in json.loads(skep("map", "--output=json", chain)) if one["depth"] == 0)
 
 
+@pytest.mark.parametrize("backing", [(), ("-b", "base", "-F", "raw")], ids=["alone", "over another"])
+def test_amend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backing: tuple[str, ...]) -> None:
+    """The same changes, allowed or not, on two images; both end up the same, sound, and with the same disk."""
+    monkeypatch.chdir(tmp_path)
+    Path("base").write_bytes(b"b" * 5 * MIB)
+    for tool, name in ((skep, "one"), (qemu, "two")):
+        tool("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", *backing, name, "5M")
+        write(Path(name), MIB, b"a" * 70000 + bytes(-70000 % 512))
+        with open_image(name) as image:
+            image.write_zeroes(2 * MIB, 40960, True)
+            image.write_zeroes(MIB, 4096, False)
+        tool("snapshot", "-c", "first", name)
+        write(Path(name), 3 * MIB, b"c" * 512)
+    for options, allowed in (
+        ("refcount_bits=1", False),  # a snapshot has references too
+        ("refcount_bits=64", True),
+        ("refcount_bits=3", False),
+        ("compat=0.10", False),
+        ("lazy_refcounts=on,refcount_bits=8", True),
+        ("size=6M", True),
+        ("cluster_size=64k", False),
+        ("nonsense=1", False),
+        ("", True),
+        ("refcount_bits=1", True),
+        ("lazy_refcounts=off,refcount_bits=16", True),
+        ("compat=0.10", True),
+        ("refcount_bits=8", False),
+        ("lazy_refcounts=on", False),
+        ("compat=v3", True),
+        ("compat=nonsense", False),
+        ("size=7M,compat=v2", True),
+    ):
+        for tool, name in ((skep, "one"), (qemu, "two")):
+            words = ["amend", "-o", options, name] if options else ["snapshot", "-d", "first", name]
+            tool(*words, status=int(not allowed))
+            for judge in (skep, qemu):
+                judge("check", "-q", name)
+        one, two = (json.loads(qemu("info", "--output=json", name))["format-specific"] for name in ("one", "two"))
+        assert one == two
+    for judge in (skep, qemu):
+        judge("compare", "one", "two")
+    assert skep("map", "--output=json", "one") == qemu("map", "--output=json", "one")
+
+
 def test_bitmaps_are_kept_as_qemu_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     qemu("create", "-f", "qcow2", "a.qcow2", "20M")
@@ -304,7 +400,15 @@ class TestBothAtOnce:
             if kind == "delete":
                 snapshots.remove(name)
             size = json.loads(qemu("info", "--output=json", images[0]))["virtual-size"]
-        elif kind == "grow" and not snapshots:
+        elif (
+            kind == "grow"
+            and not snapshots
+            and not (
+                # Beyond the old end there may be something below, which QEMU cannot hide in version 2.
+                json.loads(qemu("info", "--output=json", images[0]))["format-specific"]["data"]["compat"] == "0.10"
+                and (images[0].parent / "base").exists()
+            )
+        ):
             size += 512 * rng.randrange(1, 4000)
             for path, tool in zip(images, tools, strict=True):
                 tool("resize", "-q", path, str(size))

@@ -251,11 +251,12 @@ def _both(ones: Iterator[Extent], others: Iterator[Extent]) -> Iterator[tuple[in
 def commit(top: Image, base: Image, *, empty: bool, progress: Progress = _nothing) -> None:
     """Write what the layers above ``base`` hold into it; ``base`` is open for writing, by itself. With ``empty`` the
     top layer holds nothing afterwards."""
-    if base.size < top.size:
+    old = base.size
+    if old < top.size:
         base.resize(top.size)
     for spot in pieces([top]):
         extent = spot.extent
-        if extent.depth >= depth_of(top, base.path):
+        if extent.depth >= depth_of(top, base.path) or (not extent.present and extent.offset >= old):
             continue
         if extent.zero and not extent.data:
             base.write_zeroes(extent.offset, extent.length, True)

@@ -389,6 +389,5 @@ def _through(backing: Image, hole: Extent) -> Iterator[Extent]:
     if there:
         for extent in backing.extents(hole.offset, there):
             yield extent._replace(depth=extent.depth + 1)
-    if there < hole.length:
-        # Zeros that the end of the file below stands for.
-        yield Extent(hole.offset + there, hole.length - there, zero=True, depth=1)
+    if there < hole.length:  # zeros that the end of the file below stands for
+        yield hole._replace(offset=hole.offset + there, length=hole.length - there, zero=True)

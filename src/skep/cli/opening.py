@@ -1,12 +1,15 @@
-"""How the tools `skep image` and `skep io` open an image: by name, or by `--image-opts`."""
+"""How the tools `skep image` and `skep io` open an image: by its name, or by options as `--image-opts` has them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from skep.block.format import Image, ImageError
-from skep.block.image import open_image
+from skep.block.format import Image
+from skep.block.image import open_image, open_layers
+from skep.block.secrets import NO_SECRETS, Secrets
+from skep.block.tree import Tree, nested
+from skep.block.words import words
 from skep.errors import UserError
 
 CACHES = ("none", "writeback", "writethrough", "directsync", "unsafe")
@@ -25,58 +28,77 @@ class How:
     backing: bool = True
     """With what lies below it."""
     discard: bool = True
+    secrets: Secrets = field(default_factory=lambda: NO_SECRETS)
+    layers: Tree | None = None
+    """What to open, instead of a file of some format."""
+    may_stay_locked: bool = False
+    """Nobody is going to read an encrypted disk."""
 
 
 def open_by(path: str, how: How) -> Image:
     """Raises UserError."""
     if how.shared and not how.read_only:
         raise UserError("force-share=on can only be used with read-only images", path)
+    no_cache = how.cache in ("none", "directsync")
+    synchronous = not how.read_only and how.cache in ("writethrough", "directsync")
+    if how.layers is not None:
+        return open_layers(
+            how.layers,
+            read_only=how.read_only,
+            no_cache=no_cache,
+            synchronous=synchronous,
+            lock=not how.shared,
+            backing=how.backing,
+            secrets=how.secrets,
+            may_stay_locked=how.may_stay_locked,
+        )
     return open_image(
         path,
         format=how.format,
         read_only=how.read_only,
-        no_cache=how.cache in ("none", "directsync"),
-        synchronous=not how.read_only and how.cache in ("writethrough", "directsync"),
+        no_cache=no_cache,
+        synchronous=synchronous,
         lock=not how.shared,
         backing=how.backing,
+        secrets=how.secrets,
+        may_stay_locked=how.may_stay_locked,
     )
 
 
-def described(said: Mapping[str, str], how: How, path: str | None = None) -> tuple[str, How]:
-    """The file, and how to open it, of QEMU's dotted options (`driver=qcow2,file.filename=disk.qcow2`), which
-    ``how`` is completed by. Raises UserError for what is not known, rather than leave it out."""
-    direct, no_flush = None, None
-    for name, value in said.items():
-        inner = name.removeprefix("file.")
-        if name == "driver":
-            how = replace(how, format=value)
-        elif name in ("file", "filename", "file.filename"):
-            path = value
-        elif name == "file.driver":
-            if value not in ("file", "host_device"):
-                raise UserError(f"no such protocol: {value!r}", name, "known are file and host_device")
-        elif inner == "read-only":
-            how = replace(how, read_only=how.read_only or _on(name, value))
-        elif inner == "force-share":
-            how = replace(how, shared=how.shared or _on(name, value))
-        elif inner == "locking":
-            how = replace(how, shared=how.shared or value == "off")
-        elif inner == "cache.direct":
-            direct = _on(name, value)
-        elif inner == "cache.no-flush":
-            no_flush = _on(name, value)
-        elif inner == "discard":
-            how = replace(how, discard=discards(value))
-        elif inner == "aio":
-            check_aio(value)
-        else:
-            raise ImageError(f"no such option: {name!r}", path)
-    if direct is not None or no_flush is not None:
-        cache = "none" if direct else "unsafe" if no_flush else "writeback"
-        how = replace(how, cache=cache)
-    if path is None:
-        raise UserError("no file is named", "--image-opts", "say file.filename=FILE")
-    return path, how
+def described(text: str, how: How, path: str | None = None) -> tuple[str, How]:
+    """The file's name, and how to open it, of QEMU's dotted options: `driver=qcow2,file.filename=disk.qcow2`.
+
+    How the host's cache is used and whether discards count may stand among them; ``path`` is the file where they do
+    not name one. Raises UserError.
+    """
+    said: dict[str, str | None] = {**words(text)}
+    if path is not None and not any(name.startswith("file.") for name in said):
+        said["file.filename"] = path
+        if how.format is not None:
+            said.setdefault("driver", how.format)
+    name = path or _name(said) or text
+    direct = no_flush = False
+    for option in list(said):
+        value = said[option] or ""
+        match option.removeprefix("file."):
+            case "cache.direct":
+                direct = _on(option, value)
+            case "cache.no-flush":
+                no_flush = _on(option, value)
+            case "discard":
+                how = replace(how, discard=discards(value))
+            case "aio":
+                check_aio(value)
+            case _:
+                continue
+        del said[option]
+    if direct or no_flush:
+        how = replace(how, cache="none" if direct else "unsafe")
+    return name, replace(how, layers=nested(said))
+
+
+def _name(said: Mapping[str, str | None]) -> str | None:
+    return next((value for name, value in said.items() if name.split(".")[-1] == "filename"), None)
 
 
 def discards(mode: str) -> bool:
@@ -92,6 +114,6 @@ def check_aio(mode: str) -> None:
 
 
 def _on(name: str, value: str) -> bool:
-    if value not in ("on", "off", "true", "false", "yes", "no"):
+    if value not in ("on", "off", "true", "false"):
         raise UserError(f"is on or off, not {value!r}", name)
-    return value in ("on", "true", "yes")
+    return value in ("on", "true")

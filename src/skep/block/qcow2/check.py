@@ -338,7 +338,7 @@ def repair(image: Qcow2Image, leaks_only: bool) -> CheckResult:
         checker = Checker(image)
         checker.look()
         if checker.broken:
-            _rebuild(image)
+            _rebuild(image, image.header.refcount_order)
         else:
             _set(image, [(i, found) for i, _, found in checker.differences()])
         snapshots.set_flags(image)
@@ -361,10 +361,19 @@ def _set(image: Qcow2Image, wanted: list[tuple[int, int]]) -> None:
     image.settle()
 
 
-def _rebuild(image: Qcow2Image) -> None:
-    """A new refcount table and new blocks, behind everything else."""
+def change_refcounts(image: Qcow2Image, order: int) -> None:
+    """Counts of 2^``order`` bits from now on. Raises ImageError where one does not fit, or the image is not sound."""
+    found = check(image)
+    if found.corruptions or found.errors:
+        raise ImageError("the image is damaged", image.path, "skep image check -r all mends it")
+    _rebuild(image, order)
+
+
+def _rebuild(image: Qcow2Image, order: int) -> None:
+    """A new refcount table and new blocks, behind everything else; the header, written last, says where, and how wide
+    counts are."""
     cluster, header = image.cluster_size, image.header
-    packing = Packing(1 << header.refcount_order)
+    packing = Packing(1 << order)
     per_block = cluster * 8 // packing.bits
     fresh = Checker(image)
     fresh.look(counts=False)
@@ -385,11 +394,15 @@ def _rebuild(image: Qcow2Image) -> None:
     for i in range(blocks):
         values = packing.several(0, per_block)
         for index in tally.numbers(i * per_block, (i + 1) * per_block):
+            if tally[index] > packing.most and order != header.refcount_order:
+                what = f"cluster {index} has {tally[index]} references, too many for {packing.bits} bits"
+                raise ImageError(what, image.path)
             values[index - i * per_block] = min(tally[index], packing.most)
         write_at(image.file, entries[i], packing.pack(values))
     write_at(image.file, start * cluster, to_big_endian(entries).ljust(table * cluster, b"\0"))
     image.file.flush()
     header.refcount_table_offset, header.refcount_table_clusters = start * cluster, table
+    header.refcount_order = order
     write_at(image.file, 0, header.pack())
     image.file.flush()
     image.reload()

@@ -43,13 +43,6 @@ OPEN_OPTIONS: Mapping[str, Option] = {
     "encrypt.format": OPTIONS["encrypt.format"],
     "encrypt.key-secret": OPTIONS["encrypt.key-secret"],
 }
-AMEND_OPTIONS: Mapping[str, Option] = {
-    **{name: OPTIONS[name] for name in ("compat", "lazy_refcounts")},
-    "size": Option("Virtual disk size"),
-    "backing_file": Option("File name of a base image"),
-    "backing_fmt": Option("Image format of the base image"),
-    **prefixed("encrypt.", names.AMEND),
-}
 
 _LARGEST = 1 << 62
 
@@ -149,47 +142,6 @@ def _header(path: str, options: Mapping[str, str]) -> Header:
     if header.version == 3 and cluster >= 1024:
         header.extensions[int(Extension.FEATURE_NAMES)] = FEATURE_NAMES
     return header
-
-
-def amend(image: Qcow2Image, options: Mapping[str, str], secrets: Secrets, force: bool) -> None:
-    """``compat``, ``lazy_refcounts``, ``size``, and the name of what is below."""
-    header, path = image.header, image.path
-    for name in options:
-        if name not in AMEND_OPTIONS:
-            raise ImageError(f"{name} cannot be changed", path, "skep image convert makes another image")
-    compat = options.get("compat")
-    if compat not in (None, "0.10", "v2", "1.1", "v3"):
-        raise ImageError(f"no such compat: {compat!r}", path, "known are 0.10 (or v2) and 1.1 (or v3)")
-    image.settle()
-    if any(name.startswith("encrypt.") for name in options):
-        if image.encryption is None:
-            raise ImageError("it is not encrypted", path)
-        image.encryption.amend(options, secrets, force)
-    if compat in ("1.1", "v3") and header.version == 2:
-        header.version = 3
-    elif compat in ("0.10", "v2") and header.version == 3:
-        if header.incompatible or header.refcount_order != 4 or header.autoclear:
-            raise ImageError("it uses what only version 3 has", path)
-        if any(extent.zero for extent in image.layer(0, image.size)):
-            raise ImageError("it has clusters of zeros, which only version 3 has", path)
-        header.version, header.compatible = 2, 0
-    if "lazy_refcounts" in options:
-        lazy = on_off(options, "lazy_refcounts", path)
-        if lazy and header.version == 2:
-            raise ImageError("lazy_refcounts needs compat=1.1", path)
-        header.compatible = header.compatible & ~Compatible.LAZY_REFCOUNTS | (Compatible.LAZY_REFCOUNTS if lazy else 0)
-    image.write_header()
-    image.flush()
-    if "backing_file" in options or "backing_fmt" in options:
-        old = image.backing_name()
-        name = options.get("backing_file", "" if old is None else old.name)
-        kind = options.get("backing_fmt", None if old is None else old.format)
-        image.set_backing(BackingName(name, kind) if name else None)
-    if "size" in options:
-        size = parse_size(options["size"])
-        if size is None:
-            raise ImageError(f"{options['size']!r} is not a size", path)
-        image.resize(-(-size // 512) * 512)
 
 
 def _data_file(path: str, options: Mapping[str, str], header: Header, backing: BackingName | None) -> str | None:

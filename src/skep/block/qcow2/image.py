@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from skep.block.backend import Buffers, File, fill_zeroes, split, write_at, write_zeroes_as_data
 from skep.block.format import BackingName, Bitmap, Can, CheckResult, ImageError, Option, Snapshot
-from skep.block.qcow2 import bitmaps, check, create, snapshots
+from skep.block.qcow2 import amend, bitmaps, check, create, snapshots
 from skep.block.qcow2.header import MOST_L1_BYTES, Autoclear, Compression, Extension, Incompatible, read_header
 from skep.block.qcow2.refcounts import to_big_endian
 from skep.block.qcow2.tables import DEFAULT_CACHE
@@ -24,7 +24,7 @@ class Qcow2Image(Written):
     fits_devices = True
     create_options: ClassVar[Mapping[str, Option]] = create.OPTIONS
     open_options: ClassVar[Mapping[str, Option]] = create.OPEN_OPTIONS
-    amend_options: ClassVar[Mapping[str, Option]] = create.AMEND_OPTIONS
+    amend_options: ClassVar[Mapping[str, Option]] = amend.AMEND
     can = (
         Can.WRITE
         | Can.DISCARD
@@ -160,6 +160,16 @@ class Qcow2Image(Written):
             self._tables.change(found, 0, 0 if self._tables.words == 2 else None)
             self._free_entry(word)
 
+    def forget_zeroes(self) -> None:
+        """Clusters that are noted to be zeros are nowhere instead: the same to an image over no other."""
+        self._may_write()
+        for extent in self.layer(0, self.size):
+            for at in range(extent.offset, extent.offset + extent.length, self._cluster) if extent.zero else ():
+                with self._lock:
+                    self._cut_one(at >> self._bits)
+                if self._tables.crowded:
+                    self.flush()
+
     def make_empty(self) -> None:
         self._may_write()
         self.settle()
@@ -240,7 +250,7 @@ class Qcow2Image(Written):
     # What tools ask for.
 
     def amend(self, options: Mapping[str, str], secrets: Secrets = NO_SECRETS, *, force: bool = False) -> None:
-        create.amend(self, options, secrets, force)
+        amend.amend(self, options, secrets, force)
 
     @property
     def tracker(self) -> bitmaps.Tracker:

@@ -17,6 +17,7 @@ EXIT_NOT_COMPARED = 2
 
 def image(arguments: Sequence[str]) -> int:
     """One subcommand; returns its exit status, and tells mistakes and the host's errors in a line each."""
+    from skep.block.secrets import read_secrets
     from skep.cli.image.parser import make_parser
 
     parser = make_parser()
@@ -25,6 +26,9 @@ def image(arguments: Sequence[str]) -> int:
         parsed = parser.parse_args(arguments)
         if not hasattr(parsed, "command"):
             parser.error("a subcommand is missing")
+        if parsed.image_opts and parsed.format is not None:
+            parser.error("--image-opts and -f are mutually exclusive")
+        parsed.secrets = read_secrets(parsed.objects)
         status: int = parsed.command(parsed)
         return status
     except BrokenPipeError:

@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from skep.block import copying, load
@@ -18,7 +19,10 @@ from skep.block.naming import backing_path
 from skep.block.qcow2.create import parse_size
 from skep.block.qcow2.image import Qcow2Image
 from skep.block.registry import format_named
+from skep.block.tree import nested
+from skep.block.words import words
 from skep.cli.image.printing import describe, print_info, print_json, print_snapshots, progress
+from skep.cli.opening import How, described, open_by
 from skep.errors import UserError
 
 _TOLD_FIRST = (
@@ -28,29 +32,28 @@ _TOLD_FIRST = (
 _BACKING_OPTIONS = ("backing_file", "backing_fmt", "size")
 
 
-def _open(
-    path: str, arguments: Namespace, *, format: str | None = None, write: bool = False, backing: bool = True
-) -> Image:
-    cache = getattr(arguments, "cache" if write else "source_cache", None)
-    return open_image(
-        path,
-        format=format if format is not None else getattr(arguments, "format", None),
+def _how(arguments: Namespace, *, write: bool = False, backing: bool = True) -> How:
+    """What the options of a subcommand say of the images that it opens."""
+    return How(
+        format=getattr(arguments, "format", None),
         read_only=not write,
-        no_cache=cache in ("none", "directsync"),
-        synchronous=write and cache in ("writethrough", "directsync"),
-        lock=not getattr(arguments, "shared", False),
+        cache=getattr(arguments, "cache" if write else "source_cache", None) or "writeback",
+        shared=getattr(arguments, "shared", False),
         backing=backing,
+        secrets=arguments.secrets,
     )
 
 
+def _open(path: str, arguments: Namespace, how: How) -> Image:
+    """By its name, or by what `--image-opts` says that words are."""
+    return open_by(*(described(path, how) if arguments.image_opts else (path, how)))
+
+
 def _options(arguments: Namespace) -> dict[str, str]:
-    """Of `-o NAME=VALUE,...`, in which two commas stand for one."""
-    found = {}
+    """Of `-o NAME=VALUE,...`."""
+    found: dict[str, str] = {}
     for text in arguments.options or ():
-        for word in text.replace(",,", "\0").split(","):
-            name, equals, value = word.replace("\0", ",").partition("=")
-            if name:
-                found[name] = value if equals else "on"
+        found |= words(text)
     return found
 
 
@@ -63,10 +66,12 @@ def _say(arguments: Namespace, text: str) -> None:
 
 
 def info(arguments: Namespace) -> int:
-    found, path, name = [], arguments.file, arguments.format
+    found = []
+    how = replace(_how(arguments, backing=False), may_stay_locked=True)
+    path, how = described(arguments.file, how) if arguments.image_opts else (arguments.file, how)
     seen: set[str] = set()
     while True:
-        with open_image(path, format=name, read_only=True, lock=not arguments.shared, backing=False) as image:
+        with open_by(path, how) as image:
             found.append((describe(image, path), list(image.snapshots())))
             below = image.backing_name()
         real = os.path.realpath(path)
@@ -75,7 +80,7 @@ def info(arguments: Namespace) -> int:
         seen.add(real)
         if not arguments.backing_chain or below is None:
             break
-        path, name = backing_path(path, below.name), below.format
+        path, how = backing_path(path, below.name), replace(how, format=below.format, layers=None)
     if arguments.output == "json":
         everything = [one for one, _ in found]
         print_json(everything if arguments.backing_chain else everything[0])
@@ -88,7 +93,8 @@ def info(arguments: Namespace) -> int:
 
 
 def check(arguments: Namespace) -> int:
-    with _open(arguments.file, arguments, write=bool(arguments.repair), backing=False) as image:
+    how = replace(_how(arguments, write=bool(arguments.repair), backing=False), may_stay_locked=True)
+    with _open(arguments.file, arguments, how) as image:
         if Can.CHECK not in image.can:
             print("skep image: This image format does not support checks", file=sys.stderr)
             return 63
@@ -155,11 +161,11 @@ def _print_check(found: Any) -> None:
 
 
 def map_(arguments: Namespace) -> int:
-    with _open(arguments.file, arguments) as image:
+    with _open(arguments.file, arguments, _how(arguments)) as image:
         start = arguments.start_offset
         most = image.size if arguments.max_length is None else arguments.max_length
         length = max(0, min(most, image.size - start))
-        files = [arguments.file]
+        files = [image.path]
         below: Image | None = image
         while below is not None and (name := below.backing_name()) is not None:
             files.append(backing_path(files[-1], name.name))
@@ -210,7 +216,7 @@ def measure(arguments: Namespace) -> int:
     if arguments.file is None:
         size, data = arguments.size, []
     else:
-        with _open(arguments.file, arguments) as image:
+        with _open(arguments.file, arguments, _how(arguments)) as image:
             if arguments.snapshot is not None:
                 image.show_snapshot(_snapshot_name(arguments.snapshot))
             size = image.size
@@ -228,9 +234,10 @@ def measure(arguments: Namespace) -> int:
 
 
 def compare(arguments: Namespace) -> int:
+    how = _how(arguments)
     with (
-        _open(arguments.file, arguments) as one,
-        _open(arguments.second, Namespace(shared=arguments.shared), format=arguments.second_format) as other,
+        _open(arguments.file, arguments, how) as one,
+        _open(arguments.second, arguments, replace(how, format=arguments.second_format)) as other,
     ):
         if arguments.strict and one.size != other.size:
             _say(arguments, "Strict mode: Image size mismatch!")
@@ -269,9 +276,15 @@ def create(arguments: Namespace) -> int:
         raise ImageError(what, arguments.file, "say -F FORMAT: what a guest wrote must not decide it")
     below = BackingName(backing, backing_format) if backing else None
     own = {name: value for name, value in options.items() if name not in _BACKING_OPTIONS}
-    create_image(arguments.file, arguments.format, size, options=own, backing=below, check_backing=not arguments.unsafe)
+    create_image(
+        *(arguments.file, arguments.format, size),
+        options=own,
+        backing=below,
+        check_backing=not arguments.unsafe,
+        secrets=arguments.secrets,
+    )
     if not arguments.quiet:
-        with open_image(arguments.file, format=arguments.format, read_only=True, backing=False) as image:
+        with open_by(arguments.file, replace(_how(arguments, backing=False), may_stay_locked=True)) as image:
             _say(arguments, f"Formatting '{arguments.file}', fmt={image.format} {_creation(kind, image, own, below)}")
     return 0
 
@@ -297,6 +310,10 @@ def _help(kind: type[Image]) -> int:
 
 def convert(arguments: Namespace) -> int:
     options = _options(arguments)
+    if arguments.target_image_opts and (arguments.target_format is not None or not arguments.no_create):
+        raise UserError("goes with -n and without -O", "--target-image-opts")
+    if arguments.target_format is None:
+        arguments.target_format = "raw"
     if "help" in options:
         return _help(format_named(arguments.target_format))
     if len(arguments.files) < 2:
@@ -305,7 +322,7 @@ def convert(arguments: Namespace) -> int:
         raise UserError("is from 1 to 16", "-m")
     *names, target_name = arguments.files
     with contextlib.ExitStack() as stack:
-        sources = [stack.enter_context(_open(name, arguments)) for name in names]
+        sources = [stack.enter_context(_open(name, arguments, _how(arguments))) for name in names]
         if arguments.snapshot is not None:
             for source in sources:
                 source.show_snapshot(_snapshot_name(arguments.snapshot))
@@ -316,10 +333,12 @@ def convert(arguments: Namespace) -> int:
         if below is not None and below.format is None:
             raise ImageError("the format of the backing file is missing", target_name, "say -F FORMAT")
         if not arguments.no_create:
-            _not_a_source(target_name, names)
+            _not_a_source(target_name, [source.path for source in sources])
             own = {name: value for name, value in options.items() if name not in _BACKING_OPTIONS}
-            create_image(target_name, arguments.target_format, size, options=own, backing=below)
-        target = stack.enter_context(_open(target_name, arguments, format=arguments.target_format, write=True))
+            create_image(
+                target_name, arguments.target_format, size, options=own, backing=below, secrets=arguments.secrets
+            )
+        target = stack.enter_context(_open_target(target_name, arguments, options))
         if target.size < size:
             raise ImageError(f"has room for {target.size} bytes, and the disk has {size}", target_name)
         if target.backing is not None and below is None:
@@ -344,6 +363,19 @@ def convert(arguments: Namespace) -> int:
     if lost:
         print(f"skep image: {lost} sectors could not be read, and are zeros", file=sys.stderr)
     return 0
+
+
+def _open_target(name: str, arguments: Namespace, options: dict[str, str]) -> Image:
+    """What `convert` writes to. A password that it was made with is the one that opens it."""
+    how = replace(_how(arguments, write=True), shared=False)
+    if arguments.target_image_opts:
+        return open_by(*described(name, replace(how, format=None)))
+    kind = format_named(arguments.target_format)
+    keys = {key: value for key, value in options.items() if key in kind.open_options}
+    if keys:
+        layers = {"driver": arguments.target_format, "file.filename": name, **keys}
+        return open_by(name, replace(how, layers=nested(layers)))
+    return open_by(name, replace(how, format=arguments.target_format))
 
 
 def _paced(rate: int | None, size: int, tell: copying.Progress) -> copying.Progress:
@@ -378,24 +410,25 @@ def _copy_bitmaps(sources: Sequence[Image], target: Image, skip_broken: bool) ->
 
 
 def dd(arguments: Namespace) -> int:
-    words = dict(word.partition("=")[::2] for word in arguments.operands)
-    unknown = set(words) - {"if", "of", "bs", "count", "skip"}
-    if unknown or "if" not in words or "of" not in words:
+    said = dict(word.partition("=")[::2] for word in arguments.operands)
+    unknown = set(said) - {"if", "of", "bs", "count", "skip"}
+    if unknown or "if" not in said or "of" not in said:
         raise UserError(f"unknown: {', '.join(sorted(unknown))}" if unknown else "if= and of= are needed", "dd")
-    numbers = {key: parse_size(words.get(key, default)) for key, default in (("bs", "512"), ("skip", "0"))}
+    numbers = {key: parse_size(said.get(key, default)) for key, default in (("bs", "512"), ("skip", "0"))}
     block, skip = numbers["bs"], numbers["skip"]
-    count = parse_size(words["count"]) if "count" in words else None
-    if not block or skip is None or ("count" in words and count is None):
+    count = parse_size(said["count"]) if "count" in said else None
+    if not block or skip is None or ("count" in said and count is None):
         raise UserError("bs=, count= and skip= are numbers", "dd")
-    _not_a_source(words["of"], [words["if"]])
-    with _open(words["if"], arguments) as source:
+    with _open(said["if"], arguments, _how(arguments)) as source:
+        _not_a_source(said["of"], [source.path])
         start = skip * block
         if start > source.size:
-            print(f"skep image: {words['if']}: cannot skip to specified offset", file=sys.stderr)
+            print(f"skep image: {said['if']}: cannot skip to specified offset", file=sys.stderr)
         end = source.size if count is None else min(source.size, start + count * block)
         size = max(0, end - start)
-        create_image(words["of"], arguments.target_format, size)
-        with _open(words["of"], arguments, format=arguments.target_format, write=True) as target:
+        create_image(said["of"], arguments.target_format, size)
+        how = How(arguments.target_format, read_only=False, secrets=arguments.secrets)
+        with open_by(said["of"], how) as target:
             for at in range(0, size, copying.PIECE):
                 n = min(copying.PIECE, size - at)
                 data = read_at(source, start + at, n)
@@ -414,7 +447,7 @@ def resize(arguments: Namespace) -> int:
     number = parse_size(text.lstrip("+-"))
     if number is None or text[:2] in ("++", "--", "+-", "-+"):
         raise UserError(f"{text!r} is not a size", "resize")
-    with _open(arguments.file, arguments, write=True) as image:
+    with _open(arguments.file, arguments, _how(arguments, write=True)) as image:
         if Can.RESIZE not in image.can:
             raise image.cannot("cannot be resized")
         size = image.size + number if text[0] == "+" else image.size - number if text[0] == "-" else number
@@ -435,7 +468,7 @@ def resize(arguments: Namespace) -> int:
 
 def snapshot(arguments: Namespace) -> int:
     changes = arguments.make or arguments.apply or arguments.delete
-    with _open(arguments.file, arguments, write=bool(changes)) as image:
+    with _open(arguments.file, arguments, _how(arguments, write=bool(changes))) as image:
         if Can.SNAPSHOT not in image.can:
             raise image.cannot("has no snapshots")
         if arguments.make:
@@ -457,7 +490,7 @@ def _snapshot_name(text: str) -> str:
 
 def commit(arguments: Namespace) -> int:
     with contextlib.ExitStack() as stack:
-        top = stack.enter_context(_open(arguments.file, arguments, write=not arguments.keep))
+        top = stack.enter_context(_open(arguments.file, arguments, _how(arguments, write=not arguments.keep)))
         if top.backing is None:
             raise ImageError("Image does not have a backing file", arguments.file)
         target = arguments.base or top.backing.path
@@ -468,7 +501,8 @@ def commit(arguments: Namespace) -> int:
         if not depth:
             raise ImageError("is the image itself", target)
         # What is in the chain is open for reading; the lock would keep ourselves away.
-        base = stack.enter_context(open_image(below.path, format=below.format, lock=False))
+        secrets = arguments.secrets
+        base = stack.enter_context(open_image(below.path, format=below.format, lock=False, secrets=secrets))
         copying.commit(top, base, empty=not arguments.keep and depth == 1, progress=progress(arguments.progress))
     _say(arguments, "Image committed.")
     return 0
@@ -481,15 +515,16 @@ def rebase(arguments: Namespace) -> int:
     if name is not None and name.format is None:
         raise ImageError("the format of the backing file is missing", arguments.file, "say -F FORMAT")
     if arguments.unsafe:
-        with _open(arguments.file, arguments, write=True, backing=False) as image:
+        how = replace(_how(arguments, write=True, backing=False), may_stay_locked=True)
+        with _open(arguments.file, arguments, how) as image:
             image.set_backing(name)
         return 0
     with contextlib.ExitStack() as stack:
-        image = stack.enter_context(_open(arguments.file, arguments, write=True))
+        image = stack.enter_context(_open(arguments.file, arguments, _how(arguments, write=True)))
         new = None
         if name is not None:
-            path = backing_path(arguments.file, name.name)
-            new = stack.enter_context(open_image(path, format=name.format, read_only=True))
+            path = backing_path(image.path, name.name)
+            new = stack.enter_context(open_by(path, How(name.format, secrets=arguments.secrets)))
         copying.rebase(image, new, name, progress(arguments.progress))
     return 0
 
@@ -497,27 +532,32 @@ def rebase(arguments: Namespace) -> int:
 def amend(arguments: Namespace) -> int:
     options = _options(arguments)
     if "help" in options:
-        print(
-            "Amend options for 'qcow2':\n"
-            "  backing_file=<str>     - File name of a base image\n"
-            "  backing_fmt=<str>      - Image format of the base image\n"
-            "  compat=<str>           - Compatibility level (v2 [0.10] or v3 [1.1])\n"
-            "  lazy_refcounts=<bool (on/off)> - Postpone refcount updates\n"
-            "  size=<size>            - Virtual disk size"
-        )
-        return 0
+        return _amend_help(arguments.format)
     backing = not {"backing_file", "backing_fmt"} & set(options)
-    with _open(arguments.file, arguments, write=True, backing=backing) as one:
-        if not isinstance(one, Qcow2Image):
-            raise one.cannot("has no options to change")
-        one.amend(options)
+    how = replace(_how(arguments, write=True, backing=backing), may_stay_locked=True)
+    with _open(arguments.file, arguments, how) as image:
+        for name in options:
+            if name not in image.amend_options:
+                known = ", ".join(image.amend_options) or "none"
+                raise ImageError(f"{name!r} of a {image.format} image cannot be changed", image.path, f"known: {known}")
+        image.amend(options, arguments.secrets, force=arguments.force)
+    return 0
+
+
+def _amend_help(format: str | None) -> int:
+    kind = format_named(format or "qcow2")
+    if not kind.amend_options:
+        raise ImageError(f"Format driver '{kind.format}' does not support option amendment")
+    print(f"Amend options for '{kind.format}':")
+    for name in sorted(kind.amend_options):
+        print(f"  {name + '=<value>':<22} - {kind.amend_options[name].doc}")
     return 0
 
 
 def bitmap(arguments: Namespace) -> int:
     if not arguments.actions:
         raise UserError("say what to do: --add, --remove, --clear, --enable, --disable or --merge", "bitmap")
-    with _open(arguments.file, arguments, write=True) as image:
+    with _open(arguments.file, arguments, _how(arguments, write=True)) as image:
         if not isinstance(image, Qcow2Image):
             raise image.cannot("has no bitmaps")
         for action, source in arguments.actions:
@@ -535,8 +575,8 @@ def _bitmap_action(image: Qcow2Image, action: str, source: str | None, arguments
         with contextlib.ExitStack() as stack:
             other: Image = image
             if arguments.source is not None:
-                path, kind = arguments.source, arguments.source_format
-                other = stack.enter_context(open_image(path, format=kind, read_only=True))
+                how = How(arguments.source_format, secrets=arguments.secrets)
+                other = stack.enter_context(open_by(arguments.source, how))
             if not isinstance(other, Qcow2Image):
                 raise other.cannot("has no bitmaps")
             one = other.tracker.find(source)
@@ -551,8 +591,7 @@ def _bitmap_action(image: Qcow2Image, action: str, source: str | None, arguments
 
 def bench(arguments: Namespace) -> int:
     step = arguments.buffer if arguments.step is None else arguments.step
-    arguments.source_cache = arguments.cache
-    with _open(arguments.file, arguments, write=arguments.write) as image:
+    with _open(arguments.file, arguments, _how(arguments, write=arguments.write)) as image:
         if not arguments.quiet:
             what = "write" if arguments.write else "read"
             print(

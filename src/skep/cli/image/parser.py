@@ -8,9 +8,11 @@ from typing import Any, NoReturn
 
 from skep.block.qcow2.create import parse_size
 from skep.cli.image import commands
+from skep.cli.opening import CACHES
 from skep.errors import UserError
 
-CACHES = ("none", "writeback", "writethrough", "directsync", "unsafe")
+_SECRET = "a secret: secret,id=NAME,file=PATH"
+_IMAGE_OPTS = "FILE is options: driver=qcow2,file.filename=disk.qcow2"
 
 ENGINES = ("io_uring", "native", "threads")
 """`native`, Linux's older interface, is io_uring here."""
@@ -36,6 +38,9 @@ def make_parser() -> Parser:
     def command(name: str, do: Callable[[Any], int], about: str, *groups: Callable[[Parser], None]) -> Parser:
         made: Parser = subcommands.add_parser(name, help=about, description=about, allow_abbrev=False)
         made.set_defaults(command=do)
+        made.add_argument("--object", dest="objects", action="append", default=[], metavar="OBJECT", help=_SECRET)
+        if name != "create":
+            made.add_argument("--image-opts", action="store_true", help=_IMAGE_OPTS)
         for group in groups:
             group(made)
         return made
@@ -45,6 +50,7 @@ def make_parser() -> Parser:
     _file(one)
 
     one = command("create", commands.create, "Make an image", _quiet, _options)
+    one.set_defaults(image_opts=False)
     one.add_argument("-f", dest="format", default="raw", metavar="FORMAT", help="of the image (raw)")
     one.add_argument("-b", dest="backing", metavar="FILE", help="lie over this image")
     one.add_argument("-F", dest="backing_format", metavar="FORMAT", help="of the image below")
@@ -59,11 +65,12 @@ def make_parser() -> Parser:
 
     one = command("convert", commands.convert, "Copy images into a new one", _progress, _quiet, _shared, _options)
     one.add_argument("-f", dest="format", metavar="FORMAT", help="of the sources; otherwise found out")
-    one.add_argument("-O", dest="target_format", default="raw", metavar="FORMAT", help="of the new image (raw)")
+    one.add_argument("-O", dest="target_format", metavar="FORMAT", help="of the new image (raw)")
     one.add_argument("-B", dest="backing", metavar="FILE", help="the new image lies over this one")
     one.add_argument("-F", dest="backing_format", metavar="FORMAT", help="of the image below")
     one.add_argument("-c", dest="compress", action="store_true", help="compress")
     one.add_argument("-n", dest="no_create", action="store_true", help="the target is there already")
+    one.add_argument("--target-image-opts", action="store_true", help="and is options, as of --image-opts")
     one.add_argument("--target-is-zero", action="store_true", help="and reads as zeros")
     one.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="as the disk was then")
     one.add_argument("-S", dest="sparse", type=size, default=4096, metavar="SIZE", help="zeros to leave out (4k)")
@@ -127,6 +134,7 @@ def make_parser() -> Parser:
 
     one = command("amend", commands.amend, "Change options of an image", _format, _quiet, _progress, _options)
     one.add_argument("-t", dest="cache", choices=CACHES, help="how it is written")
+    one.add_argument("--force", action="store_true", help="even if it makes the data unreadable for ever")
     _file(one)
 
     one = command("bitmap", commands.bitmap, "Persistent bitmaps of what was written", _format)

@@ -42,7 +42,6 @@ Reads and writes a disk image by commands: each -c, or else the lines of standar
 def io(arguments: Sequence[str]) -> int:
     """All commands, or those on standard input; 1 if one failed, else 0."""
     from skep.block.secrets import read_secrets
-    from skep.block.words import words
     from skep.cli.io.commands import COMMANDS
     from skep.cli.io.interpreter import Interpreter
     from skep.cli.io.session import Opening, Session
@@ -89,11 +88,11 @@ def io(arguments: Sequence[str]) -> int:
             raise UserError("one image at a time", names[1], "see `skep io --help`")
         if by_options and opening.how.format is not None:
             raise UserError("--image-opts and -f are mutually exclusive")
-        read_secrets(objects)
-        with Session() as session:
+        opening.how = replace(opening.how, secrets=read_secrets(objects))
+        with Session(opening.how.secrets) as session:
             if names:
                 if by_options:
-                    path, opening.how = described(words(names[0]), opening.how)
+                    path, opening.how = described(names[0], opening.how)
                 else:
                     path = names[0]
                 session.open(path, opening)

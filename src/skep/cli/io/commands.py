@@ -27,7 +27,7 @@ from skep.cli.io.interpreter import (
 )
 from skep.cli.io.printing import bytes_of
 from skep.cli.io.session import Opening
-from skep.cli.opening import check_aio, described, discards
+from skep.cli.opening import How, check_aio, described, discards
 from skep.errors import UserError
 
 _MOST_BYTES = 0x7FFFFE00
@@ -207,7 +207,7 @@ def flush(io: Interpreter, said: Words) -> None:
 def open_(io: Interpreter, said: Words) -> None:
     if io.session.image is not None:
         raise UserError("file open already, try 'help close'")
-    opening = Opening()
+    opening = Opening(How(read_only=False, secrets=io.session.secrets))
     for letter in said.options:
         opening.set(letter)
     if said.has("i"):
@@ -220,7 +220,7 @@ def open_(io: Interpreter, said: Words) -> None:
         raise Misused
     path = said.rest[0] if said.rest else None
     if said.has("o"):
-        path, opening.how = described(words(said.options["o"]), opening.how, path)
+        path, opening.how = described(said.options["o"], opening.how, path)
     assert path is not None
     io.session.open(path, opening)
 
@@ -243,10 +243,9 @@ def reopen(io: Interpreter, said: Words) -> None:
     if said.has("r") or said.has("w"):
         opening.how = replace(opening.how, read_only=said.has("r"))
     if said.has("o"):
-        more = words(said.options["o"])
-        if more.pop("driver", io.image.format) != io.image.format:
+        if words(said.options["o"]).get("driver", io.image.format) != io.image.format:
             raise UserError("Cannot change the option 'driver'")
-        _, opening.how = described(more, opening.how, io.image.path)
+        _, opening.how = described(said.options["o"], opening.how, io.image.path)
     io.session.reopen(opening)
 
 

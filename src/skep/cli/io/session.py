@@ -13,6 +13,7 @@ from skep.block.backend import BlockBackend, read_at
 from skep.block.filters import CopyOnRead
 from skep.block.format import SECTOR, BackingName, Image
 from skep.block.image import create_image, open_image
+from skep.block.secrets import Secrets
 from skep.cli.opening import CACHES, How, open_by
 from skep.errors import UserError
 
@@ -54,7 +55,9 @@ class Opening:
 class Session:
     """At most one image, and what is done to it. A context manager, which closes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, secrets: Secrets) -> None:
+        self.secrets = secrets
+        """For images that are opened by commands."""
         self.image: Image | None = None
         self.opening = Opening()
         self._path = ""
