@@ -36,9 +36,11 @@ KERNEL = 0xFFFF_9000_0000_0000
 
 class GuestCpu:
     """One VM for many batches. A case runs in ring 3, or in ring 0 if ``supervisor``; the handlers that end it run on a
-    stack of their own (IST), so that they leave its memory alone."""
+    stack of their own (IST), so that they leave its memory alone. ``writable``: code may be stored to."""
 
-    def __init__(self, engine: Engine, *, supervisor: bool = False, cpu_model: str = "host") -> None:
+    def __init__(
+        self, engine: Engine, *, supervisor: bool = False, cpu_model: str = "host", writable: bool = False
+    ) -> None:
         self.tiny = Tiny(engine, "hlt", ist=dict.fromkeys(range(256), 1), cpu_model=cpu_model, base=KERNEL)
         self.supervisor = supervisor
         self.tiny.set(cr0=self.tiny.state["cr0"] | Cr0.AM)  # as Linux has it
@@ -46,7 +48,7 @@ class GuestCpu:
         user = 0 if supervisor else Pte.US
         for base in (CODE, LOW_CODE):
             for offset in range(0, CODE_SIZE, PAGE):
-                self.tiny.map(base + offset, CODE_GPA + offset, user)
+                self.tiny.map(base + offset, CODE_GPA + offset, user | (Pte.RW if writable else 0))
         for i, access in enumerate(PAGES):
             if access is not Access.NONE:
                 flags = user | Pte.NX | (Pte.RW if access is Access.WRITE else 0)

@@ -138,6 +138,7 @@ CODE16, DATA16 = 0x07, 0x0F
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 libc.syscall.restype = ctypes.c_long
 
 
@@ -163,6 +164,7 @@ class Native:
         for base in (CODE, LOW_CODE):
             _map_at(base, CODE_SIZE, read | execute, code)
         self.code = mmap.mmap(code, CODE_SIZE)
+        self.writable = False
         data = os.memfd_create("data")
         os.ftruncate(data, DATA_SIZE)
         for i, access in enumerate(PAGES):
@@ -214,7 +216,16 @@ class Native:
             self.code[case.offset : case.offset + len(case.code)] = case.code
         return [self._run(case, batch.data) for case in batch.cases]
 
+    def _protect(self, writable: bool) -> None:
+        if writable != self.writable:
+            self.writable = writable
+            protection = mmap.PROT_READ | mmap.PROT_EXEC | (mmap.PROT_WRITE if writable else 0)
+            for base in (CODE, LOW_CODE):
+                if libc.mprotect(base, CODE_SIZE, protection):
+                    _fail("mprotect")
+
     def _run(self, case: Case, data: bytes) -> Outcome:
+        self._protect(case.writable)
         self.data[:] = data
         words = struct.pack("<20Q", *case.registers, case.address, case.rflags, case.fs_base, case.gs_base)
         ctypes.memmove(CONTEXT, words, len(words))

@@ -82,6 +82,8 @@ class Case:
     gs_base: int
     xsave: bytes
     bits: int = 64
+    writable: bool = False
+    """Its code may be stored to."""
 
     @property
     def offset(self) -> int:

@@ -108,6 +108,8 @@ class RandomSequence:
     gs_base: int
     xsave: bytes
     bits: int = 64
+    writable: bool = False
+    """Code may be stored to."""
     labels: dict[Label, int] = field(default_factory=dict, repr=False)
     _laid_out: tuple[int, list[tuple[int, bytes, Item]]] = field(default=(-1, []), repr=False)
 
@@ -134,7 +136,8 @@ class RandomSequence:
 
     def case(self, address: int) -> Case:
         code = b"".join(machine for _, machine, _ in self.layout(address)) + UD2
-        return Case(address, code, self.registers, self.rflags, self.fs_base, self.gs_base, self.xsave, self.bits)
+        state = self.registers, self.rflags, self.fs_base, self.gs_base, self.xsave
+        return Case(address, code, *state, self.bits, self.writable)
 
     def comparable_flags(self, address: int) -> dict[int, int]:
         """For an exception at each address of the sequence: the flags that are defined, and not dead, there.
