@@ -156,6 +156,8 @@ class Image(ABC):
     format: ClassVar[str]
     create_options: ClassVar[Mapping[str, Option]] = {}
     open_options: ClassVar[Mapping[str, Option]] = {}
+    key_option: ClassVar[str] = "key-secret"
+    """Which of ``open_options`` names the password of an encrypted image."""
     amend_options: ClassVar[Mapping[str, Option]] = {}
 
     path: str
@@ -267,11 +269,6 @@ class Image(ABC):
     def locked(self) -> bool:
         """It is encrypted, and its password was not told: its data cannot be read or written."""
         return False
-
-    @property
-    def key_option(self) -> str:
-        """Which of ``open_options`` names the password."""
-        return "key-secret"
 
     @property
     def new_is_zeros(self) -> bool:

@@ -10,10 +10,10 @@ from skep.block.filters import CopyOnRead, Throttle, Trace
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.block.layers import Opening, open_named, open_tree
 from skep.block.naming import REMOTE, backing_path, scheme_of
-from skep.block.options import BlockOptions
+from skep.block.options import PASSWORD, BlockOptions
 from skep.block.record import Recorder
 from skep.block.registry import format_named
-from skep.block.secrets import NO_SECRETS, Secrets
+from skep.block.secrets import NO_SECRETS, Secrets, secret_of_file
 from skep.block.tree import Tree, parse_layers
 from skep.errors import HostError, UserError
 
@@ -104,23 +104,27 @@ def create_image(
 
 def open_disk(options: BlockOptions) -> BlockBackend:
     """Open, check and lock a VM's disk. Raises UserError, and leaves nothing open then."""
-    image = open_image(
-        options.path,
-        format=options.format,
-        read_only=options.read_only,
-        no_cache=options.no_cache,
-        synchronous=options.synchronous,
-        lock=options.lock,
+    name = options.path
+    secrets = {} if options.key_file is None else {PASSWORD: secret_of_file(options.key_file, "keyfile")}
+    told = {format_named(options.format).key_option: PASSWORD} if secrets and not name.startswith("json:") else {}
+    how = Opening(
+        options.read_only,
+        options.no_cache,
+        options.synchronous,
+        options.lock,
         inside=() if options.backing is None else options.backing.split(":"),
+        secrets=secrets,
+        guess=False,
     )
+    image = open_named(name, options.format, told, how)
     try:
         _check_size(image, options)
         if image.corrupted and not image.read_only:
-            raise ImageError("the image is marked as corrupt", options.path, "skep image check -r all mends it")
+            raise ImageError("the image is marked as corrupt", image.path, "skep image check -r all mends it")
         if image.file.alignment > (unit := options.block.logical):
             alignment = image.file.alignment
             todo = f"say sectorsize={alignment}, or leave nocache out"
-            raise HostError(f"direct I/O works in blocks of {alignment} bytes here, not {unit}", options.path, todo)
+            raise HostError(f"direct I/O works in blocks of {alignment} bytes here, not {unit}", image.path, todo)
         return _filtered(image, options)
     except BaseException:
         image.close()
@@ -134,7 +138,7 @@ def _filtered(image: Image, options: BlockOptions) -> BlockBackend:
         if options.copy_on_read:
             if options.read_only or image.backing is None:
                 what = "copyonread needs an image that is written to, over another"
-                raise ImageError(what, options.path, "leave it out")
+                raise ImageError(what, image.path, "leave it out")
             disk = CopyOnRead(image)
         if options.record is not None:
             disk = Recorder(disk, options.record)
@@ -151,9 +155,9 @@ def _check_size(image: Image, options: BlockOptions) -> None:
     unit = options.block.logical
     size = image.file.size if image.format == "raw" else image.size
     if size == 0:
-        raise UserError("the disk image is empty", options.path, "truncate -s SIZE gives it a size")
+        raise UserError("the disk image is empty", image.path, "truncate -s SIZE gives it a size")
     if size % unit:
         full = -(-size // unit) * unit
         raise UserError(
-            f"the size, {size} bytes, is not a multiple of {unit}", options.path, f"truncate -s {full} rounds it up"
+            f"the size, {size} bytes, is not a multiple of {unit}", image.path, f"truncate -s {full} rounds it up"
         )

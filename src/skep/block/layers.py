@@ -33,6 +33,8 @@ class Opening:
     may_stay_locked: bool = False
     chain: bool = True
     """What lies below an image is opened too."""
+    guess: bool = True
+    """A format that nobody told is found out: never where a guest may have written."""
 
     @property
     def below(self) -> Opening:
@@ -214,6 +216,8 @@ def _open_image(file: File, format: str | None, options: Mapping[str, str], data
 
     image = None
     try:
+        if format is None and not how.guess:
+            raise ImageError("its format is not told", file.path, "say driver=FORMAT")
         kind = format_named(probe(file) if format is None else format, file.path)
         for name in options:
             if name not in kind.open_options:

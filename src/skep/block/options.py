@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from skep.block.format import SECTOR
@@ -10,7 +10,12 @@ from skep.block.registry import FORMATS
 from skep.config import values
 from skep.config.tree import Node
 from skep.config.views import option, view
+from skep.errors import UserError
 
+LAYERS = "layers"
+"""The node under a disk's that tells a stack of layers (:mod:`skep.block.tree`)."""
+PASSWORD = "key"
+"""The secret that ``keyfile`` has."""
 _SERIAL_LENGTH = 20  # virtio 1.2, 5.2.6: VIRTIO_BLK_T_GET_ID
 
 
@@ -58,7 +63,9 @@ def _rate(value: str) -> int:
 class BlockOptions:
     """One disk, in bhyve's keys where bhyve has them."""
 
-    path: str = option(values.text, doc="the image: a regular file or a block device")
+    path: str = option(
+        values.any_text, "", doc="the image: a regular file, a block device, nbd://HOST/EXPORT; or `layers` tell it"
+    )
     read_only: bool = option(values.boolean, False, key="ro", doc="refuse writes; such an image can be shared")
     format: str = option(
         values.choice(*FORMATS), "raw", doc=f"how the image holds the disk's data: {', '.join(FORMATS)}"
@@ -101,6 +108,9 @@ class BlockOptions:
     requests_per_second: int | None = option(
         values.integer(10, 10**9), None, key="iops", doc="how many requests in a second, at most: 10 or more"
     )
+    key_file: str | None = option(
+        values.text, None, key="keyfile", doc="a file that is an encrypted image's password; to `layers`, secret `key`"
+    )
     copy_on_read: bool = option(
         values.boolean, False, key="copyonread", doc="keep in the image what is read from its backing file"
     )
@@ -112,4 +122,16 @@ class BlockOptions:
     @classmethod
     def from_node(cls, node: Node) -> BlockOptions:
         """The options under a disk's node, whose ``device`` is somebody else's. Raises UserError."""
-        return view(node, cls, others=("device",))
+        options = view(node, cls, others=("device", LAYERS))
+        prefix = f"{LAYERS}."
+        layers = {key.removeprefix(prefix): node.get(key) for key in node.leaves() if key.startswith(prefix)}
+        if not layers:
+            if not options.path:
+                raise UserError("must be given", node.full("path"), "the image, or layers that tell it")
+            return options
+        for key in ("path", "format"):
+            if node.get(key) is not None:
+                raise UserError("is told by the layers", node.full(key), "leave it out")
+        import json  # few disks are told so
+
+        return replace(options, path=f"json:{json.dumps(layers)}")

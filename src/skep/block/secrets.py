@@ -52,7 +52,7 @@ def _read(said: dict[str, str]) -> tuple[str, bytes]:
         raise UserError(f"not known of a secret: {', '.join(said)}", name, "known are id, data, file and format")
     if (data is None) == (path is None):
         raise UserError("a secret is either data or a file", name)
-    secret = os.fsencode(data) if data is not None else _of_file(path or "", name)
+    secret = os.fsencode(data) if data is not None else secret_of_file(path or "", name)
     if form == "base64":
         try:
             secret = base64.b64decode(secret, validate=False)
@@ -63,8 +63,8 @@ def _read(said: dict[str, str]) -> tuple[str, bytes]:
     return name, secret
 
 
-def _of_file(path: str, name: str) -> bytes:
-    """All of the file, as it is: a newline at its end is part of the secret, as it is to QEMU."""
+def secret_of_file(path: str, name: str) -> bytes:
+    """All of the file, as it is: a newline at its end is part of the secret, as it is to QEMU. Raises UserError."""
     try:
         with open(path, "rb") as file:
             secret = file.read(_MOST_BYTES + 1)

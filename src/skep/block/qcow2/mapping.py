@@ -46,6 +46,7 @@ class Mapped(Image):
     """The tables of an open image, and what can be done by looking at them."""
 
     format = "qcow2"
+    key_option = "encrypt.key-secret"
 
     def __init__(self, file: File, cache: int) -> None:
         self.file = self._data = self._stored = file
@@ -327,10 +328,6 @@ class Mapped(Image):
     @property
     def locked(self) -> bool:
         return self._encryption is not None and self._encryption.key is None
-
-    @property
-    def key_option(self) -> str:
-        return "encrypt.key-secret"
 
     @property
     def data_file(self) -> File:
