@@ -69,6 +69,28 @@ END = """
     highs: dq 0
     stopped: dq 0
 """
+NMI = """
+    nmi: push rax
+    push rcx
+    push rdx
+    inc qword [rip + nmis]
+    test rbp, rbp
+    jz over
+    xor ebp, ebp
+    mov ebx, 10
+    more: mov ecx, 0x830            ; ten, to itself
+    mov eax, 0x4400
+    xor edx, edx
+    wrmsr
+    dec ebx
+    jnz more
+    over: pop rdx
+    pop rcx
+    pop rax
+    iretq
+    align 8
+    nmis: dq 0
+"""
 HANDLERS = {PING: "ping", PONG: "pong", HIGH: "high", STOP: "stop"}
 
 
@@ -82,8 +104,9 @@ class Machine:
         self.bus = ApicBus(self.lock)
         self.apics = [LocalApic(i, self.bus, self.clock, lambda: 0, bsp=i == 0) for i in range(cpus)]
         text = PRELUDE.replace("CPUS", str(cpus)) + text + END
+        handlers = HANDLERS | ({2: "nmi"} if "nmi:" in text else {})
         self.guest = Tiny(
-            translate(), text, handlers=HANDLERS, cpus=cpus, apic=self.apics[0], other_apics=self.apics[1:]
+            translate(), text, handlers=handlers, cpus=cpus, apic=self.apics[0], other_apics=self.apics[1:]
         )
         self.guest.vm.set_tsc_offset(self.clock.tsc_offset)
         self.vcpus = [self.guest.vcpu, *self.guest.others]
@@ -313,6 +336,36 @@ def test_priority_holds_back(make: Make) -> None:
     machine = make(text, 1)
     machine.run()
     assert [machine.guest.reg(r) for r in ("r11", "r12", "r13")] == [PING | 0xF, 0, 1]
+
+
+def test_nmis(make: Make) -> None:
+    """One waits while another is handled, however many are sent (SDM 3, 6.7.1)."""
+    text = f"""
+        mov ecx, 0x830
+        mov ebp, 1
+        mov eax, 0x4400
+        xor edx, edx
+        wrmsr
+        mov ebx, 100
+        wait: dec ebx
+        jnz wait
+        mov r12, [rip + nmis]
+        {STOP_OTHERS}
+        other: hlt
+        {NMI}
+    """
+    machine = make(text, 1)
+    machine.run()
+    assert machine.guest.reg("r12") == 2
+
+
+def test_two_nmis_at_once(make: Make) -> None:
+    machine = make(f"mov r12, [rip + nmis]\n{STOP_OTHERS}\nother: hlt\n{NMI}", 1)
+    for _ in range(3):
+        with machine.lock:
+            machine.apics[0].accept(Delivery.NMI, 0, False)
+    machine.run()
+    assert machine.guest.reg("r12") == 2
 
 
 def test_devices_meanwhile(make: Make) -> None:

@@ -156,6 +156,24 @@ def test_upper_halves_survive_compatibility_mode_only_where_untouched(boot: Boot
     assert guest.reg("rax") == 1 and guest.reg("r10") == 0x1122334455667788
 
 
+def test_fxsave_leaves_the_upper_vectors_alone(boot: Boot) -> None:
+    """Outside 64-bit mode FXSAVE writes and FXRSTOR reads XMM0 to XMM7 only (SDM 2, FXSAVE)."""
+    guest = compatibility(boot, "fxsave [0x181000]\nfxrstor [0x182000]\njmp far 0x10:back")
+    image = bytearray(guest.state["xsave"])
+    vectors = bytes(range(1, 256)) + b"\0"
+    image[160:416] = vectors
+    image[512:520] = (7).to_bytes(8, "little")
+    guest.set(xsave=bytes(image))
+    area = bytearray(b"\xa5" * 512)
+    area[24:32] = bytes.fromhex("801f0000ffff0000")
+    for at in (0x181000, 0x182000):
+        guest.memory.write(at, bytes(area))
+    at_end(guest)
+    saved = guest.read(0x181000, 512)
+    assert saved[160:288] == vectors[:128] and saved[288:416] == b"\xa5" * 128
+    assert guest.state["xsave"][160:416] == b"\xa5" * 128 + vectors[128:]
+
+
 def test_faults_in_compatibility_mode_push_64_bit_frames(boot: Boot) -> None:
     guest = compatibility(boot, "mov ecx, 3\nmov eax, [0x700000]")
     guest.run()

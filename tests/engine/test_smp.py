@@ -12,7 +12,7 @@ import pytest
 from skep.engine.contract import Vcpu
 from skep.engine.translate import TranslateEngine
 from skep.engine.translate.vcpu import TranslateVcpu
-from tests.engine.tiny import Tiny
+from tests.engine.tiny import GDT, Tiny
 
 CPUS = 4
 
@@ -59,6 +59,44 @@ def test_atomic_instructions(how: str, place: str) -> None:
     guest = together(text)
     with guest:
         assert guest.load("data" if place == "beside code" else int(where, 0)) == rounds * CPUS
+
+
+def test_an_accessed_bit_is_set_without_losing_what_changes_beside_it() -> None:
+    """SDM 3, 9.1.2.1: a segment load updates its descriptor as one locked operation."""
+    text = """
+        start: lea rbx, [GDT + 0x1D]
+        test edi, edi
+        jnz toggle
+        mov r15d, 4000
+        again: lock and byte [rbx], 0xFE
+        mov eax, 0x18
+        mov ds, eax
+        dec r15d
+        jnz again
+        mov qword [rip + over], 1
+        hlt
+        toggle: mov dl, [rbx]
+        and dl, 0x20
+        more: lock xor byte [rbx], 0x20         ; the privilege level
+        xor dl, 0x20
+        mov ecx, 50
+        wait: dec ecx
+        jnz wait
+        mov al, [rbx]
+        and al, 0x20
+        cmp al, dl
+        je kept
+        inc qword [rip + lost]
+        mov dl, al
+        kept: cmp qword [rip + over], 0
+        je more
+        hlt
+        align 8
+        over: dq 0
+        lost: dq 0
+    """
+    with together(text, 2) as guest:
+        assert guest.load("lost") == 0 and guest.load(GDT + 0x18) & 1 << 40
 
 
 WATCHED = {"watched": (0x180000, 2), "watched on two pages": (0x180FFC, 3)}

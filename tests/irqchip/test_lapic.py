@@ -214,6 +214,24 @@ def test_extint_through_lint0_goes_past_the_priority(time: Time) -> None:
     assert not apic.pending(), "masked"
 
 
+def test_two_nmis_wait_and_no_more(time: Time) -> None:
+    """The first is as good as delivered; only one waits behind it."""
+    cpus = Cpus(time)
+    apic = cpus.all[0]
+    for _ in range(5):
+        apic.accept(Delivery.NMI, 0, False)
+    assert [apic.take_nmi() for _ in range(3)] == [True, True, False] and cpus.kicks[0] == 2
+
+
+def test_switched_off_the_apic_forgets_its_identifier(time: Time) -> None:
+    """SDM 3, 11.4.3: switched on again, it is as after a reset."""
+    apic = Cpus(time, 2).all[1]
+    apic.write(regs.ID, 4, 7 << 24)
+    assert apic.read(regs.ID, 4) == 7 << 24
+    assert apic.write_msr(regs.MSR_APIC_BASE, 0xFEE0_0000) and apic.write_msr(regs.MSR_APIC_BASE, 0xFEE0_0800)
+    assert apic.read(regs.ID, 4) == 1 << 24
+
+
 def test_without_an_apic_the_pins_are_intr_and_nmi(time: Time) -> None:
     cpus = Cpus(time)
     apic = cpus.all[0]

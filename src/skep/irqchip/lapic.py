@@ -52,6 +52,7 @@ _WRITABLE = {
 }  # fmt: skip
 """The bits that may be written, of registers without an effect of their own."""
 _LINT = (LVT_LINT0, LVT_LINT1)
+_NMIS = 2
 
 
 class LocalApic(Fields):
@@ -124,7 +125,9 @@ class LocalApic(Fields):
         self.esr = self.errors = 0
         self.icr = 0
         self.lvt = [LVT_MASKED] * 6
-        self.extint_latched = self.nmi_latched = False
+        self.extint_latched = False
+        self.nmi_latched = 0
+        """NMIs that wait; of those that come at once the first is as good as delivered, and one waits behind it."""
         self.timer.reset()
 
     def _base_changed(self) -> None:
@@ -174,8 +177,9 @@ class LocalApic(Fields):
         if not self.nmi_latched:
             return False
         with self.lock:
-            latched, self.nmi_latched = self.nmi_latched, False
-            return latched
+            latched = self.nmi_latched
+            self.nmi_latched -= latched > 0
+            return latched > 0
 
     def read_tpr(self) -> int:
         self._take_back()
@@ -275,6 +279,7 @@ class LocalApic(Fields):
             return False
         if self._enabled and not enabled:
             self._reset_registers()
+            self.xapic_id = self.apic_id & 0xFF
         self.apic_base = value
         self._base_changed()
         return True
@@ -441,8 +446,8 @@ class LocalApic(Fields):
             self.tmr = self.tmr | bit if level else self.tmr & ~bit
             self._update()
         elif delivery == Delivery.NMI:
-            if not self.nmi_latched:
-                self.nmi_latched = True
+            if self.nmi_latched < _NMIS:
+                self.nmi_latched += 1
                 self.kick()
         elif delivery == Delivery.EXTINT:
             self.extint_latched = True

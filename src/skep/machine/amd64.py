@@ -27,6 +27,7 @@ from skep.devices.rtc import Rtc
 from skep.devices.uart import Uart
 from skep.devices.virtio.pci import VirtioPci
 from skep.devices.vmgenid import VmGenId
+from skep.engine.amd64.cpuid import PHYSICAL_BITS
 from skep.engine.amd64.registers import Attr, CpuState, Cr0, Rflags, Segment
 from skep.engine.amd64.tsc import read_tsc, tsc_hz
 from skep.engine.contract import Engine
@@ -110,7 +111,10 @@ class Amd64Board:
         self.pic.attach(self.bus)
         self.lines = GsiLines(self.pic, self.ioapic, self.lock)
         self.lapics = [
-            lapic.LocalApic(i, self.apics, self.clock, self.pic.acknowledge, bsp=i == 0) for i in range(self.cpus)
+            lapic.LocalApic(
+                i, self.apics, self.clock, self.pic.acknowledge, bsp=i == 0, physical_bits=PHYSICAL_BITS
+            )
+            for i in range(self.cpus)
         ]
         for i, apic in enumerate(self.lapics[1:], 1):
             apic.on_init = lambda i=i: events.stop_cpu(i)  # type: ignore[misc]
@@ -233,7 +237,7 @@ class Amd64Board:
 
     def wakes(self, index: int, interrupts_on: bool) -> bool:
         apic = self.lapics[index]
-        return apic.nmi_latched or (interrupts_on and apic.pending())
+        return apic.nmi_latched > 0 or (interrupts_on and apic.pending())
 
     # Buttons. Nothing changes while the board is paused: what is pressed then acts when it goes on.
 

@@ -96,6 +96,11 @@ class Alone(Access, ABC):
             return self._alone()
         return halted
 
+    def change(self, va: int, *, to_set: int = 0, to_clear: int = 0) -> None:
+        with self.cache.world.stopped():
+            old = self.read(va, 1, True)[0]
+            self.write(va, bytes((old & ~to_clear | to_set,)), True)
+
     def _is_python(self, ins: Instruction) -> bool:
         lowering = self.cache.catalog.mode(self.st.mode).lowering
         return lowering.form(ins, ins.is_ip_rel_memory_operand).emulate

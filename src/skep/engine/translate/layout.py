@@ -124,6 +124,7 @@ assert 8 * len(_FIELDS) <= 0x800
 XSAVE_AREA = 0x1000  # 1 KiB, the guest's FPU state while outside guest code (standard format)
 BOUNCE = 0x2000  # four slots of 1 KiB for operands that are not plain RAM within a page
 BOUNCE_SIZE = 0x400
+VECTORS = 0x3000  # XMM8 to XMM15 while an instruction must leave them alone
 TLB = 0x10000  # three arrays by mode & 3: supervisor, user, supervisor with AC
 TLB_ENTRIES = 2048
 TLB_ENTRY = 32  # read tag, write tag, execute tag, host address of the page

@@ -42,6 +42,9 @@ class CpuPort(Protocol):
     def fetch(self, va: int, size: int) -> bytes:
         """Read code, which lies within one page, with the current privilege."""
 
+    def change(self, va: int, *, to_set: int = 0, to_clear: int = 0) -> None:
+        """Bits of a byte of a descriptor, as the supervisor, as one locked operation (SDM 3, 9.1.2.1)."""
+
     def write(self, va: int, data: bytes, supervisor: bool = False) -> None:
         """All or nothing: both pages are checked before the first byte is stored."""
 

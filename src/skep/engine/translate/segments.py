@@ -14,6 +14,8 @@ from skep.engine.translate.layout import SEGMENTS, Mode, StateBlock
 from skep.engine.translate.port import CpuPort, GuestFault
 
 FLAT = 0xFFFF_FFFF
+TSS_BUSY = 2
+"""In the type of a TSS's descriptor."""
 ALIGNMENT = {2: 2, 4: 4, 6: 4, 8: 8, 10: 8, 14: 2, 28: 4, 94: 2, 108: 4, 512: 4, 576: 4, 832: 4}
 """What an operand's address has to be a multiple of, by its size, where alignment is checked (SDM 3, table 6-7): x87's
 environments and states by their fields. Others go by a rule of their own, #GP, or by none."""
@@ -133,7 +135,7 @@ def mark_accessed(cpu: CpuPort, *segments: Loaded) -> None:
     """Set the accessed bit in the table of each that needs it. May fault, so: after the checks, before the commit."""
     for segment in segments:
         if segment.accessed_at is not None:
-            cpu.write(segment.accessed_at, bytes((segment.attributes & 0xFF,)), True)
+            cpu.change(segment.accessed_at, to_set=Attr.ACCESSED)
 
 
 def put(st: StateBlock, name: str, segment: Loaded) -> None:
@@ -274,9 +276,8 @@ def load_task(cpu: CpuPort, selector: int) -> None:
         raise GuestFault(Vector.GP, 0)
     types = (SystemType.TSS,) if long_mode(cpu.st) else (SystemType.TSS, SystemType.TSS16)
     segment, address = check_system(cpu, selector, types)
-    busy = segment.attributes | 2
-    cpu.write(address + 5, bytes((busy & 0xFF,)), True)
-    put(cpu.st, "tr", Loaded(selector, segment.base, segment.limit, busy))
+    cpu.change(address + 5, to_set=TSS_BUSY)
+    put(cpu.st, "tr", Loaded(selector, segment.base, segment.limit, segment.attributes | TSS_BUSY))
 
 
 def drop_inaccessible(st: StateBlock) -> None:

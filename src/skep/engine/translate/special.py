@@ -40,6 +40,7 @@ from skep.engine.translate.layout import (
     BRK_STI,
     OFFSETS,
     SEGMENTS,
+    VECTORS,
     Mode,
 )
 from skep.engine.translate.stubs import field as state
@@ -607,10 +608,25 @@ class Special(Emitter):
         saving = ins.mnemonic in FXSAVE
         self.address(ins)
         self.check(512, READ_WRITE if saving else READ)
+        if not self.wide:  # XMM8 to XMM15 are not to be seen: saved is what is there already
+            self._upper_vectors(0x11)
+            if saving:
+                self._upper_vectors(0x10, memory=True)
         self.at_r10(ins)
+        if not self.wide:
+            self._upper_vectors(0x10)
         if saving:
             a.mov(Mem(R10, disp=8), 0)
             a.mov(Mem(R10, disp=16), 0)
+
+    def _upper_vectors(self, opcode: int, *, memory: bool = False) -> None:
+        """MOVUPS of XMM8 to XMM15: to (0x11) or from (0x10) a place of the state block, or the FXSAVE area at r10."""
+        for number in range(8):
+            if memory:
+                self.a.raw(bytes((0x45, 0x0F, opcode, 0x82 | number << 3)) + (288 + 16 * number).to_bytes(4, "little"))
+            else:
+                place = (VECTORS + 16 * number).to_bytes(4, "little")
+                self.a.raw(bytes((0x65, 0x44, 0x0F, opcode, 4 | number << 3, 0x25)) + place)
 
     def _x87_environment(self, ins: Instruction) -> None:
         """FNSTENV, FNSAVE: in their 32-bit layout the instruction and data pointers stand at 12 and 20."""

@@ -15,9 +15,8 @@ from skep.engine.translate import segments
 from skep.engine.translate.layout import SEGMENTS
 from skep.engine.translate.paging import load_cr3
 from skep.engine.translate.port import CpuPort, GuestFault
-from skep.engine.translate.segments import Loaded
+from skep.engine.translate.segments import TSS_BUSY, Loaded
 
-_BUSY = 2
 _AVAILABLE = (SystemType.TSS16, SystemType.TSS)
 _IN_USE = (SystemType.TSS16_BUSY, SystemType.TSS_BUSY)
 DR7_LOCAL = 0x155
@@ -69,13 +68,13 @@ def switch(cpu: CpuPort, selector: int, by: By, return_eip: int, *, flags: int |
     raw = cpu.read(new.base, form.least + 1, True)
     _save(cpu, return_eip, (st.rflags if flags is None else flags) & ~(Rflags.NT if by is By.IRET else 0))
     if by is not By.CALL:
-        _set_busy(cpu, st.tr_sel, False)
+        _clear_busy(cpu, st.tr_sel)
     old = st.tr_sel
     if by is By.CALL:
         cpu.write(new.base, struct.pack("<H", old), True)
     if by is not By.IRET:
-        cpu.write(address + 5, bytes((new.attributes & 0xFF | _BUSY,)), True)
-    segments.put(st, "tr", Loaded(selector, new.base, new.limit, new.attributes | _BUSY))
+        cpu.change(address + 5, to_set=TSS_BUSY)
+    segments.put(st, "tr", Loaded(selector, new.base, new.limit, new.attributes | TSS_BUSY))
     st.cr0 |= Cr0.TS
     try:
         _load(cpu, form, raw, by, ext)
@@ -111,11 +110,10 @@ def _save(cpu: CpuPort, return_eip: int, flags: int) -> None:
     cpu.write(st.tr_base + form.selectors, struct.pack(f"<{len(selectors)}{letter}", *selectors), True)
 
 
-def _set_busy(cpu: CpuPort, selector: int, busy: bool) -> None:
+def _clear_busy(cpu: CpuPort, selector: int) -> None:
     address = segments.in_table(cpu, selector)
     if address is not None:
-        kind = cpu.read(address + 5, 1, True)[0]
-        cpu.write(address + 5, bytes((kind | _BUSY if busy else kind & ~_BUSY,)), True)
+        cpu.change(address + 5, to_clear=TSS_BUSY)
 
 
 def _load(cpu: CpuPort, form: _Form, raw: bytes, by: By, ext: int) -> None:

@@ -270,12 +270,13 @@ class TranslateVcpu(Alone):
                 each.collect()
         st.site = 0  # the jump that led here goes elsewhere than to a handler
         interrupts = self.interrupts
-        if self._nmi or interrupts.take_nmi():
-            self._nmi = True
-            if not st.nmi_blocked:
-                self._nmi = False
-                st.irq = st.wanted = st.nmi_blocked = 1
-                delivery.deliver_interrupt(self, Vector.NMI)
+        if st.nmi_blocked:  # one waits for IRET, however many come (SDM 3, 6.7.1)
+            while interrupts.take_nmi():
+                self._nmi = True
+        elif self._nmi or interrupts.take_nmi():
+            self._nmi = False
+            st.irq = st.wanted = st.nmi_blocked = 1
+            delivery.deliver_interrupt(self, Vector.NMI)
         if not st.iflag:
             st.irq = 1
             if wanted:
