@@ -109,6 +109,7 @@ class LocalApic(Fields):
         self.apic_base = DEFAULT_BASE | BASE_EN | (BASE_BSP if self._bsp else 0)
         self.xapic_id = self.apic_id & 0xFF
         self._reset_registers()
+        self._box = None  # the vCPU that comes now has another
         if self._bsp:
             self.svr |= SVR_ENABLE
             self.lvt[_index(LVT_LINT0)] = Delivery.EXTINT << 8
