@@ -188,6 +188,19 @@ class TestGenerator:
         assert vectors["end"] > 250
         assert vectors["14"] > 20 and vectors["13"] > 5
 
+    def test_exceptions_are_in_the_mix(self, host: Oracle) -> None:
+        """Of each million cases, tens of thousands end by #PF on one half of an operand on two pages, by #AC, by #DE;
+        thousands by #MF and #XM."""
+        ends = Recording(host)
+        for _ in run_sequences(Generator("exceptions"), 2000, ends, ends):
+            pass
+        vectors = Counter(seen.vector for seen in ends.seen)
+        assert all(vectors[vector] >= 3 for vector in (0, 3, 12, 13, 16, 17, 19)), vectors
+        faults = [seen.cr2 for seen in ends.seen if seen.vector == 14]
+        halves = [cr2 for cr2 in faults if cr2 in (DATA + READ_ONLY, LOW_DATA + READ_ONLY, DATA + READ_ONLY + PAGE)]
+        assert len(halves) > 20  # an operand that began below
+        assert sum(DATA + FIRST_DATA - 16 < cr2 < DATA + FIRST_DATA for cr2 in faults) > 5  # and one that ends above
+
     def test_every_form_can_be_drawn(self) -> None:
         """The tables hold no form that the generator never manages to give operands."""
         generator = Generator("forms")
@@ -237,6 +250,19 @@ class TestFlags:
     def test_flag_use(self, text: str, written: int, undefined: int) -> None:
         use = flag_use(next(iter(Decoder(64, assemble(text, 0).code))))
         assert (use.written, use.undefined) == (written, undefined)
+
+
+class Recording:
+    """The host's CPU; what came of all cases."""
+
+    def __init__(self, host: Oracle) -> None:
+        self.host = host
+        self.seen: list[Outcome] = []
+
+    def run(self, batch: Batch) -> list[Outcome]:
+        outcomes = self.host.run(batch)
+        self.seen += outcomes
+        return outcomes
 
 
 class Liar:
