@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Reg(enum.IntEnum):
@@ -103,8 +104,7 @@ class Label:
         self.offset: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Fixup:
+class _Fixup(NamedTuple):
     """A relative displacement of ``width`` bytes at ``offset``, to be filled in by :meth:`Assembler.code`."""
 
     offset: int

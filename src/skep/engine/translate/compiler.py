@@ -108,41 +108,53 @@ _DROPPABLE = {"mov", "lea", "not", "neg", "set", *EVALUATE}
 _Place = Reg | Mem
 
 
-def _liveness(code: list[Ins]) -> tuple[list[int], int]:
+_Step = tuple[Ins, list[Var]]
+"""An instruction, and the variables that it reads."""
+
+
+def _liveness(code: list[_Step]) -> tuple[list[int], int]:
     """For each instruction the set (as bits) of variables wanted after it, and the set wanted at the start."""
-    position = {ins.target: i for i, ins in enumerate(code) if ins.op == "label"}
-    uses = [sum({1 << v.index for v in ins.uses()}) for ins in code]
+    position = {ins.target: i for i, (ins, _) in enumerate(code) if ins.op == "label"}
+    steps = []  # from the last to the first: where, what it leaves wanted, what it wants, whether it goes on, elsewhere
+    for i in range(len(code) - 1, -1, -1):
+        ins, uses = code[i]
+        wants = 0
+        for v in uses:
+            wants |= 1 << v.index
+        kept = -1 if ins.dst is None else ~(1 << ins.dst.index)
+        to = position[ins.target] if ins.op in ("jump", "branch") else -1
+        steps.append((i, kept, wants, ins.op not in ("jump", "return"), to))
+    backward = {to for i, _, _, _, to in steps if 0 <= to <= i}  # only what these want is asked before it is known
     into = [0] * (len(code) + 1)
     out = [0] * len(code)
     changed = True
     while changed:
         changed = False
-        for i in range(len(code) - 1, -1, -1):
-            ins = code[i]
-            after = 0 if ins.op in ("jump", "return") else into[i + 1]
-            if ins.op in ("jump", "branch"):
-                after |= into[position[ins.target]]
-            before = after if ins.dst is None else after & ~(1 << ins.dst.index)
-            before |= uses[i]
+        for i, kept, wants, goes_on, to in steps:
+            after = into[i + 1] if goes_on else 0
+            if to >= 0:
+                after |= into[to]
             out[i] = after
+            before = after & kept | wants
             if before != into[i]:
                 into[i] = before
-                changed = True
+                changed = changed or i in backward
     return out, into[0]
 
 
-def _drop_dead(code: list[Ins]) -> tuple[list[int], int]:
+def _drop_dead(code: list[_Step]) -> tuple[list[int], int]:
     """Remove what computes a value nobody reads; gives the liveness of the rest."""
     while True:
         out, start = _liveness(code)
-        kept: list[Ins] = []
-        for ins, after in zip(code, out, strict=True):
+        kept: list[_Step] = []
+        for step, after in zip(code, out, strict=True):
+            ins = step[0]
             if ins.dst is not None and not after >> ins.dst.index & 1:
                 if ins.op in _DROPPABLE:
                     continue
                 if ins.op == "call":
                     ins.dst = None
-            kept.append(ins)
+            kept.append(step)
         if len(kept) == len(code):
             return out, start
         code[:] = kept
@@ -153,8 +165,10 @@ def _allocate(low: Lowering, clobbers: dict[str, set[Reg]]) -> tuple[dict[Var, _
 
     ``clobbers`` says which registers each called function changes.
     """
-    code, n = low.code, len(low.vars)
+    n = len(low.vars)
+    code = [(ins, list(ins.uses())) for ins in low.code]
     after, start = _drop_dead(code)
+    low.code = [ins for ins, _ in code]
     params = sum(1 << p.index for p in low.params)
     if start & ~params:
         var = low.vars[(start & ~params).bit_length() - 1]
@@ -177,16 +191,17 @@ def _allocate(low: Lowering, clobbers: dict[str, set[Reg]]) -> tuple[dict[Var, _
         weight[p.index] += 1
         if start >> p.index & 1:
             conflict(p.index, start)
-    for ins, live in zip(code, after, strict=True):
-        for v in ins.uses():
+    for (ins, uses), live in zip(code, after, strict=True):
+        for v in uses:
             weight[v.index] += ins.weight
         if ins.op in _OPERANDS:
             operands = _OPERANDS[ins.op][: len(ins.args)]
             across = live & ~(1 << ins.dst.index) if ins.dst is not None else live
             changed = clobbers[ins.name].union(operands) if ins.op == "call" else set(operands)
-            for v in low.vars:
-                if across >> v.index & 1:
-                    forbidden[v.index] |= changed
+            while across:
+                bit = across & -across
+                forbidden[bit.bit_length() - 1] |= changed
+                across ^= bit
             for place, arg in zip(operands, ins.args, strict=True):
                 if isinstance(arg, Var):
                     wishes[arg.index].append(place)
@@ -195,25 +210,27 @@ def _allocate(low: Lowering, clobbers: dict[str, set[Reg]]) -> tuple[dict[Var, _
             weight[d] += ins.weight
             # a copy may share its original's register
             conflict(d, live & ~(1 << ins.a.index) if ins.op == "mov" and isinstance(ins.a, Var) else live)
-            for v in ins.uses():
+            for v in uses:
                 wishes[d].append(v)
                 wishes[v.index].append(ins.dst)
     places: dict[Var, _Place] = {}
     order = (*_CALLER_SAVED, *_CALLEE_SAVED)
-    saved: set[Reg] = set()
+    held = dict.fromkeys(order, 0)
+    """The variables (bits) in each register."""
     slots = 0
     for var in sorted((v for v in low.vars if weight[v.index]), key=lambda v: -weight[v.index]):
         i = var.index
-        taken = {p for u, p in places.items() if conflicts[i] >> u.index & 1}
-        free = [r for r in order if r not in taken and r not in forbidden[i]]
         # a register that must be saved first is worth it for more than two uses
-        free = [r for r in free if r not in _CALLEE_SAVED or r in saved or weight[i] > 2]
+        free = [
+            r for r in order
+            if not conflicts[i] & held[r] and r not in forbidden[i]
+            and (weight[i] > 2 or held[r] or r not in _CALLEE_SAVED)
+        ]  # fmt: skip
         wanted = [places.get(w) if isinstance(w, Var) else w for w in wishes[i]]
         choice = next((r for r in wanted if r in free), None) or next(iter(free), None)
         if isinstance(choice, Reg):
             places[var] = choice
-            if choice in _CALLEE_SAVED:
-                saved.add(choice)
+            held[choice] |= 1 << i
         else:
             places[var] = Mem(RSP, disp=8 * slots)
             slots += 1

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from skep.engine.translate.asm import Cond, Label, fits, signed
 from skep.engine.translate.language import (
@@ -64,8 +64,7 @@ class Addr:
     gs: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     addr: Addr
     size: int
 
@@ -377,7 +376,11 @@ class Lowering:
 
     def _effects(self, node: ast.AST) -> bool:
         """Whether evaluating ``node`` may change memory or the state block."""
-        return any(isinstance(n, ast.Call) and self.scope.source.resolve(n.func) not in _PURE for n in ast.walk(node))
+        if isinstance(node, ast.Name | ast.Constant | ast.Attribute):
+            return False
+        if isinstance(node, ast.Call) and self.scope.source.resolve(node.func) not in _PURE:
+            return True
+        return any(self._effects(n) for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr))
 
     def _operands(self, *nodes: ast.expr) -> list[Operand]:
         """Several expressions, as if from left to right: what is read before an effect is kept."""
