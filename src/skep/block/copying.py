@@ -60,13 +60,15 @@ def convert(
     salvage: bool = False,
     workers: int = 8,
     progress: Progress = _nothing,
+    start: int = 0,
+    settled: Callable[[int], None] | None = None,
 ) -> int:
     """Copy disks, one behind the other, into one that is large enough. Returns how many sectors could not be read,
     which are zeros in the target; without ``salvage`` the first of them is an OSError.
 
     Runs of at least ``sparse`` bytes of zeros are not written; 0 writes everything. ``zero_target``: the target reads
     as zeros now. ``backing_size``: the target lies over an image of that size, which has what the sources have only
-    from below.
+    from below. What is before ``start`` is there already; ``settled`` is told, in order, up to where all is written.
     """
     total = sum(image.size for image in sources)
     lost = 0
@@ -113,10 +115,15 @@ def convert(
             while len(under_way) > most:
                 spot, future = under_way.popleft()
                 found += future.result()
-                progress((spot.at + spot.extent.length) / total)
+                end = spot.at + spot.extent.length
+                progress(end / total)
+                if settled is not None:
+                    settled(end)
             return found
 
         for spot in _whole_clusters(pieces(sources), unit) if compress else pieces(sources):
+            if spot.at + spot.extent.length <= start:
+                continue
             if not spot.extent.present and backing_size is not None and spot.extent.depth:
                 continue
             if backing_size is not None and spot.extent.depth and spot.at + spot.extent.length <= backing_size:

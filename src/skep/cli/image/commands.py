@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from skep.block import copying, load
+from skep.block import copying, load, resuming
 from skep.block.backend import Extent, read_at, write_at
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.block.image import create_image, open_image
@@ -332,9 +334,13 @@ def convert(arguments: Namespace) -> int:
         below = BackingName(backing_name, backing_format) if backing_name else None
         if below is not None and below.format is None:
             raise ImageError("the format of the backing file is missing", target_name, "say -F FORMAT")
-        if not arguments.no_create:
+        own = {name: value for name, value in options.items() if name not in _BACKING_OPTIONS}
+        note, start = None, 0
+        if arguments.resume:
+            note = _note(arguments, sources, own, below)
+            start = note.found() or 0
+        if not arguments.no_create and not start:
             _not_a_source(target_name, [source.path for source in sources])
-            own = {name: value for name, value in options.items() if name not in _BACKING_OPTIONS}
             create_image(
                 target_name, arguments.target_format, size, options=own, backing=below, secrets=arguments.secrets
             )
@@ -343,6 +349,9 @@ def convert(arguments: Namespace) -> int:
             raise ImageError(f"has room for {target.size} bytes, and the disk has {size}", target_name)
         if target.backing is not None and below is None:
             raise ImageError("lies over another image", target_name, "say -B, or leave -n out")
+        if start:
+            _say(arguments, f"Going on at {start} of {size} bytes.")
+            resuming.prepare(sources, target, start)
         lost = copying.convert(
             sources,
             target,
@@ -353,9 +362,14 @@ def convert(arguments: Namespace) -> int:
             salvage=arguments.salvage,
             workers=arguments.workers,
             progress=_paced(arguments.rate, size, progress(arguments.progress and not arguments.quiet)),
+            start=start,
+            settled=None if note is None else partial(note.settled, target),
         )
         if arguments.bitmaps:
-            _copy_bitmaps(sources, target, arguments.skip_broken_bitmaps)
+            _copy_bitmaps(sources, target, arguments.skip_broken_bitmaps, again=bool(start))
+        if note is not None:
+            target.flush()
+            note.forget()
         if arguments.cache != "unsafe":
             target.flush()
     if arguments.progress and not arguments.quiet:
@@ -363,6 +377,25 @@ def convert(arguments: Namespace) -> int:
     if lost:
         print(f"skep image: {lost} sectors could not be read, and are zeros", file=sys.stderr)
     return 0
+
+
+def _note(
+    arguments: Namespace, sources: Sequence[Image], options: dict[str, str], below: BackingName | None
+) -> resuming.Note:
+    """Of the copy that `convert --resume` makes: what another one would have to have alike."""
+    if arguments.no_create:
+        raise UserError("goes with an image that convert makes", "--resume", "leave -n out")
+    if options.get("subformat") == "streamOptimized":
+        raise ImageError("a stream is written at once", arguments.files[-1], "leave --resume out")
+    how = {
+        "format": arguments.target_format,
+        "options": options,
+        "backing": below,
+        "snapshot": arguments.snapshot,
+        "compress": arguments.compress,
+        "sparse": arguments.sparse,
+    }
+    return resuming.Note(arguments.files[-1], sources, json.loads(json.dumps(how)))
 
 
 def _open_target(name: str, arguments: Namespace, options: dict[str, str]) -> Image:
@@ -396,7 +429,8 @@ def _not_a_source(target: str, sources: Sequence[str]) -> None:
             raise ImageError("is a source too", target)
 
 
-def _copy_bitmaps(sources: Sequence[Image], target: Image, skip_broken: bool) -> None:
+def _copy_bitmaps(sources: Sequence[Image], target: Image, skip_broken: bool, again: bool) -> None:
+    """``again``: a copy that was killed may have begun that."""
     if len(sources) != 1 or not isinstance(sources[0], Qcow2Image) or not isinstance(target, Qcow2Image):
         raise ImageError("bitmaps are copied from one qcow2 image to another", target.path)
     for one in sources[0].tracker.all:
@@ -404,6 +438,8 @@ def _copy_bitmaps(sources: Sequence[Image], target: Image, skip_broken: bool) ->
             if skip_broken:
                 continue
             raise ImageError(f"bitmap {one.name!r} was in use", sources[0].path, "--skip-broken-bitmaps leaves it out")
+        if again and one.name in (marks.name for marks in target.tracker.all):
+            target.tracker.remove(one.name)
         target.tracker.add(one.name, 1 << one.granularity_bits)
         target.tracker.merge(one.name, one.granularity_bits, sources[0].tracker.load(one))
         target.tracker.change(one.name, enable=bool(one.flags & 2))

@@ -82,6 +82,7 @@ def make_parser() -> Parser:
     one.add_argument("-r", dest="rate", type=size, metavar="BYTES", help="a second, at most")
     one.add_argument("--bitmaps", action="store_true", help="copy persistent bitmaps too")
     one.add_argument("--skip-broken-bitmaps", action="store_true", help="but for those that cannot be relied on")
+    one.add_argument("--resume", action="store_true", help="go on with a copy that was killed, noted in TARGET.resume")
     one.add_argument("--salvage", action="store_true", help="zeros instead of what cannot be read")
     one.add_argument("files", nargs="+", metavar="FILE", help="the sources, and the new image")
 
