@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -164,3 +165,13 @@ def test_repair_drops_what_two_blocks_claim(tmp_path: Path) -> None:
         assert image.check().clean
         assert bytes(read_at(image, 0, 1)) == b"a"
         assert not any(read_at(image, MIB, 2 * MIB))
+
+
+def test_there_are_always_sequence_numbers_left(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhdx"
+    create_image(path, "vhdx", MIB)
+    with open_file(str(path)) as file:
+        header = replace(layout.read_header(file, str(path)), sequence=(1 << 64) - 1)
+        write_at(file, layout.HEADER_AT[header.slot], header.pack())
+    with pytest.raises(UserError, match="sequence number"):
+        open_image(path)

@@ -153,6 +153,8 @@ def read_header(file: BlockBackend, path: str) -> Header:
     if not found:
         raise ImageError("neither VHDX header is valid", path)
     header = max(found, key=lambda one: one.sequence)
+    if header.sequence >> 63:  # nobody wrote as many, and those to come would not fit
+        raise ImageError("the VHDX header has an impossible sequence number", path)
     if header.log_offset % MIB or header.log_length % MIB or header.log_offset < FIRST_REGION:
         raise ImageError("the VHDX log is in no possible place", path)
     if header.log_offset + header.log_length > file.size:
