@@ -138,6 +138,8 @@ class Disk:
         self.now: list[set[int]] = [{0} for _ in range(sectors)]
         self.later: list[set[int]] = [{0} for _ in range(sectors)]
         """After a loss of power: all that was there since the last flush."""
+        self.lost = False
+        """A flush failed."""
 
     def write(self, first: int, count: int, number: int, done: bool) -> None:
         for at in range(first, first + count):
@@ -269,7 +271,9 @@ def flush(image: Image, disk: Disk) -> bool:
     try:
         image.flush()
     except OSError:
+        disk.lost = True
         return False
+    assert not disk.lost, "a flush that failed stays failed"
     disk.flushed()
     return True
 
