@@ -150,6 +150,9 @@ def tables(format: str, image: Sparse) -> list[Table]:
         case "parallels":
             fields = [(16, 4), (20, 4), (24, 4), (28, 4), (32, 4), (36, 8), (44, 4), (48, 4), (52, 4), (56, 8)]
             return [*each(tuple(fields)), *[Table(64, 16, 4)] * 3]
+        case "luks":
+            slots = [Table(208 + 48 * i + at, 1, 4) for i in range(8) for at in (0, 4, 40, 44)]
+            return [*each(((6, 2), (104, 4), (108, 4), (164, 4))), Table(8, 24, 4), *slots]
         case "dmg":
             at = image.size - 512
             return [*each(((8, 4), (24, 8), (32, 8), (40, 8), (48, 8)), at), *each(((216, 8), (224, 8), (492, 8)), at)]

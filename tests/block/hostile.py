@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from skep.block.backend import read_at, write_at
 from skep.block.format import Image
@@ -33,6 +34,12 @@ LONGEST = 10
 """Seconds of CPU for one image."""
 MEMORY = 64 * MIB
 """Of address space, more than the process has before it sees the first image."""
+
+
+LUKS: dict[str, Any] = {"options": {"key-secret": "it"}, "secrets": {"it": b"password"}}
+"""How such an image is made and opened."""
+MOST_ITERATIONS = 1 << 20
+"""Of a hash. To try a password costs what the image says, and we have little time: beyond, nobody tries."""
 
 
 class TooLong(BaseException):
@@ -90,6 +97,11 @@ def seeds(format: str, directory: Path) -> list[Path]:
                 add(lambda path, kind=kind: written(path, format, {"subformat": kind}))
         case "vdi":
             add(lambda path: written(path, format, {}))
+        case "luks":
+            # The smallest key: each slot has it 4000 times.
+            mode = {"cipher-alg": "aes-128", "cipher-mode": "cbc", "ivgen-alg": "plain64", "iter-time": "1"}
+            options = {**LUKS["options"], **mode}
+            add(lambda path: create_image(path, "luks", MIB, options=options, secrets=LUKS["secrets"]))
         case "qcow":
             add(lambda path: by_qemu(path, format))
             add(lambda path: by_qemu(path, format, "-c"))
@@ -127,10 +139,20 @@ def with_log(source: Path, path: Path) -> None:
     path.write_bytes(data)
 
 
+def opened(path: Path, format: str, *, read_only: bool = False) -> Image:
+    how: dict[str, Any] = {}
+    if format == "luks":
+        with path.open("rb") as file:
+            head = file.read(1024).ljust(1024, b"\0")
+        iterations = [int.from_bytes(head[at : at + 4], "big") for at in (164, *range(212, 592, 48))]
+        how = LUKS if sum(iterations) < MOST_ITERATIONS else {"may_stay_locked": True}
+    return open_image(path, format=format, read_only=read_only, inside=(str(path.parent),), **how)
+
+
 def use(path: Path, format: str, rng: random.Random) -> str:
     """What became of it."""
     try:
-        with open_image(path, format=format, read_only=True, inside=(str(path.parent),)) as image:
+        with opened(path, format, read_only=True) as image:
             exercise(image, rng, False)
     except UserError:
         return "refused"
@@ -139,7 +161,7 @@ def use(path: Path, format: str, rng: random.Random) -> str:
     if format in ("qcow", "parallels", "dmg"):
         return "read"
     try:
-        with open_image(path, format=format, inside=(str(path.parent),)) as image:
+        with opened(path, format) as image:
             exercise(image, rng, True)
             attempt(image.repair)
             exercise(image, rng, True)

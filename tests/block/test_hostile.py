@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FORMATS = ("qcow2", "vhdx", "vmdk", "vpc", "vdi", "qcow", "parallels", "dmg")
+FORMATS = ("qcow2", "vhdx", "vmdk", "vpc", "vdi", "qcow", "parallels", "dmg", "luks")
 MEMORY = 100 << 10
 """KiB: of the process, with the interpreter, the test's own code and its sound images."""
 

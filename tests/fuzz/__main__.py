@@ -1,8 +1,10 @@
-"""A coverage-guided fuzzer of each image format: ``python -m tests.fuzz FORMAT SECONDS [DIRECTORY]``.
+"""A coverage-guided fuzzer of each image format, and of ``nbd``, what a server may say to our client of that protocol:
+``python -m tests.fuzz FORMAT SECONDS [DIRECTORY]``.
 
-It starts from sound images of Skep's and of QEMU's making, and from the corpus that ``DIRECTORY/FORMAT`` has from
-earlier runs, and stops at the first find: an exception that is no typed error, memory or time without bound, a file
-left open. The input is left in ``DIRECTORY/FORMAT/finds``; ``python -m tests.fuzz FORMAT again INPUT`` repeats it.
+It starts from sound images of Skep's and of QEMU's making (from what QEMU's server says), and from the corpus that
+``DIRECTORY/FORMAT`` has from earlier runs, and stops at the first find: an exception that is no typed error, memory or
+time without bound, a file left open. The input is left in ``DIRECTORY/FORMAT/finds``; ``python -m tests.fuzz FORMAT
+again INPUT`` repeats it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz.images import pack, sound_images, target
+from tests.fuzz.targets import inputs, target
 
 ENDLESS = 600
 """Seconds after which an input is given up; tests.block.hostile bounds CPU time."""
@@ -24,8 +26,6 @@ MEMORY = 400
 """MiB of the process, libFuzzer's tables and the corpus with it."""
 LARGEST = 200_000
 """Bytes of an input."""
-WAYS = 3
-"""To treat each of the sound images."""
 
 
 def main(format: str, seconds: str, *rest: str) -> int:
@@ -41,9 +41,8 @@ def fuzz(format: str, seconds: str, home: Path, scratch: Path) -> int:
     corpus, finds = home / "corpus", home / "finds"
     for directory in (corpus, finds):
         directory.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(sound_images(format, scratch)):
-        for way in range(WAYS):
-            (corpus / f"sound.{number}.{way}").write_bytes(pack(image, way))
+    for number, one in enumerate(inputs(format, scratch)):
+        (corpus / f"sound.{number}").write_bytes(one)
     command = [sys.executable, "-m", "tests.fuzz.guided", format, scratch, corpus]
     command += [f"-artifact_prefix={finds}/", f"-max_total_time={seconds}", f"-timeout={ENDLESS}"]
     command += [f"-rss_limit_mb={MEMORY}", f"-max_len={LARGEST}", f"-report_slow_units={ENDLESS}"]

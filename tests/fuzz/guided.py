@@ -13,7 +13,8 @@ import atheris
 
 with atheris.instrument_imports(include=["skep.block"]):
     from tests.block.damage import MOST, SECTOR, Sparse, Table, mend_checksums, mutate, tables
-    from tests.fuzz.images import pack, sound_images, target, unpack
+    from tests.fuzz.images import pack, sound_images, unpack
+    from tests.fuzz.targets import target
 
 
 class Mutator:
@@ -53,13 +54,11 @@ class Mutator:
 
 
 def main(format: str, scratch: Path, options: list[str]) -> None:
-    mutator = Mutator(format, scratch)
-    atheris.Setup(
-        [sys.argv[0], *options],
-        target(format, scratch),
-        custom_mutator=mutator.mutated,
-        custom_crossover=mutator.crossed,
-    )
+    mutators = {}
+    if format != "nbd":
+        mutator = Mutator(format, scratch)
+        mutators = {"custom_mutator": mutator.mutated, "custom_crossover": mutator.crossed}
+    atheris.Setup([sys.argv[0], *options], target(format, scratch), **mutators)
     atheris.Fuzz()
 
 
