@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from skep.block.image import open_disk
+from skep.block.format import BackingName, Image
+from skep.block.image import create_image, open_disk, open_image
 from skep.block.options import BlockOptions
+from skep.cli import main
 from skep.errors import UserError
 
 
@@ -165,6 +167,131 @@ def test_skep_is_refused_while_qemu_writes_and_names_it(image: Path) -> None:
             assert "\n" not in message
     with opened(image):
         pass
+
+
+# The other formats, and what lies below.
+
+FORMATS = {
+    "qcow2": {},
+    "vmdk": {},
+    "vdi": {},
+    "vhdx": {},
+    "vpc": {},
+    "luks": {"key-secret": "s", "iter-time": "1"},
+}
+RELAXED = {"luks"}
+"""Formats that QEMU has no tables of to keep: so its tools do not mind writers while they read."""
+SECRETS = {"s": b"x"}
+OBJECT = ("--object", "secret,id=s,data=x")
+
+
+def made(path: Path, format: str) -> Path:
+    create_image(path, format, 1 << 20, options=FORMATS[format], secrets=SECRETS)
+    return path
+
+
+def options_of(format: str, path: Path) -> tuple[str, ...]:
+    key = ",key-secret=s" if format == "luks" else ""
+    return (*OBJECT, "--image-opts", f"driver={format}{key},file.filename={path}")
+
+
+def skep_opens(path: Path, format: str, **how: bool) -> Image:
+    key = {"key-secret": "s"} if format == "luks" else None
+    return open_image(path, format=format, options=key, secrets=SECRETS, **how)  # type: ignore[arg-type]
+
+
+@contextmanager
+def qemu_holds(format: str, path: Path, *how: str) -> Iterator[None]:
+    """qemu-io with the image open, for writing unless told otherwise."""
+    command = ["qemu-io", *how, *options_of(format, path)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write("length\n")
+        process.stdin.flush()
+        assert "MiB" in (answer := process.stdout.readline()), answer
+        yield
+    finally:
+        process.communicate("quit\n", timeout=20)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_format_keeps_qemu_away(tmp_path: Path, format: str) -> None:
+    """A writer everybody, a reader writers; ``-U`` reads all the same."""
+    path = made(tmp_path / "disk", format)
+    opened = options_of(format, path)
+    writes = ("qemu-io", *opened, "-c", "write 0 512")
+    reads = () if format in RELAXED else (("qemu-io", "-r", *opened, "-c", "read 0 512"), ("qemu-img", "info", *opened))
+    with skep_opens(path, format):
+        for command in (writes, *reads):
+            answer = _run(*command)
+            assert answer.returncode == 1 and "lock" in answer.stderr, answer
+        assert _run("qemu-img", "info", "-U", *opened).returncode == 0
+    with skep_opens(path, format, read_only=True):
+        answer = _run(*writes)
+        assert answer.returncode == 1 and "lock" in answer.stderr, answer
+        for command in reads:
+            assert _run(*command).returncode == 0
+    assert _run(*writes).returncode == 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_qemu_keeps_each_format_from_us(tmp_path: Path, format: str) -> None:
+    path = made(tmp_path / "disk", format)
+    with qemu_holds(format, path):
+        for read_only in (False, True):
+            with pytest.raises(UserError, match="in use by qemu-io"):
+                skep_opens(path, format, read_only=read_only)
+        skep_opens(path, format, read_only=True, lock=False).close()
+        assert main(["image", "info", "-f", format, str(path)]) == 1
+        assert main(["image", "info", "-U", "-f", format, str(path)]) == 0
+    with qemu_holds(format, path, "-r"):
+        if format not in RELAXED:
+            with pytest.raises(UserError, match="in use by qemu-io"):
+                skep_opens(path, format)
+        skep_opens(path, format, read_only=True).close()
+    skep_opens(path, format).close()
+
+
+def test_what_lies_below_is_shared_by_readers(tmp_path: Path) -> None:
+    """Overlays of ours and of QEMU's over one image, which nobody writes to meanwhile."""
+    base = made(tmp_path / "base", "qcow2")
+    for name in ("ours", "theirs"):
+        create_image(tmp_path / name, "qcow2", backing=BackingName("base", "qcow2"))
+    with skep_opens(tmp_path / "ours", "qcow2"), qemu_holds("qcow2", tmp_path / "theirs"):
+        with pytest.raises(UserError, match="in use by"):
+            skep_opens(base, "qcow2")
+        answer = _run("qemu-io", *options_of("qcow2", base), "-c", "write 0 512")
+        assert answer.returncode == 1 and "lock" in answer.stderr
+        skep_opens(base, "qcow2", read_only=True).close()
+    with qemu_holds("qcow2", base), pytest.raises(UserError, match="in use by qemu-io"):
+        skep_opens(tmp_path / "ours", "qcow2")
+    with skep_opens(base, "qcow2"):
+        answer = _run("qemu-io", *options_of("qcow2", tmp_path / "theirs"), "-c", "read 0 512")
+        assert answer.returncode == 1 and "lock" in answer.stderr
+
+
+def test_files_beside_an_image_are_locked_too(tmp_path: Path) -> None:
+    """A data file of qcow2, and an extent of VMDK."""
+    create_image(tmp_path / "apart", "qcow2", 1 << 20, options={"data_file": str(tmp_path / "data")})
+    create_image(tmp_path / "disk", "vmdk", 1 << 20, options={"subformat": "monolithicFlat"})
+    for name, format, beside in (("apart", "qcow2", "data"), ("disk", "vmdk", "disk-flat.vmdk")):
+        writes = ("qemu-io", "-f", "raw", "-c", "write 0 512", str(tmp_path / beside))
+        with skep_opens(tmp_path / name, format):
+            answer = _run(*writes)
+            assert answer.returncode == 1 and "lock" in answer.stderr, answer
+        assert _run(*writes).returncode == 0
+        with qemu_holds("raw", tmp_path / beside), pytest.raises(UserError, match="in use by qemu-io"):
+            skep_opens(tmp_path / name, format)
+
+
+def test_making_an_image_takes_none_from_anybody(tmp_path: Path) -> None:
+    path = made(tmp_path / "disk", "qcow2")
+    before = path.read_bytes()
+    with qemu_holds("qcow2", path), pytest.raises(UserError, match="in use by qemu-io"):
+        create_image(path, "qcow2", 2 << 20)
+    assert path.read_bytes()[: len(before)] == before
 
 
 def _environment() -> dict[str, str]:
