@@ -254,3 +254,90 @@ def test_from_no_paging_through_pae_to_long_mode_and_back(boot: Boot) -> None:
     assert legacy.run() is None
     state = legacy.guest.state
     assert state["rbx"] == 42 and state["efer"] & Efer.LMA and state["cs"]["selector"] == 0x10
+
+
+OTHER = G + 0x5000
+"""The frame behind :data:`G`'s, by its linear address."""
+
+
+def two_pages(boot: Boot, text: str, form: str, first: int, second: int, *, user: bool = True) -> tuple[Legacy, int]:
+    """A guest with two pages from :data:`V` on; where the second one's entry lies."""
+    legacy = Legacy(boot, text, form, user=user)
+    at = legacy.page(first)
+    legacy.guest.memory.write(G + 0xFF8, bytes(range(8)))
+    legacy.guest.memory.write(OTHER, bytes(range(8, 16)))
+    return legacy, legacy.store(TABLE1, (at - TABLE1) // (8 if legacy.pae else 4) + 1, second)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("text", "first", "second", "error", "cr2"),
+    [
+        ("mov eax, [V + 0xffe]", G | 7, 0, 4, V + 0x1000), ("mov eax, [V + 0xffe]", 0, OTHER | 7, 4, V + 0xFFE),
+        ("add dword [V + 0xffe], 1", G | 7, 0, 6, V + 0x1000),
+        ("add dword [V + 0xffe], 1", G | 7, OTHER | 5, 7, V + 0x1000),
+        ("mov dword [V + 0xffd], 1", G | 5, OTHER | 7, 7, V + 0xFFD),
+        ("movups [V + 0xffc], xmm0", G | 7, OTHER | 3, 7, V + 0x1000),
+        ("mov esp, V + 0x1002\nlast: push 1", G | 5, OTHER | 7, 7, V + 0xFFE),
+        ("mov esp, V + 0x1002\nlast: push 1", G | 7, 0, 6, V + 0x1000),
+        ("mov edi, V + 0xffe\nlast: stosd", G | 7, 0, 6, V + 0x1000),
+        ("mov esi, V + 0xffe\nmov edi, V + 0xfff\nlast: movsd", G | 7, 0, 4, V + 0x1000),
+    ],
+)  # fmt: skip
+def test_a_fault_on_one_half_of_an_operand(
+    boot: Boot, form: str, text: str, first: int, second: int, error: int, cr2: int
+) -> None:
+    """Nothing of it is stored then."""
+    legacy, _ = two_pages(boot, f"{text}\nud2", form, first, second)
+    legacy.guest.set(cr4=legacy.guest.state["cr4"] | Cr4.OSFXSR)
+    program = legacy.guest.program
+    assert legacy.run() == (error, cr2, program.labels.get("last", PROGRAM))
+    assert legacy.guest.read(G + 0xFF8, 8) + legacy.guest.read(OTHER, 8) == bytes(range(16))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_operand_on_two_pages(boot: Boot, form: str) -> None:
+    """Their frames are no neighbours; accessed and dirty bits of both are set."""
+    legacy, second = two_pages(boot, "add dword [V + 0xffe], 0x01010101\nhlt", form, G | 3, OTHER | 3, user=False)
+    assert legacy.run() is None
+    assert legacy.guest.read(G + 0xFFE, 2) + legacy.guest.read(OTHER, 2) == bytes((7, 8, 9, 10))
+    assert legacy.load(second) & (Pte.A | Pte.D) == Pte.A | Pte.D
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_instruction_on_two_pages(boot: Boot, form: str) -> None:
+    """Its second page is missing, is there, and becomes another one."""
+    text = "mov ebx, V + 0xffd\njmp ebx\nagain: invlpg [V + 0x1000]\nmov ebx, V + 0xffd\njmp ebx"
+    legacy, second = two_pages(boot, text, form, G | 3, 0, user=False)
+    memory, guest = legacy.guest.memory, legacy.guest
+    memory.write(G + 0xFFD, b"\xb9\x11\x22")  # mov ecx, 0x4433_2211
+    memory.write(OTHER, b"\x33\x44\xf4")
+    memory.write(OTHER + 0x1000, b"\x55\x66\xf4")
+    assert legacy.run() == (0x10 if legacy.pae else 0, V + 0x1000, V + 0xFFD)
+    for frame, number in ((OTHER, 0x44332211), (OTHER + 0x1000, 0x66552211), (OTHER, 0x44332211)):
+        legacy.store(TABLE1, (second - TABLE1) // (8 if legacy.pae else 4), frame | 3)
+        guest.set(rip=guest.program["again"], rcx=0)
+        assert legacy.run() is None
+        assert guest.reg("rcx") == number
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("where", ["V", "G"])
+def test_code_that_is_changed(boot: Boot, form: str, where: str) -> None:
+    """Through its own linear address, or through its frame's other one."""
+    text = f"""
+        mov ecx, 100
+        xor ebx, ebx
+        again: mov [{where} + 1], ecx
+        mov eax, V
+        call eax
+        dec ecx
+        jne again
+        hlt
+    """
+    legacy = Legacy(boot, text, form)
+    legacy.page(G | 3)
+    legacy.guest.memory.write(G, b"\xb8\0\0\0\0\x01\xc3\xc3")  # mov eax, 0; add ebx, eax; ret
+    legacy.guest.set(rsp=0x1F0000)
+    assert legacy.run() is None
+    assert legacy.guest.reg("rbx") == 5050
