@@ -6,12 +6,10 @@ import contextlib
 import io
 import json
 import random
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -333,120 +331,3 @@ def marked(path: str, name: str) -> list[tuple[int, int]]:
                 else:
                     runs.append((number * size, size))
         return runs
-
-
-class TestBothAtOnce:
-    """One random sequence of commands, for two images: each command is done by QEMU's tools on one and by ours on the
-    other, and which is whose changes from command to command."""
-
-    VARIANTS = (
-        "",
-        "cluster_size=512",
-        "cluster_size=2M",
-        "compat=0.10",
-        "extended_l2=on",
-        "refcount_bits=64,lazy_refcounts=on",
-        "cluster_size=4k,refcount_bits=8,compression_type=zstd",
-        "data_file={name}.data",
-    )
-
-    def sequence(self, place: Path, seed: int, steps: int) -> None:
-        rng = random.Random(seed)
-        options = self.VARIANTS[seed % len(self.VARIANTS)]
-        size = rng.choice((MIB, 3 * MIB, 5 * MIB + 512 * rng.randrange(100)))
-        base = rng.choice(("qcow2", "raw", None))
-        if base is not None:
-            length = rng.choice((size, size // 2 // 512 * 512, size + MIB))
-            skep("create", "-q", "-f", base, place / "base", str(length))
-            with open_image(place / "base", format=base) as image:
-                write_at(image, image.size // 3 // 512 * 512, rng.randbytes(99 * 512))
-        images = [place / "one.qcow2", place / "two.qcow2"]
-        for path, tool in zip(images, (skep, qemu), strict=True):
-            words: list[str] = ["-o", options.format(name=path.name)] if options else []
-            words += ["-b", "base", "-F", base] if base is not None else []
-            tool("create", "-q", "-f", "qcow2", *words, path, str(size))
-        snapshots: list[str] = []
-        for step in range(steps):
-            tools: list[Tool] = [skep, qemu]
-            rng.shuffle(tools)
-            size = self.step(rng, step, images, tools, size, snapshots)
-            qemu("compare", "-q", *images)
-        for path in images:
-            for tool in (qemu, skep):
-                tool("check", "-q", path)
-        qemu("compare", *images)
-        skep("compare", *images)
-        one, two = (self.shown(path) for path in images)
-        assert one == two
-
-    def step(
-        self, rng: random.Random, step: int, images: list[Path], tools: list[Tool], size: int, snapshots: list[str]
-    ) -> int:
-        kind = rng.choice(("write", "write", "write", "zero", "snapshot", "apply", "delete", "grow", "discard"))
-        if kind in ("write", "zero", "discard"):
-            length = min(rng.choice((512, 4096, 65536, 300 * 512)), size)
-            offset = rng.randrange((size - length) // 512 + 1) * 512
-            pattern = rng.randrange(1, 256)
-            for path, tool in zip(images, tools, strict=True):
-                write_by(tool, path, kind, offset, length, pattern)
-        elif kind == "snapshot" and not images[0].with_suffix(".qcow2.data").exists():
-            snapshots.append(f"s{step}")
-            for path, tool in zip(images, tools, strict=True):
-                tool("snapshot", "-c", snapshots[-1], path)
-        elif kind in ("apply", "delete") and snapshots:
-            name = rng.choice(snapshots)
-            for path, tool in zip(images, tools, strict=True):
-                tool("snapshot", "-a" if kind == "apply" else "-d", name, path)
-            if kind == "delete":
-                snapshots.remove(name)
-            size = json.loads(qemu("info", "--output=json", images[0]))["virtual-size"]
-        elif (
-            kind == "grow"
-            and not snapshots
-            and not (
-                # Beyond the old end there may be something below, which QEMU cannot hide in version 2.
-                json.loads(qemu("info", "--output=json", images[0]))["format-specific"]["data"]["compat"] == "0.10"
-                and (images[0].parent / "base").exists()
-            )
-        ):
-            size += 512 * rng.randrange(1, 4000)
-            for path, tool in zip(images, tools, strict=True):
-                tool("resize", "-q", path, str(size))
-        return size
-
-    def shown(self, path: Path) -> Any:
-        found = json.loads(qemu("info", "--output=json", path))
-        for key in ("filename", "actual-size"):
-            del found[key]
-        text = re.sub(r'"date-n?sec": \d+', "", json.dumps(found))
-        return text.replace("one.qcow2", "").replace("two.qcow2", "")
-
-    @pytest.mark.parametrize("seed", range(8))
-    def test_random_commands(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-        monkeypatch.chdir(tmp_path)  # where QEMU looks for data files
-        self.sequence(tmp_path, seed, 8)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("seed", range(8, 72))
-    def test_many_random_commands(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-        monkeypatch.chdir(tmp_path)
-        self.sequence(tmp_path, seed, 25)
-
-
-def write_by(tool: Tool, path: Path, kind: str, offset: int, length: int, pattern: int) -> None:
-    if tool is qemu:
-        command = {"write": f"write -P {pattern}", "zero": "write -z", "discard": "write -z -u"}[kind]
-        done = subprocess.run(
-            ["qemu-io", "-f", "qcow2", "-c", f"{command} {offset} {length}", path],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        return
-    with open_image(path, format="qcow2") as image:
-        if kind == "write":
-            write_at(image, offset, bytes([pattern]) * length)
-        else:
-            image.write_zeroes(offset, length, kind == "discard")
