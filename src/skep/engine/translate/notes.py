@@ -19,17 +19,19 @@ class Notes:
         self._file = os.fdopen(file, "w+b", buffering=1 << 16)
         self.size = 0
         """Bytes."""
+        self._count = 0
 
     def add(self, value: tuple[Any, ...]) -> None:
         """Raises OSError."""
         data = marshal.dumps(value)
         self._file.write(data)
         self.size += len(data)
+        self._count += 1
 
     def __iter__(self) -> Iterator[Any]:
         """All that was added, in order; none may be added meanwhile."""
         self._file.seek(0)
-        while self._file.tell() < self.size:
+        for _ in range(self._count):
             yield marshal.load(self._file)
 
     def close(self) -> None:

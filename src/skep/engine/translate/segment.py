@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
 import zlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from time import time_ns
@@ -190,11 +191,13 @@ class Draft:
         self._checks.append(check)
         self.size += len(data)
 
-    def finish(self, known: Callable[[int, int], bool], least: int) -> bool:
-        """Order the records by their groups, and give the segment its name. Those of which ``known`` says by key and
-        CRC-32 that they are in other segments are left out; where fewer than ``least`` are left, nothing is done."""
+    def finish(self, others: Sequence[Segment], least: int) -> bool:
+        """Order the records by their groups, and give the segment its name. Those that ``others`` have are left out;
+        where fewer than ``least`` are left, nothing is done."""
         self._out.flush()
-        order = [i for i in range(len(self)) if not known(self._keys[i], self._checks[i])]
+        order = list(range(len(self)))
+        for other in others:
+            order = [i for i in order if not other.has(self._keys[i], self._checks[i])]
         if len(order) < least:
             return False
         order.sort(key=self._groups.__getitem__)
@@ -210,26 +213,28 @@ class Draft:
         return True
 
     def _write(self, out: BinaryIO, order: list[int]) -> None:
-        starts = array("Q", accumulate(self._sizes, initial=0))
+        sizes, page = self._sizes, self._groups
+        starts = array("Q", accumulate(sizes, initial=0))
         ends, sums, groups = array("Q"), array("I"), array("I", bytes(4 * len(self)))
         out.write(bytes(_HEAD.size))
         end, total, mine = _HEAD.size, 0, -1
-        for i in order:
-            n = self._sizes[i]
-            if self._groups[i] != mine or total + n > GROUP:
-                ends.append(end)
-                sums.append(0)
-                mine, total = self._groups[i], 0
-            data = os.pread(self._file, n, starts[i])
-            out.write(data)
-            end += n
-            total += n
-            ends[-1] = end
-            sums[-1] = zlib.crc32(data, sums[-1])
-            groups[i] = len(ends) - 1
-        order.sort(key=lambda i: (self._keys[i], groups[i]))
+        with mmap.mmap(self._file, self.size, access=mmap.ACCESS_READ) as records:
+            for i in order:
+                n = sizes[i]
+                if page[i] != mine or total + n > GROUP:
+                    ends.append(end)
+                    sums.append(0)
+                    mine, total = page[i], 0
+                data = records[starts[i] : starts[i] + n]
+                out.write(data)
+                end += n
+                total += n
+                ends[-1] = end
+                sums[-1] = zlib.crc32(data, sums[-1])
+                groups[i] = len(ends) - 1
+        order.sort(key=self._keys.__getitem__)  # of one key, the groups stay in order
         columns = (self._keys, self._shown, groups, self._checks, self._masks)
-        index = (array(column.typecode, (column[i] for i in order)) for column in columns)
+        index = (array(column.typecode, map(column.__getitem__, order)) for column in columns)
         rest = b"".join(table.tobytes() for table in (ends, sums, *index))
         out.write(rest)
         counts = len(ends), len(order), end

@@ -56,6 +56,7 @@ Group = tuple[int, int]
 _HEAD = struct.Struct("<I17Hxx")
 _RUN = struct.Struct("<HHHxx")
 _COPY = struct.Struct("<HHH")
+_WHICH = struct.Struct("<HH").unpack_from
 assert (_HEAD.size, _RUN.size, _COPY.size) == (RECORD, RUN, COPY)
 _ENDBR = b"\xf3\x0f\x1e\xfa"
 _IMMEDIATE = frozenset(bytes((b,)) for b in (0x05, 0x0D, 0x25, 0x2D, 0x35, 0x3D, 0x68, 0xA9, *range(0xB8, 0xC0)))
@@ -131,18 +132,24 @@ def _key(offset: int, mode: int, head: bytes) -> tuple[int, int]:
 
 def _name(data: bytes) -> Name:
     """Of a packed record."""
-    offset, mode = struct.unpack_from("<HH", data, WHICH)
+    offset, mode = _WHICH(data, WHICH)
     run, size, how = _RUN.unpack_from(data, RECORD)
-    words = (run + size + 7 >> 3) - (run >> 3)
     start = RECORD + RUN + (run & 7)
-    guest = data[start : start + size]
-    key, at = _key(offset, mode, guest)
-    shown = guest[at : at + 8]
+    end = start + size
+    key, at = _key(offset, mode, data[start : min(end, start + 17)])
+    start += at
+    shown = data[start : min(end, start + 8)]
     mask = (1 << len(shown)) - 1
     if how & RUN_MASKED:
-        start += 8 * words + at
-        mask = sum(1 << i for i, byte in enumerate(data[start : start + len(shown)]) if byte)
+        start += (run + size + 7 >> 3) - (run >> 3) << 3
+        mask = _bits(data[start : start + len(shown)])
     return Name(key, int.from_bytes(shown, "little") & MASKS[mask], mask)
+
+
+@lru_cache(1 << 10)
+def _bits(mask: bytes) -> int:
+    """A bit for each byte that is not 0."""
+    return sum(1 << i for i, byte in enumerate(mask) if byte)
 
 
 _IMPORTED = time_ns()
@@ -357,7 +364,7 @@ class Store:
         self._load(name for name in self._names() if name not in known)
         replaced = self._merge(draft) if len(self._segments) >= MAX_SEGMENTS else []
         kept = [segment for segment in self._segments if segment not in replaced]
-        if draft.size < self._limit and draft.finish(lambda key, check: any(s.has(key, check) for s in kept), WORTH):
+        if draft.size < self._limit and draft.finish(kept, WORTH):
             for segment in replaced:
                 self._remove(segment.name)
             self._tidy()
