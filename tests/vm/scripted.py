@@ -72,6 +72,7 @@ class ScriptedVm:
         self.max_vcpus = max_vcpus
         self.vcpus: list[ScriptedVcpu] = []
         self.offsets: list[int] = []
+        self.local_apics = None
         self.closed = False
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> ScriptedVcpu:
@@ -97,6 +98,7 @@ class ScriptedVm:
 
 class ScriptedEngine:
     name = description = "scripted"
+    hosts_apics = False
 
     def __init__(self, program: Callable[[ScriptedVcpu], Exit]) -> None:
         self.program = program

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 class Lent(NamedTuple):
@@ -76,3 +77,43 @@ class LocalInterrupts(Protocol):
 
     def collect(self) -> None:
         """From any thread: something came into the box that the vCPU may not see."""
+
+
+class EngineApic(Protocol):
+    """A local APIC that the engine has itself, asked while its vCPU does not run."""
+
+    def registers(self) -> bytes:
+        """1 KiB, laid out as the xAPIC page (SDM 3, table 11-1); the ID has 32 bits in x2APIC mode."""
+
+    def set_registers(self, page: bytes) -> None: ...
+
+    def read_msr(self, index: int) -> int:
+        """IA32_APIC_BASE, IA32_TSC_DEADLINE."""
+
+    def write_msr(self, index: int, value: int) -> None: ...
+
+
+@runtime_checkable
+class HostedInterrupts(LocalInterrupts, Protocol):
+    """The vCPU's side of the board where the engine has the local APIC: of :class:`LocalInterrupts` it asks only for
+    the 8259 pair's interrupts, and NMIs."""
+
+    def attach(self, apic: EngineApic) -> None:
+        """The vCPU was made, and its APIC is to get the state that it has on the board."""
+
+    def detach(self) -> None:
+        """It is about to go."""
+
+    def end_of_interrupt(self, vector: int) -> None:
+        """The guest ended a level-triggered interrupt of those that :meth:`LocalApics.watch` names."""
+
+
+class LocalApics(Protocol):
+    """The local APICs of a VM that its engine has, as others on the board see them."""
+
+    def signal(self, address: int, data: int) -> None:
+        """A message, from any thread; address bits 63:40 are bits 31:8 of its destination."""
+
+    def watch(self, messages: Mapping[int, tuple[int, int]]) -> None:
+        """The level-triggered inputs of the I/O APIC, and the message, (address, data), that each sends: ends of these
+        interrupts are told, and no others."""

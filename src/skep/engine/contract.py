@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from skep.contracts.constantports import ConstantPorts
-from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.interrupts import LocalApics, LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.exits import Exits
 from skep.memory import GuestMemory
@@ -75,8 +75,11 @@ class Vcpu(Protocol):
 
 class EngineVm(Protocol):
     max_vcpus: int
+    local_apics: LocalApics | None
+    """Where :attr:`Engine.hosts_apics`."""
 
-    def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> Vcpu: ...
+    def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> Vcpu:
+        """``interrupts`` are :class:`~skep.contracts.interrupts.HostedInterrupts` where the engine hosts the APICs."""
 
     def freeze(self) -> None:
         """Keep all vCPUs out of guest code, from any thread, as far as the engine can without their threads'
@@ -106,6 +109,9 @@ class Engine(Protocol):
     name: str
     description: str
     """The name, and what else people may want to know."""
+    hosts_apics: bool
+    """Its VMs have the local APICs: they take messages, time, and start the other processors by themselves, so these
+    run from the beginning, and HLT does not end ``run``."""
 
     def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> EngineVm:
         """``cpu_model`` is "baseline" or "host"; the guest's TSC is the host's plus ``tsc_offset``.

@@ -86,6 +86,9 @@ class ApicBus:
         for apic in targets:
             apic.accept(message.delivery, message.vector, message.level)
 
+    def pins_changed(self, entries: list[int]) -> None:
+        """The I/O APIC's redirection entries have changed. Under the board lock."""
+
     def end_of_interrupt(self, vector: int) -> None:
         """A local APIC ended a level-triggered interrupt: broadcast to the IOAPICs. Under the board lock."""
         for ioapic in self.ioapics:

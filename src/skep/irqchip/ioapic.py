@@ -45,6 +45,10 @@ class IoApic(Passive, Fields):
         self.id = self._id
         self.select = 0
         self.entries = [MASKED] * PINS
+        self._apics.pins_changed(self.entries)
+
+    def loaded(self) -> None:
+        self._apics.pins_changed(self.entries)
 
     def regions(self) -> list[tuple[IoRegion, int]]:
         return [(self, 0x1000)]
@@ -131,4 +135,5 @@ class IoApic(Passive, Fields):
             if not entry & LEVEL:
                 entry &= ~REMOTE_IRR  # as the 82093AA does; Linux's workaround for a stuck one relies on it
         self.entries[pin] = entry
+        self._apics.pins_changed(self.entries)
         self._send_if_level(pin)

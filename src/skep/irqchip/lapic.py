@@ -41,7 +41,7 @@ SVR_ENABLE, SVR_NO_EOI_BROADCAST = 1 << 8, 1 << 12
 
 ERROR_SEND_VECTOR, ERROR_RECEIVE_VECTOR, ERROR_REGISTER = 1 << 5, 1 << 6, 1 << 7
 
-_VERSION = 1 << 24 | 5 << 16 | 0x15  # EOI-broadcast suppression, six LVT entries
+VERSION_VALUE = 1 << 24 | 5 << 16 | 0x15  # EOI-broadcast suppression, six LVT entries
 _SVR_BITS = 0x11FF
 _ICR_BITS = 0xCCFFF  # not bit 12, delivery status, which always reads idle
 _LVT_READ_ONLY = 0x5000  # delivery status, always idle; remote IRR
@@ -88,6 +88,7 @@ class LocalApic(Fields):
         """Where the xAPIC page is, or -1 while there is none."""
         self.lock = apics.lock
         self._apics = apics
+        self._clock = clock
         self._acknowledge_pic = acknowledge_pic
         self._bsp = bsp
         self._base_bits = ((1 << physical_bits) - 1) & ~0xFFF | BASE_EN | BASE_EXTD | BASE_BSP
@@ -98,9 +99,12 @@ class LocalApic(Fields):
         """Where other processors may have left interrupts."""
         self._lent_timer = False
         self.lines = 0
-        self.timer = ApicTimer(clock, self._timer_expired)
+        self.timer = self.make_timer()
         apics.locals.append(self)
         self.reset()
+
+    def make_timer(self) -> ApicTimer:
+        return ApicTimer(self._clock, self._timer_expired)
 
     # The life of a device.
 
@@ -379,7 +383,7 @@ class LocalApic(Fields):
         if offset == DIVIDE:
             return self.timer.divide
         if offset == VERSION:
-            return _VERSION
+            return VERSION_VALUE
         if offset == DFR:
             return self.dfr
         return 0 if offset in (APR, RRD) else None

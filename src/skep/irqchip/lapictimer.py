@@ -100,6 +100,12 @@ class ApicTimer(Fields):
         if self.tsc_deadline and self._timer.deadline is None:
             self._arm()
 
+    def set_left(self, left: int) -> None:
+        """The count is at ``left`` now; 0: it does not run. Nothing is armed."""
+        now = self._clock.now_ns()
+        self.start = now - (self.initial_count - left) * self._divider()
+        self.deadline = now + left * self._divider() if left else 0
+
     def current_count(self) -> int:
         if not self.deadline:
             return 0

@@ -11,7 +11,7 @@ from skep.clock import GuestClock
 from skep.config import Settings, Tree
 from skep.contracts.chardev import CharBackend
 from skep.contracts.device import Device
-from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.interrupts import LocalApics, LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.contract import Engine
 from skep.errors import HostError
@@ -58,6 +58,9 @@ class Board(Protocol):
         Gives the first processor's state, for :meth:`skep.engine.contract.Vcpu.set_state`.
         """
 
+    def adopt_apics(self, apics: LocalApics | None) -> None:
+        """Where the engine hosts the local APICs: its VM was made, or is about to go (None)."""
+
     def interrupts(self, index: int) -> LocalInterrupts: ...
 
     def enter_cpu(self, index: int) -> None:
@@ -93,12 +96,15 @@ PlugSerial = Callable[[str, str, str], CharBackend]
 says so. Who makes it closes it."""
 
 
-def build(tree: Tree, settings: Settings, memory: GuestMemory, events: Events, plug: PlugSerial) -> Board:
-    """The board that a frozen tree describes. Raises UserError for what is wrong there, and leaves nothing behind."""
+def build(
+    tree: Tree, settings: Settings, memory: GuestMemory, events: Events, plug: PlugSerial, *, hosts_apics: bool
+) -> Board:
+    """The board that a frozen tree describes, for an engine that has local APICs or none. Raises UserError for what is
+    wrong in the tree, and leaves nothing behind."""
     _check_host()
     from skep.machine.amd64 import Amd64Board
 
-    return Amd64Board(tree, settings, memory, events, plug)
+    return Amd64Board(tree, settings, memory, events, plug, hosts_apics=hosts_apics)
 
 
 def choose_engine(wanted: str, code_cache: str, code_size: int = 64 << 20) -> tuple[Engine, str]:

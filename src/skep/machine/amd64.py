@@ -17,7 +17,7 @@ from skep.bus.pci import FUNCTIONS, SLOTS, HostBridge, PciBus
 from skep.clock import GuestClock
 from skep.config import Node, Settings, Tree, option, values, view
 from skep.contracts.device import Device
-from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.interrupts import LocalApics, LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.devices import pm
 from skep.devices.i8042 import I8042
@@ -35,6 +35,7 @@ from skep.errors import HostError, UserError
 from skep.firmware import acpi
 from skep.irqchip import hpet, ioapic, lapic
 from skep.irqchip.apicbus import ApicBus
+from skep.irqchip.hosted import HostedApic, HostedApics
 from skep.irqchip.lines import GsiLines
 from skep.irqchip.pic import Pic
 from skep.irqchip.pit import Pit
@@ -79,8 +80,16 @@ class Amd64Board:
     """Implements :class:`skep.machine.Board`."""
 
     def __init__(
-        self, tree: Tree, settings: Settings, memory: GuestMemory, events: Events, plug: PlugSerial
+        self,
+        tree: Tree,
+        settings: Settings,
+        memory: GuestMemory,
+        events: Events,
+        plug: PlugSerial,
+        *,
+        hosts_apics: bool = False,
     ) -> None:
+        """``hosts_apics``: the engine has the local APICs."""
         options = view(tree.node("lpc"), LpcOptions)
         self._image = _open_image(settings)
         self.cpus = settings.cpus
@@ -94,7 +103,7 @@ class Amd64Board:
             undo.callback(self.close)
             self.clock = GuestClock(read_tsc, tsc_hz(), self.lock, events.failed)
             self.bus = Bus(self.lock)
-            self._interrupt_controllers(events)
+            self._interrupt_controllers(events, hosts_apics)
             self._legacy_devices(settings, events)
             self._pci(tree, events, plug)
             if options.pc_testdev:
@@ -103,17 +112,17 @@ class Amd64Board:
             self._tables = make_tables(tree, settings, memory, self._serial)
             undo.pop_all()
 
-    def _interrupt_controllers(self, events: Events) -> None:
-        self.apics = ApicBus(self.lock)
+    def _interrupt_controllers(self, events: Events, hosts_apics: bool) -> None:
+        self._hosted = HostedApics(self.lock) if hosts_apics else None
+        self.apics = self._hosted or ApicBus(self.lock)
+        local_apic = HostedApic if hosts_apics else lapic.LocalApic
         self.pic = Pic()
         self.ioapic = ioapic.IoApic(self.apics, IOAPIC_ID)
         self.ioapic.attach(self.bus)
         self.pic.attach(self.bus)
         self.lines = GsiLines(self.pic, self.ioapic, self.lock)
         self.lapics = [
-            lapic.LocalApic(
-                i, self.apics, self.clock, self.pic.acknowledge, bsp=i == 0, physical_bits=PHYSICAL_BITS
-            )
+            local_apic(i, self.apics, self.clock, self.pic.acknowledge, bsp=i == 0, physical_bits=PHYSICAL_BITS)
             for i in range(self.cpus)
         ]
         for i, apic in enumerate(self.lapics[1:], 1):
@@ -225,6 +234,10 @@ class Amd64Board:
         self._image.close()
 
     # Processors.
+
+    def adopt_apics(self, apics: LocalApics | None) -> None:
+        if self._hosted is not None:
+            self._hosted.adopt(apics)
 
     def interrupts(self, index: int) -> LocalInterrupts:
         return self.lapics[index]
@@ -385,7 +398,7 @@ def why_not_kvm() -> str | None:
 def _kvm() -> Engine:
     from skep.engine.kvm import KvmEngine
 
-    return KvmEngine()
+    return KvmEngine(hosts_apics=True)
 
 
 def _translate(code_cache: str, code_size: int) -> Engine:

@@ -140,7 +140,14 @@ class Vm:
                 self.settings.engine, self.settings.code_cache, self.settings.code_size
             )
             self._memory = GuestMemory(self.settings.memory_size)
-            self._board = build(self.tree, self.settings, self._memory, self._events(), self.plugs.plug)
+            self._board = build(
+                self.tree,
+                self.settings,
+                self._memory,
+                self._events(),
+                self.plugs.plug,
+                hosts_apics=self._engine.hosts_apics,
+            )
         except BaseException:
             self._free()
             raise
@@ -375,6 +382,7 @@ class Vm:
         self._engine_vm = self._engine.create_vm(
             board.memory, board.io, board.cpus, self.settings.cpu_model, board.clock.tsc_offset
         )
+        board.adopt_apics(self._engine_vm.local_apics)
         self._engine_vm.answer_ports(board.bus.constants)
         if self.settings.stats or self.settings.perf_map:
             self._engine_vm.observe(times=self.settings.stats, perf_map=self.settings.perf_map)
@@ -384,6 +392,9 @@ class Vm:
             Processor(self.name, i, board, self._engine_vm, *told, paused=paused) for i in range(board.cpus)
         ]
         self._processors[0].begin(state)
+        if self._engine.hosts_apics:
+            for processor in self._processors[1:]:
+                processor.begin({})
 
     def _park(self) -> None:
         """No processor runs guest code, and none does anything for it, until :meth:`_unpark`. Twice is once."""
@@ -416,6 +427,7 @@ class Vm:
         self._processors = []
         if self._engine_vm is not None:
             self.board.clock.remove_offset_listener(self._engine_vm.set_tsc_offset)
+            self.board.adopt_apics(None)
             self._engine_vm.close()
             self._engine_vm = None
 

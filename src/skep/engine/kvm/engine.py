@@ -1,4 +1,8 @@
-"""A VM under KVM: its memory slots, its CPUID, and what of the CPU model the hardware really has."""
+"""A VM under KVM: its memory slots, its CPUID, and what of the CPU model the hardware really has.
+
+KVM has the local APICs where it is asked to (the split irqchip: :mod:`skep.engine.kvm.apics`); all other interrupt
+controllers are the board's.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,15 @@ from collections import Counter
 from typing import Any
 
 from skep.contracts.constantports import ConstantPorts
-from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.interrupts import LocalApics, LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.amd64 import cpuid, msrs
 from skep.engine.amd64.cpuid import SUBLEAVES, Feature
 from skep.engine.amd64.native import function
 from skep.engine.amd64.tsc import tsc_hz
 from skep.engine.contract import EngineVm
-from skep.engine.kvm import abi
+from skep.engine.kvm import uapi
+from skep.engine.kvm.apics import KvmApics
 from skep.engine.kvm.vcpu import KICK_SIGNAL, KvmVcpu
 from skep.errors import HostError, UserError
 from skep.memory import GuestMemory
@@ -25,23 +30,31 @@ TSS_PAGES = 0xFFFB_D000
 """Three pages, and the one before them, that KVM needs for real mode on old Intel CPUs: in the hole under 4 GiB."""
 
 REASONS = {
-    abi.EXIT_IO: "ports",
-    abi.EXIT_HLT: "HLT",
-    abi.EXIT_MMIO: "devices' memory",
-    abi.EXIT_IRQ_WINDOW_OPEN: "an interrupt's window",
-    abi.EXIT_INTR: "asked for",
-    abi.EXIT_X86_RDMSR: "RDMSR",
-    abi.EXIT_X86_WRMSR: "WRMSR",
+    uapi.EXIT_IO: "ports",
+    uapi.EXIT_HLT: "HLT",
+    uapi.EXIT_IOAPIC_EOI: "ends of interrupts",
+    uapi.EXIT_MMIO: "devices' memory",
+    uapi.EXIT_IRQ_WINDOW_OPEN: "an interrupt's window",
+    uapi.EXIT_INTR: "asked for",
+    uapi.EXIT_X86_RDMSR: "RDMSR",
+    uapi.EXIT_X86_WRMSR: "WRMSR",
 }
 
 OURS = frozenset((Feature.TSC_DEADLINE, Feature.HYPERVISOR, Feature.HTT, Feature.CMP_LEGACY, Feature.X2APIC))
 """Features that need nothing of the hardware: the local APIC is Skep's, and the others only tell what there is."""
 
 _NEEDED = {
-    abi.CAP_USER_MEMORY: "user memory",
-    abi.CAP_IMMEDIATE_EXIT: "immediate exit",
-    abi.CAP_X86_USER_SPACE_MSR: "MSRs in user space",
-    abi.CAP_X86_MSR_FILTER: "MSR filters",
+    uapi.CAP_USER_MEMORY: "user memory",
+    uapi.CAP_IMMEDIATE_EXIT: "immediate exit",
+    uapi.CAP_X86_USER_SPACE_MSR: "MSRs in user space",
+    uapi.CAP_X86_MSR_FILTER: "MSR filters",
+}
+_NEEDED_TO_HOST = {
+    uapi.CAP_SPLIT_IRQCHIP: "the split irqchip",
+    uapi.CAP_X2APIC_API: "the x2APIC API",
+    uapi.CAP_SIGNAL_MSI: "messages from user space",
+    uapi.CAP_IRQ_ROUTING: "interrupt routing",
+    uapi.CAP_TSC_DEADLINE_TIMER: "the TSC deadline timer",
 }
 
 
@@ -51,8 +64,9 @@ class KvmEngine:
     name = "kvm"
     description = "kvm"
 
-    def __init__(self, device: str = "/dev/kvm") -> None:
+    def __init__(self, device: str = "/dev/kvm", *, hosts_apics: bool = False) -> None:
         self.device = device
+        self.hosts_apics = hosts_apics
 
     def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> EngineVm:
         todo = "use --engine translate, which needs nothing of the host's kernel"
@@ -61,7 +75,7 @@ class KvmEngine:
         except OSError as error:
             raise HostError(f"KVM cannot be used: {error.strerror}", self.device, todo) from None
         try:
-            return KvmVm(fd, memory, io, max_vcpus, cpu_model, tsc_offset)
+            return KvmVm(fd, memory, io, max_vcpus, cpu_model, tsc_offset, hosts_apics=self.hosts_apics)
         except OSError as error:
             raise HostError(f"KVM cannot make this VM: {error.strerror}", self.device, todo) from None
         finally:
@@ -72,16 +86,25 @@ class KvmVm:
     """See :class:`skep.engine.contract.EngineVm`. ``kvm`` is /dev/kvm, open during the constructor."""
 
     def __init__(
-        self, kvm: int, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
+        self,
+        kvm: int,
+        memory: GuestMemory,
+        io: IoSpace,
+        max_vcpus: int,
+        cpu_model: str,
+        tsc_offset: int,
+        *,
+        hosts_apics: bool,
     ) -> None:
         try:
-            version = abi.ioctl(kvm, abi.GET_API_VERSION)
+            version = uapi.ioctl(kvm, uapi.GET_API_VERSION)
         except OSError:  # another device
             version = 0
-        lacking = [what for cap, what in _NEEDED.items() if version != abi.API_VERSION or not _has(kvm, cap)]
+        needed = _NEEDED | (_NEEDED_TO_HOST if hosts_apics else {})
+        lacking = [what for cap, what in needed.items() if version != uapi.API_VERSION or not _has(kvm, cap)]
         if lacking:
             raise HostError(f"this KVM lacks {', '.join(lacking)}", None, "use --engine translate")
-        limit = _has(kvm, abi.CAP_MAX_VCPUS)
+        limit = _has(kvm, uapi.CAP_MAX_VCPUS)
         if max_vcpus > limit:
             raise UserError(f"KVM on this host has at most {limit} CPUs a VM", "cpus", "ask for fewer")
         self.max_vcpus = max_vcpus
@@ -89,19 +112,20 @@ class KvmVm:
         self._model = cpu_model
         self._tsc_offset = tsc_offset
         self._supported = _supported_cpuid(kvm)
-        self._run_size = abi.ioctl(kvm, abi.GET_VCPU_MMAP_SIZE)
+        self._run_size = uapi.ioctl(kvm, uapi.GET_VCPU_MMAP_SIZE)
         self._vcpus: list[KvmVcpu] = []
-        self._cpuid(0)  # a model that does not exist is told here
-        self._fd = abi.ioctl(kvm, abi.CREATE_VM)
+        self._model_of(0)  # a model that does not exist is told here
+        self._fd = uapi.ioctl(kvm, uapi.CREATE_VM)
         try:
-            abi.ioctl(self._fd, abi.SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(TSS_PAGES - 4096))
-            abi.ioctl(self._fd, abi.SET_TSS_ADDR, TSS_PAGES)
+            uapi.ioctl(self._fd, uapi.SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(TSS_PAGES - 4096))
+            uapi.ioctl(self._fd, uapi.SET_TSS_ADDR, TSS_PAGES)
             for slot, region in enumerate(memory.regions):
-                abi.ioctl(
+                uapi.ioctl(
                     self._fd,
-                    abi.SET_USER_MEMORY_REGION,
-                    abi.UserspaceMemoryRegion(slot, 0, region.gpa, region.size, region.host),
+                    uapi.SET_USER_MEMORY_REGION,
+                    uapi.UserspaceMemoryRegion(slot, 0, region.gpa, region.size, region.host),
                 )
+            self.local_apics: LocalApics | None = KvmApics(self._fd) if hosts_apics else None
             self._take_msrs()
             _install_kick_handler()
         except BaseException:
@@ -109,21 +133,27 @@ class KvmVm:
             raise
 
     def _take_msrs(self) -> None:
-        """Send the local APIC's MSRs to us: two by a filter, the x2APIC's because KVM has no local APIC here."""
-        reasons = abi.MSR_EXIT_REASON_INVAL | abi.MSR_EXIT_REASON_UNKNOWN | abi.MSR_EXIT_REASON_FILTER
-        abi.ioctl(self._fd, abi.ENABLE_CAP, abi.EnableCap(abi.CAP_X86_USER_SPACE_MSR, 0, (reasons, 0, 0, 0)))
+        """Unknown MSRs come to us, which are remembered; and the local APIC's where it is ours: two by a filter, the
+        x2APIC's because KVM does not know them then."""
+        reasons = uapi.MSR_EXIT_REASON_INVAL | uapi.MSR_EXIT_REASON_UNKNOWN | uapi.MSR_EXIT_REASON_FILTER
+        uapi.ioctl(self._fd, uapi.ENABLE_CAP, uapi.EnableCap(uapi.CAP_X86_USER_SPACE_MSR, 0, (reasons, 0, 0, 0)))
+        if self.local_apics is not None:
+            return
         ours = ctypes.create_string_buffer(8)  # a bitmap of zeros
-        msr_filter = abi.MsrFilter()
+        msr_filter = uapi.MsrFilter()
         for entry, index in zip(msr_filter.ranges, (msrs.IA32_APIC_BASE, msrs.IA32_TSC_DEADLINE), strict=False):
-            entry.flags = abi.MSR_FILTER_READ | abi.MSR_FILTER_WRITE
+            entry.flags = uapi.MSR_FILTER_READ | uapi.MSR_FILTER_WRITE
             entry.nmsrs, entry.base, entry.bitmap = 1, index, ctypes.addressof(ours)
-        abi.ioctl(self._fd, abi.X86_SET_MSR_FILTER, msr_filter)
+        uapi.ioctl(self._fd, uapi.X86_SET_MSR_FILTER, msr_filter)
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> KvmVcpu:
-        fd = abi.ioctl(self._fd, abi.CREATE_VCPU, index)
-        vcpu = KvmVcpu(index, fd, self._run_size, self._io, interrupts)
+        fd = uapi.ioctl(self._fd, uapi.CREATE_VCPU, index)
+        model = self._model_of(index)
+        hosted = self.local_apics is not None
+        vcpu = KvmVcpu(index, fd, self._run_size, self._io, interrupts, hosted=hosted)
         try:
-            vcpu.set_cpuid(self._cpuid(index))
+            vcpu.set_cpuid(self._cpuid(model))
+            vcpu.set_state({"msrs": msrs.mtrr_reset(model.physical_bits)})
             vcpu.set_tsc_offset(self._tsc_offset)
         except BaseException:
             vcpu.close()
@@ -162,19 +192,21 @@ class KvmVm:
             os.close(self._fd)
             self._fd = -1
 
-    def _cpuid(self, index: int) -> list[abi.CpuidEntry]:
+    def _model_of(self, index: int) -> cpuid.Cpuid:
+        return cpuid.make(self._model, tsc_hz(), index, self.max_vcpus)
+
+    def _cpuid(self, model: cpuid.Cpuid) -> list[uapi.CpuidEntry]:
         """The CPU model's CPUID, less the features that this hardware or this KVM has not."""
-        model = cpuid.make(self._model, tsc_hz(), index, self.max_vcpus)
         absent: dict[tuple[int, int], list[int]] = {}
         for feature in model.features - OURS:
             leaf, subleaf, register, bit = feature.value
             if not self._supported.get((leaf, subleaf), (0, 0, 0, 0))[register] >> bit & 1:
                 absent.setdefault((leaf, subleaf), [0, 0, 0, 0])[register] |= 1 << bit
         return [
-            abi.CpuidEntry(
+            uapi.CpuidEntry(
                 leaf,
                 subleaf,
-                abi.CPUID_FLAG_SIGNIFICANT_INDEX if leaf in SUBLEAVES else 0,
+                uapi.CPUID_FLAG_SIGNIFICANT_INDEX if leaf in SUBLEAVES else 0,
                 *(value & ~gone for value, gone in zip(values, absent.get((leaf, subleaf), [0] * 4), strict=True)),
             )
             for (leaf, subleaf), values in sorted(model.table.items())
@@ -182,16 +214,16 @@ class KvmVm:
 
 
 def _has(kvm: int, capability: int) -> int:
-    return abi.ioctl(kvm, abi.CHECK_EXTENSION, capability)
+    return uapi.ioctl(kvm, uapi.CHECK_EXTENSION, capability)
 
 
 def _supported_cpuid(kvm: int) -> dict[tuple[int, int], tuple[int, int, int, int]]:
     """What this KVM can give a guest on this hardware, by (leaf, subleaf)."""
     room = 64
     while True:
-        rows = abi.cpuid2(room)
+        rows = uapi.cpuid2(room)
         try:
-            abi.ioctl(kvm, abi.GET_SUPPORTED_CPUID, rows)
+            uapi.ioctl(kvm, uapi.GET_SUPPORTED_CPUID, rows)
         except OSError as error:
             if error.errno != errno.E2BIG or room > 4096:
                 raise

@@ -1,8 +1,4 @@
-"""One vCPU under KVM: the run loop, injection of interrupts, and its state in architectural names.
-
-KVM has no interrupt controllers here; the local APIC is Skep's. Before each entry the loop offers what waits there. KVM
-says by ``ready_for_interrupt_injection`` whether the guest could take an interrupt at once; if not, a window is
-asked for, and KVM_RUN returns as soon as it opens.
+"""One vCPU under KVM: the run loop, and its state in architectural names.
 
 A kick is never lost: ``immediate_exit`` is cleared before anything is looked at, and set before the signal is sent, so
 a kick between the look and the entry makes the entry return at once.
@@ -20,15 +16,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from skep.contracts.interrupts import LocalInterrupts
+from skep.contracts.interrupts import HostedInterrupts, LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.amd64 import msrs
 from skep.engine.amd64.cpuid import AVX_OFFSET, AVX_SIZE
 from skep.engine.amd64.registers import SEGMENTS, Rflags
 from skep.engine.contract import Exit, ExitReason
 from skep.engine.exits import Exits
-from skep.engine.kvm import abi
-from skep.engine.kvm.abi import ioctl
+from skep.engine.kvm import uapi
+from skep.engine.kvm.interrupts import Hosted, Injected, KvmApic, Way
+from skep.engine.kvm.uapi import ioctl
+from skep.errors import InternalError
 
 KICK_SIGNAL = signal.SIGRTMIN + 5
 XSAVE_SIZE = AVX_OFFSET + AVX_SIZE
@@ -47,13 +45,23 @@ _S = TypeVar("_S", bound=ctypes.Structure)
 class KvmVcpu:
     """See :class:`skep.engine.contract.Vcpu`."""
 
-    def __init__(self, index: int, fd: int, run_size: int, io: IoSpace, interrupts: LocalInterrupts) -> None:
+    def __init__(
+        self, index: int, fd: int, run_size: int, io: IoSpace, interrupts: LocalInterrupts, *, hosted: bool
+    ) -> None:
+        """``hosted``: KVM has its local APIC."""
         self.index = index
         self._fd = fd
         self._io = io
         self._interrupts = interrupts
+        self._way: Way = Injected(fd, interrupts)
+        self._hosted = hosted
+        if hosted:
+            if not isinstance(interrupts, HostedInterrupts):
+                raise InternalError("a board that has the local APICs, with an engine that has them")
+            self._way = Hosted(fd, interrupts)
+        self._apic = KvmApic(fd)
         self._map = mmap.mmap(fd, run_size)
-        self._run = abi.Run.from_buffer(self._map)
+        self._run = uapi.Run.from_buffer(self._map)
         self._bytes = memoryview(self._map)
         self._guard = threading.Lock()  # of _thread, and of the signal to it
         self._thread: int | None = None
@@ -63,17 +71,18 @@ class KvmVcpu:
         self.counts: Counter[int] = Counter()
         """Exits by KVM's reason."""
         self._handlers: dict[int, Callable[[], Exit | None]] = {
-            abi.EXIT_IO: self._port,
-            abi.EXIT_MMIO: self._mmio,
-            abi.EXIT_X86_RDMSR: self._read_msr,
-            abi.EXIT_X86_WRMSR: self._write_msr,
-            abi.EXIT_HLT: self._halt,
-            abi.EXIT_SHUTDOWN: self._shutdown,
-            abi.EXIT_FAIL_ENTRY: self._failed_entry,
-            abi.EXIT_INTERNAL_ERROR: self._internal_error,
-            abi.EXIT_IRQ_WINDOW_OPEN: _go_on,
-            abi.EXIT_INTR: _go_on,
-            abi.EXIT_SET_TPR: _go_on,
+            uapi.EXIT_IO: self._port,
+            uapi.EXIT_MMIO: self._mmio,
+            uapi.EXIT_X86_RDMSR: self._read_msr,
+            uapi.EXIT_X86_WRMSR: self._write_msr,
+            uapi.EXIT_HLT: self._halt,
+            uapi.EXIT_IOAPIC_EOI: self._end_of_interrupt,
+            uapi.EXIT_SHUTDOWN: self._shutdown,
+            uapi.EXIT_FAIL_ENTRY: self._failed_entry,
+            uapi.EXIT_INTERNAL_ERROR: self._internal_error,
+            uapi.EXIT_IRQ_WINDOW_OPEN: _go_on,
+            uapi.EXIT_INTR: _go_on,
+            uapi.EXIT_SET_TPR: _go_on,
         }
 
     # Running
@@ -87,8 +96,9 @@ class KvmVcpu:
                 if self._exit_requested:
                     self._exit_requested = False
                     return Exit(ExitReason.KICKED)
-                if not self._offer_interrupts():
+                if not self._way.offer(self._run, self._halted):
                     return self._halted_exit()
+                self._halted = False
                 left = self._enter()
                 if left is not None:
                     return left
@@ -113,41 +123,19 @@ class KvmVcpu:
         self._exit_requested = True
         self.kick()
 
-    def _offer_interrupts(self) -> bool:
-        """Inject what waits, or ask for a window; False if the vCPU is halted and nothing wakes it."""
-        run, interrupts = self._run, self._interrupts
-        nmi = interrupts.take_nmi()
-        if nmi:
-            ioctl(self._fd, abi.NMI)
-        waiting = interrupts.pending()
-        if self._halted and not nmi and not (waiting and run.if_flag):
-            return False
-        self._halted = False
-        run.request_interrupt_window = 0
-        if waiting and not run.ready_for_interrupt_injection:
-            run.request_interrupt_window = 1
-        elif waiting:
-            vector = interrupts.acknowledge()
-            if vector is not None:
-                ioctl(self._fd, abi.INTERRUPT, (ctypes.c_uint32 * 1)(vector))
-                run.ready_for_interrupt_injection = 0
-                run.request_interrupt_window = interrupts.pending()
-        return True
-
     def _enter(self) -> Exit | None:
         """One KVM_RUN, and what it left for."""
         run = self._run
-        tpr = run.cr8 = self._interrupts.read_tpr()
+        self._way.entering(run)
         try:
-            ioctl(self._fd, abi.RUN)
+            ioctl(self._fd, uapi.RUN)
         except OSError as error:
-            if error.errno != errno.EINTR:
+            if error.errno not in (errno.EINTR, errno.EAGAIN):  # kicked; started by another processor
                 return self._failure(f"KVM_RUN: {error.strerror}")
-            reason = abi.EXIT_INTR
+            reason = uapi.EXIT_INTR
         else:
             reason = run.exit_reason
-        if run.cr8 != tpr:
-            self._interrupts.write_tpr(run.cr8)
+        self._way.left(run)
         self.counts[reason] += 1
         handler = self._handlers.get(reason)
         if handler is None:
@@ -158,7 +146,7 @@ class KvmVcpu:
         io = self._run.io
         size, port = io.size, io.port
         for at in range(io.data_offset, io.data_offset + io.count * size, size):
-            if io.direction == abi.EXIT_IO_OUT:
+            if io.direction == uapi.EXIT_IO_OUT:
                 value = int.from_bytes(self._bytes[at : at + size], "little")
                 self.exits.note("out", port, size, value)
                 self._io.port_write(port, size, value)
@@ -200,6 +188,10 @@ class KvmVcpu:
         if msr.error:
             self.exits.note_refused("wrmsr", msr.index)
 
+    def _end_of_interrupt(self) -> None:
+        if isinstance(self._interrupts, HostedInterrupts):
+            self._interrupts.end_of_interrupt(self._run.eoi.vector)
+
     def _halt(self) -> Exit:
         self._halted = True
         return self._halted_exit()
@@ -220,7 +212,7 @@ class KvmVcpu:
         return self._failure(f"KVM internal error {internal.suberror} ({data})")
 
     def _failure(self, message: str) -> Exit:
-        rip = self._get(abi.GET_REGS, abi.Regs()).rip
+        rip = self._get(uapi.GET_REGS, uapi.Regs()).rip
         return Exit(ExitReason.FAILED, {"message": f"{message}, at rip {rip:#x}"})
 
     # State
@@ -229,9 +221,9 @@ class KvmVcpu:
         """Besides what the contract names, ``interrupt`` is there if a vector was taken from the local APIC and did not
         reach the guest yet, and ``nmi_blocked`` while the guest is in its NMI handler."""
         self._complete_io()
-        regs, sregs = self._get(abi.GET_REGS, abi.Regs()), self._get(abi.GET_SREGS, abi.Sregs())
-        debug, events = self._get(abi.GET_DEBUGREGS, abi.Debugregs()), self._events()
-        state: dict[str, Any] = {name: getattr(regs, name) for name in abi.Regs.NAMES}
+        regs, sregs = self._get(uapi.GET_REGS, uapi.Regs()), self._get(uapi.GET_SREGS, uapi.Sregs())
+        debug, events = self._get(uapi.GET_DEBUGREGS, uapi.Debugregs()), self._events()
+        state: dict[str, Any] = {name: getattr(regs, name) for name in uapi.Regs.NAMES}
         state |= {name: getattr(sregs, name) for name in _CONTROL}
         for name, theirs in _SEGMENT_FIELDS.items():
             state[name] = _segment(getattr(sregs, theirs))
@@ -239,9 +231,9 @@ class KvmVcpu:
             table = getattr(sregs, theirs)
             state[name] = {"base": table.base, "limit": table.limit}
         state |= {f"dr{i}": debug.db[i] for i in range(4)} | {"dr6": debug.dr6, "dr7": debug.dr7}
-        xcrs = self._get(abi.GET_XCRS, abi.Xcrs())
+        xcrs = self._get(uapi.GET_XCRS, uapi.Xcrs())
         state["xcr0"] = next((x.value for x in xcrs.xcrs[: xcrs.nr_xcrs] if x.xcr == 0), 1)
-        state["xsave"] = bytes(self._get(abi.GET_XSAVE, abi.Xsave()).region)[:XSAVE_SIZE]
+        state["xsave"] = bytes(self._get(uapi.GET_XSAVE, uapi.Xsave()).region)[:XSAVE_SIZE]
         state["msrs"] = self._get_msrs(msrs.SAVED)
         if events.interrupt_injected and not events.interrupt_soft:
             state["interrupt"] = events.interrupt_nr
@@ -254,55 +246,60 @@ class KvmVcpu:
         self._complete_io()
         if any(name in state for name in (*_CONTROL, *_SEGMENT_FIELDS, *_TABLE_FIELDS)):
             self._set_sregs(state)
-        if any(name in state for name in abi.Regs.NAMES):
-            regs = self._get(abi.GET_REGS, abi.Regs())
-            for name in abi.Regs.NAMES:
+        if any(name in state for name in uapi.Regs.NAMES):
+            regs = self._get(uapi.GET_REGS, uapi.Regs())
+            for name in uapi.Regs.NAMES:
                 setattr(regs, name, state.get(name, getattr(regs, name)))
-            ioctl(self._fd, abi.SET_REGS, regs)
+            ioctl(self._fd, uapi.SET_REGS, regs)
             self._run.if_flag = bool(regs.rflags & Rflags.IF)
         if any(f"dr{i}" in state for i in range(8)):
-            debug = self._get(abi.GET_DEBUGREGS, abi.Debugregs())
+            debug = self._get(uapi.GET_DEBUGREGS, uapi.Debugregs())
             for i in range(4):
                 debug.db[i] = state.get(f"dr{i}", debug.db[i])
             debug.dr6, debug.dr7 = state.get("dr6", debug.dr6), state.get("dr7", debug.dr7)
-            ioctl(self._fd, abi.SET_DEBUGREGS, debug)
+            ioctl(self._fd, uapi.SET_DEBUGREGS, debug)
         if "xcr0" in state:
-            xcrs = abi.Xcrs(nr_xcrs=1)
+            xcrs = uapi.Xcrs(nr_xcrs=1)
             xcrs.xcrs[0].value = state["xcr0"] | 1  # x87 cannot be off; 0 is a CPU without XSAVE
-            ioctl(self._fd, abi.SET_XCRS, xcrs)
+            ioctl(self._fd, uapi.SET_XCRS, xcrs)
         if "xsave" in state:
-            area = abi.Xsave()
+            area = uapi.Xsave()
             ctypes.memmove(area.region, state["xsave"], min(len(state["xsave"]), len(area.region)))
-            ioctl(self._fd, abi.SET_XSAVE, area)
+            ioctl(self._fd, uapi.SET_XSAVE, area)
         if "msrs" in state:
             self._set_msrs(state["msrs"])
         if "rip" in state:
             self._halted = False
             events = self._events()
             ctypes.memset(ctypes.addressof(events), 0, ctypes.sizeof(events))
-            events.flags = abi.VCPUEVENT_VALID_NMI_PENDING | abi.VCPUEVENT_VALID_SHADOW
+            events.flags = uapi.VCPUEVENT_VALID_NMI_PENDING | uapi.VCPUEVENT_VALID_SHADOW
             events.interrupt_injected, events.interrupt_nr = "interrupt" in state, state.get("interrupt", 0)
             events.nmi_masked = bool(state.get("nmi_blocked", 0))
-            ioctl(self._fd, abi.SET_VCPU_EVENTS, events)
+            ioctl(self._fd, uapi.SET_VCPU_EVENTS, events)
         self._run.ready_for_interrupt_injection = 0  # KVM says it anew
 
-    def set_cpuid(self, rows: Sequence[abi.CpuidEntry]) -> None:
-        table = abi.cpuid2(len(rows))
+    def set_cpuid(self, rows: Sequence[uapi.CpuidEntry]) -> None:
+        table = uapi.cpuid2(len(rows))
         table.entries[:] = rows
-        ioctl(self._fd, abi.SET_CPUID2, table)
+        ioctl(self._fd, uapi.SET_CPUID2, table)
 
     def set_tsc_offset(self, offset: int) -> None:
-        """The guest's TSC is the host's plus ``offset``."""
+        """The guest's TSC is the host's plus ``offset``. KVM's timer for the deadline is set for the old one, until the
+        deadline is written anew."""
         value = (ctypes.c_uint64 * 1)(offset & (1 << 64) - 1)
-        attribute = abi.DeviceAttr(0, abi.VCPU_TSC_CTRL, abi.VCPU_TSC_OFFSET, ctypes.addressof(value))
-        ioctl(self._fd, abi.SET_DEVICE_ATTR, attribute)
+        attribute = uapi.DeviceAttr(0, uapi.VCPU_TSC_CTRL, uapi.VCPU_TSC_OFFSET, ctypes.addressof(value))
+        deadline = self._apic.read_msr(msrs.IA32_TSC_DEADLINE) if self._hosted else 0
+        ioctl(self._fd, uapi.SET_DEVICE_ATTR, attribute)
+        if deadline:
+            self._apic.write_msr(msrs.IA32_TSC_DEADLINE, deadline)
 
     def close(self) -> None:
         with self._guard:  # a late kick finds a page of its own
             if self._fd < 0:
                 return
             fd, self._fd = self._fd, -1
-            self._run = abi.Run()
+            self._run = uapi.Run()
+        self._way.close()
         self._bytes.release()
         self._map.close()
         os.close(fd)
@@ -312,7 +309,7 @@ class KvmVcpu:
         while True:
             self._run.immediate_exit = 1
             try:
-                ioctl(self._fd, abi.RUN)
+                ioctl(self._fd, uapi.RUN)
             except OSError as error:
                 if error.errno == errno.EINTR:
                     return
@@ -323,11 +320,11 @@ class KvmVcpu:
         ioctl(self._fd, request, into)
         return into
 
-    def _events(self) -> abi.VcpuEvents:
-        return self._get(abi.GET_VCPU_EVENTS, abi.VcpuEvents())
+    def _events(self) -> uapi.VcpuEvents:
+        return self._get(uapi.GET_VCPU_EVENTS, uapi.VcpuEvents())
 
     def _set_sregs(self, state: dict[str, Any]) -> None:
-        sregs = self._get(abi.GET_SREGS, abi.Sregs())
+        sregs = self._get(uapi.GET_SREGS, uapi.Sregs())
         for name in _CONTROL:
             setattr(sregs, name, state.get(name, getattr(sregs, name)))
         for name, theirs in _SEGMENT_FIELDS.items():
@@ -337,17 +334,18 @@ class KvmVcpu:
             if name in state:
                 table = getattr(sregs, theirs)
                 table.base, table.limit = state[name]["base"], state[name]["limit"]
-        sregs.cr8 = self._interrupts.read_tpr()
-        ioctl(self._fd, abi.SET_SREGS, sregs)
+        if not self._hosted:
+            sregs.cr8 = self._interrupts.read_tpr()
+        ioctl(self._fd, uapi.SET_SREGS, sregs)
 
     def _get_msrs(self, indices: Sequence[int]) -> dict[int, int]:
         """Those that this KVM knows."""
         found: dict[int, int] = {}
         while indices:
-            table = abi.msrs(len(indices))
+            table = uapi.msrs(len(indices))
             for entry, index in zip(table.entries, indices, strict=True):
                 entry.index = index
-            done = ioctl(self._fd, abi.GET_MSRS, table)  # it stops at the first that it does not know
+            done = ioctl(self._fd, uapi.GET_MSRS, table)  # it stops at the first that it does not know
             found |= {entry.index: entry.data for entry in table.entries[:done]}
             indices = indices[done + 1 :]
         return found
@@ -355,17 +353,17 @@ class KvmVcpu:
     def _set_msrs(self, values: dict[int, int]) -> None:
         left = list(values.items())
         while left:
-            table = abi.msrs(len(left))
+            table = uapi.msrs(len(left))
             for entry, (index, value) in zip(table.entries, left, strict=True):
                 entry.index, entry.data = index, value
-            left = left[ioctl(self._fd, abi.SET_MSRS, table) + 1 :]
+            left = left[ioctl(self._fd, uapi.SET_MSRS, table) + 1 :]
 
 
 def _go_on() -> None:
     return None
 
 
-def _segment(segment: abi.Segment) -> dict[str, int]:
+def _segment(segment: uapi.Segment) -> dict[str, int]:
     attributes = 0
     for name, shift, mask in _ATTRIBUTE_BITS:
         attributes |= (getattr(segment, name) & mask) << shift
@@ -374,7 +372,7 @@ def _segment(segment: abi.Segment) -> dict[str, int]:
     return {"selector": segment.selector, "base": segment.base, "limit": segment.limit, "attributes": attributes}
 
 
-def _fill_segment(segment: abi.Segment, value: dict[str, int]) -> None:
+def _fill_segment(segment: uapi.Segment, value: dict[str, int]) -> None:
     segment.selector, segment.base, segment.limit = value["selector"], value["base"], value["limit"]
     for name, shift, mask in _ATTRIBUTE_BITS:
         setattr(segment, name, value["attributes"] >> shift & mask)

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import Array, Structure, Union, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import Array, Structure, Union, c_int32, c_uint8, c_uint16, c_uint32, c_uint64
 from typing import Any
 
 API_VERSION = 12
 
 CAP_USER_MEMORY = 3
+CAP_NR_MEMSLOTS = 10
+CAP_IRQ_ROUTING = 25
 CAP_MAX_VCPUS = 66
+CAP_TSC_DEADLINE_TIMER = 72
+CAP_SIGNAL_MSI = 77
+CAP_SPLIT_IRQCHIP = 121
+CAP_IOEVENTFD_ANY_LENGTH = 122
+CAP_X2APIC_API = 129
 CAP_IMMEDIATE_EXIT = 136
 CAP_X86_USER_SPACE_MSR = 188
 CAP_X86_MSR_FILTER = 189
@@ -27,6 +34,7 @@ EXIT_FAIL_ENTRY = 9
 EXIT_INTR = 10
 EXIT_SET_TPR = 11
 EXIT_INTERNAL_ERROR = 17
+EXIT_IOAPIC_EOI = 26
 EXIT_X86_RDMSR = 29
 EXIT_X86_WRMSR = 30
 
@@ -36,6 +44,11 @@ MSR_EXIT_REASON_INVAL, MSR_EXIT_REASON_UNKNOWN, MSR_EXIT_REASON_FILTER = 1, 2, 4
 MSR_FILTER_READ, MSR_FILTER_WRITE = 1, 2
 VCPU_TSC_CTRL, VCPU_TSC_OFFSET = 0, 0
 VCPUEVENT_VALID_NMI_PENDING, VCPUEVENT_VALID_SHADOW = 1, 4
+X2APIC_API_USE_32BIT_IDS, X2APIC_API_DISABLE_BROADCAST_QUIRK = 1, 2
+IRQ_ROUTING_MSI = 2
+MP_STATE_RUNNABLE, MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED, MP_STATE_HALTED, MP_STATE_SIPI_RECEIVED = range(5)
+IOEVENTFD_FLAG_DEASSIGN = 4
+LAPIC_SIZE = 1024
 
 
 class UserspaceMemoryRegion(Structure):
@@ -121,6 +134,45 @@ class VcpuEvents(Structure):
     )  # fmt: skip
 
 
+class LapicState(Structure):
+    """The registers of a local APIC as its page has them."""
+
+    _fields_ = (("regs", c_uint8 * LAPIC_SIZE),)
+
+
+class MpState(Structure):
+    _fields_ = (("mp_state", c_uint32),)
+
+
+class Msi(Structure):
+    _fields_ = (
+        ("address_lo", c_uint32), ("address_hi", c_uint32), ("data", c_uint32), ("flags", c_uint32),
+        ("devid", c_uint32), ("pad", c_uint8 * 12),
+    )  # fmt: skip
+
+
+class IrqRoutingMsi(Structure):
+    _fields_ = (("address_lo", c_uint32), ("address_hi", c_uint32), ("data", c_uint32), ("devid", c_uint32))
+
+
+class IrqRoutingUnion(Union):
+    _fields_ = (("msi", IrqRoutingMsi), ("pad", c_uint32 * 8))
+
+
+class IrqRoutingEntry(Structure):
+    _anonymous_ = ("u",)
+    _fields_ = (("gsi", c_uint32), ("type", c_uint32), ("flags", c_uint32), ("pad", c_uint32), ("u", IrqRoutingUnion))
+
+
+class Ioeventfd(Structure):
+    """``len`` 0: a write of any length, whatever it writes."""
+
+    _fields_ = (
+        ("datamatch", c_uint64), ("addr", c_uint64), ("len", c_uint32), ("fd", c_int32), ("flags", c_uint32),
+        ("pad", c_uint8 * 36),
+    )  # fmt: skip
+
+
 class MsrEntry(Structure):
     _fields_ = (("index", c_uint32), ("reserved", c_uint32), ("data", c_uint64))
 
@@ -150,6 +202,10 @@ class ExitInternal(Structure):
     _fields_ = (("suberror", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16))
 
 
+class ExitEoi(Structure):
+    _fields_ = (("vector", c_uint8),)
+
+
 class ExitMsr(Structure):
     _fields_ = (
         ("error", c_uint8), ("pad", c_uint8 * 7), ("reason", c_uint32), ("index", c_uint32), ("data", c_uint64),
@@ -159,7 +215,7 @@ class ExitMsr(Structure):
 class ExitUnion(Union):
     _fields_ = (
         ("io", ExitIo), ("mmio", ExitMmio), ("fail_entry", ExitFailEntry), ("internal", ExitInternal), ("msr", ExitMsr),
-        ("padding", c_uint8 * 256),
+        ("eoi", ExitEoi), ("padding", c_uint8 * 256),
     )  # fmt: skip
 
 
@@ -184,6 +240,11 @@ def msrs(entries: int) -> Any:
 def cpuid2(entries: int) -> Any:
     """A struct kvm_cpuid2 with room for ``entries``."""
     return _counted(CpuidEntry, entries)
+
+
+def irq_routing(entries: int) -> Any:
+    """A struct kvm_irq_routing with room for ``entries``."""
+    return _counted(IrqRoutingEntry, entries)
 
 
 def _counted(entry: type[Structure], n: int) -> Any:
@@ -214,16 +275,21 @@ CREATE_VCPU = _io(0x41)
 SET_USER_MEMORY_REGION = _iow(0x46, ctypes.sizeof(UserspaceMemoryRegion))
 SET_TSS_ADDR = _io(0x47)
 SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
+SET_GSI_ROUTING = _iow(0x6A, 8)
+IOEVENTFD = _iow(0x79, ctypes.sizeof(Ioeventfd))
 RUN = _io(0x80)
 GET_REGS, SET_REGS = _ior(0x81, ctypes.sizeof(Regs)), _iow(0x82, ctypes.sizeof(Regs))
 GET_SREGS, SET_SREGS = _ior(0x83, ctypes.sizeof(Sregs)), _iow(0x84, ctypes.sizeof(Sregs))
 INTERRUPT = _iow(0x86, 4)
 GET_MSRS, SET_MSRS = _ior(0x88, 8) | _iow(0x88, 8), _iow(0x89, 8)
 SET_CPUID2 = _iow(0x90, 8)
+GET_LAPIC, SET_LAPIC = _ior(0x8E, LAPIC_SIZE), _iow(0x8F, LAPIC_SIZE)
+GET_MP_STATE, SET_MP_STATE = _ior(0x98, 4), _iow(0x99, 4)
 NMI = _io(0x9A)
 GET_VCPU_EVENTS, SET_VCPU_EVENTS = _ior(0x9F, ctypes.sizeof(VcpuEvents)), _iow(0xA0, ctypes.sizeof(VcpuEvents))
 GET_DEBUGREGS, SET_DEBUGREGS = _ior(0xA1, ctypes.sizeof(Debugregs)), _iow(0xA2, ctypes.sizeof(Debugregs))
 ENABLE_CAP = _iow(0xA3, ctypes.sizeof(EnableCap))
+SIGNAL_MSI = _iow(0xA5, ctypes.sizeof(Msi))
 GET_XSAVE, SET_XSAVE = _ior(0xA4, ctypes.sizeof(Xsave)), _iow(0xA5, ctypes.sizeof(Xsave))
 GET_XCRS, SET_XCRS = _ior(0xA6, ctypes.sizeof(Xcrs)), _iow(0xA7, ctypes.sizeof(Xcrs))
 X86_SET_MSR_FILTER = _iow(0xC6, ctypes.sizeof(MsrFilter))
