@@ -30,6 +30,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[_RUN], ignore_errors=True)
 
 
+@pytest.fixture(params=["translate", pytest.param("kvm", marks=pytest.mark.hardware)])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine, for a test whose guest needs a whole processor."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="session")
 def guest() -> debian.Guest:
     """Debian's cloud kernel and an initramfs, from the cache or the system's packages."""

@@ -35,6 +35,11 @@ def complaints(log: str) -> list[str]:
     return [line for line in log.splitlines() if _COMPLAINT.search(line)]
 
 
+def engine_words(engine: str | None) -> tuple[str, ...]:
+    """Kernel parameters: a nested machine's processor does not promise that its TSC is invariant."""
+    return ("tsc=reliable",) if engine == "kvm" else ()
+
+
 def command_line(script: str, *words: str) -> str:
     """The kernel's command line with which the guest runs a shell script and powers off."""
     script = base64.b64encode(script.strip().encode()).decode()
@@ -95,5 +100,5 @@ class Linux(Session):
 
     def __init__(self, guest: Guest, memory: str = "512M", words: tuple[str, ...] = (), **options: Any) -> None:
         """``words`` are kernel parameters; "quiet" where there are none."""
-        cmdline = command_line(LISTEN, *words)
+        cmdline = command_line(LISTEN, *(words or ("quiet",)), *engine_words(options.get("engine")))
         super().__init__(kernel=guest.kernel, initrd=guest.initrd, memory=memory, cmdline=cmdline, **options)

@@ -42,6 +42,12 @@ class Settings:
     engine: str = option(
         values.choice("auto", "kvm", "translate"), "auto", doc="what executes guest code: auto, kvm or translate"
     )
+    kvm_irqchip: str = option(
+        values.choice("split", "off"),
+        "split",
+        key="kvm.irqchip",
+        doc="under KVM, who has the local APICs: the host's kernel (split) or Skep (off)",
+    )
     cpu_model: str = option(
         values.choice("baseline", "host"),
         "baseline",

@@ -107,13 +107,15 @@ def build(
     return Amd64Board(tree, settings, memory, events, plug, hosts_apics=hosts_apics)
 
 
-def choose_engine(wanted: str, code_cache: str, code_size: int = 64 << 20) -> tuple[Engine, str]:
-    """The engine for "auto", or for its name, and why it was taken; ``code_cache`` and ``code_size``: the settings of
-    those names. Raises UserError where it cannot work here."""
+def choose_engine(
+    wanted: str, code_cache: str, code_size: int = 64 << 20, kvm_irqchip: str = "split"
+) -> tuple[Engine, str]:
+    """The engine for "auto", or for its name, and why it was taken; the others are the settings of those names. Raises
+    UserError where it cannot work here."""
     _check_host()
     from skep.machine import amd64
 
-    return amd64.choose_engine(wanted, code_cache, code_size)
+    return amd64.choose_engine(wanted, code_cache, code_size, kvm_irqchip)
 
 
 def _check_host() -> None:

@@ -363,15 +363,15 @@ def startup_state(vector: int) -> CpuState:
 # Engines.
 
 
-def choose_engine(wanted: str, code_cache: str, code_size: int) -> tuple[Engine, str]:
+def choose_engine(wanted: str, code_cache: str, code_size: int, kvm_irqchip: str) -> tuple[Engine, str]:
     """See :func:`skep.machine.choose_engine`."""
     if wanted == "kvm":
-        return _kvm(), "as configured"
+        return _kvm(kvm_irqchip), "as configured"
     if wanted == "translate":
         return _translate(code_cache, code_size), "as configured"
     why = why_not_kvm()
     if why is None:
-        return _kvm(), "the CPU has hardware virtualization, and /dev/kvm opens"
+        return _kvm(kvm_irqchip), "the CPU has hardware virtualization, and /dev/kvm opens"
     return _translate(code_cache, code_size), why
 
 
@@ -395,10 +395,10 @@ def why_not_kvm() -> str | None:
     return None
 
 
-def _kvm() -> Engine:
+def _kvm(irqchip: str) -> Engine:
     from skep.engine.kvm import KvmEngine
 
-    return KvmEngine(hosts_apics=True)
+    return KvmEngine(hosts_apics=irqchip == "split")
 
 
 def _translate(code_cache: str, code_size: int) -> Engine:

@@ -137,7 +137,10 @@ class Vm:
         self._thread: threading.Thread | None = None
         try:
             self._engine, self.engine_why = choose_engine(
-                self.settings.engine, self.settings.code_cache, self.settings.code_size
+                self.settings.engine,
+                self.settings.code_cache,
+                self.settings.code_size,
+                self.settings.kvm_irqchip,
             )
             self._memory = GuestMemory(self.settings.memory_size)
             self._board = build(
