@@ -18,6 +18,9 @@ _COMPLAINT = re.compile(
     r"|nobody cared|I/O error|EXT4-fs error|insmod:|segfault"
 )
 
+_PERHAPS = _COMPLAINT.pattern.replace(r"\b", "")
+"""For the guest's grep: a serial console is slow, and in a nested machine very slow."""
+
 # Commands come by the console, one a line; no prompt and no echo stands between their outputs.
 LISTEN = """
 dmesg -n 1
@@ -81,7 +84,7 @@ class Session:
 
     def power_off(self) -> None:
         """It has nothing to complain of, and powers off."""
-        assert complaints(self("dmesg")) == []
+        assert complaints(self(f"dmesg | grep -E '{_PERHAPS}'; true")) == []
         self.begin(self.power_off_command)
         outcome = self.vm.wait(BOOT)
         assert outcome is not None and outcome.end.value == "powered off", outcome

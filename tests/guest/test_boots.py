@@ -13,18 +13,17 @@ import pytest
 from skep.errors import UserError
 from skep.guest import debian
 from skep.guest.debian import Guest
-from tests.linux import BOOT, complaints, engine_words
+from tests.linux import BOOT, complaints
 
 MEMORY = {"512M": 512 << 20, "1G": 1 << 30, "5G": 5 << 30}
 """The last has RAM below and above the hole of 32-bit devices."""
 
 
-def boot(guest: Guest, memory: str, console: Path, *options: str, engine: str = "translate") -> str:
+def boot(guest: Guest, memory: str, console: Path, *options: str) -> str:
     """One boot to init and power-off; the console's output is kept in a file, and returned."""
     if MEMORY[memory] > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         pytest.skip(f"this host has no {memory}")
-    command = [sys.executable, "-m", "skep.cli", "run", "--memory", memory, "--engine", engine, "--cmdline"]
-    command.append(" ".join(("console=ttyS0 skep.poweroff", *engine_words(engine))))
+    command = [sys.executable, "-m", "skep.cli", "run", "--memory", memory, "--cmdline", "console=ttyS0 skep.poweroff"]
     command += ["--kernel", str(guest.kernel), "--initrd", str(guest.initrd), *options]
     with console.open("wb") as output:
         done = subprocess.run(
@@ -45,8 +44,8 @@ def boot(guest: Guest, memory: str, console: Path, *options: str, engine: str = 
 
 
 @pytest.mark.parametrize("memory", ["512M", "5G"])
-def test_a_boot_and_power_off(guest: Guest, tmp_path: Path, memory: str, engine: str) -> None:
-    log = boot(guest, memory, tmp_path / "console", engine=engine)
+def test_a_boot_and_power_off(guest: Guest, tmp_path: Path, memory: str) -> None:
+    log = boot(guest, memory, tmp_path / "console")
     seen = re.search(r"Memory: \d+K/(\d+)K available", log)
     assert seen, log
     assert 0.999 < (int(seen[1]) << 10) / MEMORY[memory] < 1
@@ -71,9 +70,9 @@ def test_an_unpacked_kernel_boots_by_pvh(tmp_path: Path) -> None:
     boot(form("cloud vmlinux"), "512M", tmp_path / "console")
 
 
-@pytest.mark.parametrize("cpus", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8, 48, 64))])
-def test_several_processors(guest: Guest, tmp_path: Path, cpus: int, engine: str) -> None:
-    log = boot(guest, "1G" if cpus > 8 else "512M", tmp_path / "console", "--cpus", str(cpus), engine=engine)
+@pytest.mark.parametrize("cpus", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (48, 64))])
+def test_several_processors(guest: Guest, tmp_path: Path, cpus: int) -> None:
+    log = boot(guest, "1G" if cpus > 8 else "512M", tmp_path / "console", "--cpus", str(cpus))
     assert f"smp: Brought up 1 node, {cpus} CPUs" in log
 
 

@@ -40,6 +40,7 @@ _MSRS = {
 _CONTROL = ("rip", "rflags", "cr0", "cr2", "cr3", "cr4", "efer", "rsp")
 _GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{number}" for number in range(8, 16)))
 _TABLES = ("cs", "ss", "ds", "tr", "gdtr", "idtr")
+_WITH_TABLES = (Cause.TRIPLE_FAULT, Cause.ENGINE_FAILED)
 
 
 def lines(explanation: Explanation) -> list[str]:
@@ -86,7 +87,7 @@ def _processor(explanation: Explanation, one: Processor) -> Iterator[str]:
         yield f"code: {' | '.join(one.code)}"
     if one.stack:
         yield from _stack(one)
-    yield from registers(one.registers, _TABLES if explanation.cause is Cause.TRIPLE_FAULT else ())
+    yield from registers(one.registers, _TABLES if explanation.cause in _WITH_TABLES else ())
     told = one.exits[-_EXITS:]
     if told:
         yield "what it last asked for, the last one last:"

@@ -21,6 +21,7 @@ class Cause(enum.Enum):
     """What a guest is explained for; the value begins a sentence."""
 
     TRIPLE_FAULT = "the guest had a triple fault"
+    ENGINE_FAILED = "the engine cannot go on with the guest"
     PANIC = "the guest's kernel panicked"
     HALTED = "the guest halted with interrupts off; nothing but a reset will wake it"
     SILENT = "the guest says nothing"

@@ -17,7 +17,7 @@ from skep.chardev.plugs import Plugs
 from skep.config import Tree, check_settings
 from skep.config.sugar import add_device, add_disk
 from skep.engine.contract import Engine, EngineVm
-from skep.errors import InternalError, UserError
+from skep.errors import EngineLimit, InternalError, UserError
 from skep.explain.explainer import Explainer
 from skep.explain.subject import Activity, Cause, Seen
 from skep.machine import Board, Events, build, choose_engine
@@ -438,10 +438,12 @@ class Vm:
         if self._outcome is None:
             try:
                 self._park()
-                if outcome.end is not End.FAILED:
+                stopped = isinstance(outcome.error, EngineLimit)
+                if outcome.end is not End.FAILED or stopped:
                     self._last_seen = [processor.seen() for processor in self._processors]
-                if outcome.end is End.TRIPLE_FAULT:
-                    outcome = replace(outcome, explanation=self._tell_why(Cause.TRIPLE_FAULT))
+                if outcome.end is End.TRIPLE_FAULT or stopped:
+                    cause = Cause.ENGINE_FAILED if stopped else Cause.TRIPLE_FAULT
+                    outcome = replace(outcome, explanation=self._tell_why(cause))
                 elif self._explainer.panicked() and outcome.end in (End.REBOOTED, End.POWERED_OFF):
                     outcome = replace(outcome, explanation=self._tell_why(Cause.PANIC))
                 self._processors_off()

@@ -30,7 +30,8 @@ class End(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a VM ended. ``registers`` are there after a triple fault, ``error`` where it is ours, and ``explanation``
-    where the guest failed: a triple fault, or its kernel's panic before it rebooted or powered off."""
+    where the guest failed (a triple fault, or its kernel's panic before it rebooted or powered off), and where the
+    engine could not go on with it."""
 
     end: End
     registers: dict[str, Any] = field(default_factory=dict)

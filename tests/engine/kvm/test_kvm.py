@@ -5,37 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import pytest
+from collections.abc import Callable
 
 from skep.engine.amd64.msrs import IA32_TSC_DEADLINE, LSTAR
 from skep.engine.amd64.tsc import read_tsc
 from skep.engine.contract import ExitReason
 from skep.engine.exits import ExitRecord
 from skep.engine.kvm import KvmEngine
-from skep.errors import HostError, UserError
 from skep.machine.amd64 import why_not_kvm
 from skep.memory import GuestMemory
 from tests.engine.tiny import MMIO, NULL_SEGMENT, PROGRAM, RAM, RecordingIo, TestInterrupts, Tiny
 
 HARDWARE = why_not_kvm() is None
-
-
-@pytest.fixture
-def boot(kvm: KvmEngine) -> Iterator[Callable[..., Tiny]]:
-    machines: list[Tiny] = []
-
-    def make(text: str, **options: Any) -> Tiny:
-        tiny = Tiny(kvm, text, **{"cpu_model": "baseline", **options})
-        tiny.interrupts.kick = tiny.vcpu.kick
-        machines.append(tiny)
-        return tiny
-
-    yield make
-    for machine in machines:
-        machine.close()
 
 
 # Accesses that leave the guest
@@ -329,29 +310,6 @@ def test_nothing_is_left_behind(kvm: KvmEngine) -> None:
             guest.vcpu.close()
             guest.vcpu.kick()  # a late one
     assert os.listdir("/proc/self/fd") == before
-
-
-# The user's mistakes
-
-
-@pytest.mark.parametrize("device", ["/nonexistent/kvm", "/dev/null", "/"])
-def test_no_kvm_is_one_line(device: str) -> None:
-    memory = GuestMemory(1 << 20)
-    with pytest.raises(HostError) as error:
-        KvmEngine(device).create_vm(memory, RecordingIo(), 1, "baseline", 0)
-    memory.close()
-    assert "\n" not in str(error.value) and "translate" in str(error.value)
-
-
-def test_too_many_cpus_and_unknown_models_are_told(kvm: KvmEngine) -> None:
-    memory = GuestMemory(1 << 20)
-    try:
-        with pytest.raises(UserError, match="at most"):
-            kvm.create_vm(memory, RecordingIo(), 1 << 20, "baseline", 0)
-        with pytest.raises(UserError, match="no such CPU model"):
-            kvm.create_vm(memory, RecordingIo(), 1, "z80", 0)
-    finally:
-        memory.close()
 
 
 def test_a_busy_guest_does_not_hold_the_interpreter(boot: Callable[..., Tiny]) -> None:

@@ -20,7 +20,7 @@ from skep.engine.amd64.cpuid import SUBLEAVES, Feature
 from skep.engine.amd64.native import function
 from skep.engine.amd64.tsc import tsc_hz
 from skep.engine.contract import EngineVm
-from skep.engine.kvm import uapi
+from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.apics import KvmApics
 from skep.engine.kvm.vcpu import KICK_SIGNAL, KvmVcpu
 from skep.errors import HostError, UserError
@@ -69,15 +69,14 @@ class KvmEngine:
         self.hosts_apics = hosts_apics
 
     def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> EngineVm:
-        todo = "use --engine translate, which needs nothing of the host's kernel"
         try:
             fd = os.open(self.device, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise HostError(f"KVM cannot be used: {error.strerror}", self.device, todo) from None
+            raise failures.not_opened(self.device, error) from None
         try:
             return KvmVm(fd, memory, io, max_vcpus, cpu_model, tsc_offset, hosts_apics=self.hosts_apics)
         except OSError as error:
-            raise HostError(f"KVM cannot make this VM: {error.strerror}", self.device, todo) from None
+            raise failures.not_made(self.device, error) from None
         finally:
             os.close(fd)
 
@@ -103,10 +102,13 @@ class KvmVm:
         needed = _NEEDED | (_NEEDED_TO_HOST if hosts_apics else {})
         lacking = [what for cap, what in needed.items() if version != uapi.API_VERSION or not _has(kvm, cap)]
         if lacking:
-            raise HostError(f"this KVM lacks {', '.join(lacking)}", None, "use --engine translate")
+            raise HostError(f"this KVM lacks {', '.join(lacking)}", None, failures.TODO)
         limit = _has(kvm, uapi.CAP_MAX_VCPUS)
         if max_vcpus > limit:
             raise UserError(f"KVM on this host has at most {limit} CPUs a VM", "cpus", "ask for fewer")
+        slots = _has(kvm, uapi.CAP_NR_MEMSLOTS)
+        if len(memory.regions) > slots:
+            raise failures.no_slots(len(memory.regions), slots)
         self.max_vcpus = max_vcpus
         self._io = io
         self._model = cpu_model

@@ -17,6 +17,7 @@ CAP_NR_MEMSLOTS = 10
 CAP_IRQ_ROUTING = 25
 CAP_MAX_VCPUS = 66
 CAP_TSC_DEADLINE_TIMER = 72
+CAP_SYNC_REGS = 74
 CAP_SIGNAL_MSI = 77
 CAP_SPLIT_IRQCHIP = 121
 CAP_IOEVENTFD_ANY_LENGTH = 122
@@ -48,6 +49,7 @@ X2APIC_API_USE_32BIT_IDS, X2APIC_API_DISABLE_BROADCAST_QUIRK = 1, 2
 IRQ_ROUTING_MSI = 2
 MP_STATE_RUNNABLE, MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED, MP_STATE_HALTED, MP_STATE_SIPI_RECEIVED = range(5)
 IOEVENTFD_FLAG_DEASSIGN = 4
+SYNC_X86_REGS = 1
 LAPIC_SIZE = 1024
 
 
@@ -105,7 +107,9 @@ class Sregs(Structure):
 
 
 class Debugregs(Structure):
-    _fields_ = (("db", c_uint64 * 4), ("dr6", c_uint64), ("dr7", c_uint64), ("flags", c_uint64), ("res", c_uint64 * 9))
+    _fields_ = (
+        ("db", c_uint64 * 4), ("dr6", c_uint64), ("dr7", c_uint64), ("flags", c_uint64), ("reserved", c_uint64 * 9),
+    )  # fmt: skip
 
 
 class Xcr(Structure):
@@ -156,7 +160,7 @@ class IrqRoutingMsi(Structure):
 
 
 class IrqRoutingUnion(Union):
-    _fields_ = (("msi", IrqRoutingMsi), ("pad", c_uint32 * 8))
+    _fields_ = (("msi", IrqRoutingMsi), ("words", c_uint32 * 8))
 
 
 class IrqRoutingEntry(Structure):
@@ -219,6 +223,16 @@ class ExitUnion(Union):
     )  # fmt: skip
 
 
+class SyncRegs(Structure):
+    """What KVM leaves here at each exit, as far as ``kvm_valid_regs`` asks for it."""
+
+    _fields_ = (("regs", Regs), ("sregs", Sregs), ("events", VcpuEvents))
+
+
+class SyncUnion(Union):
+    _fields_ = (("regs", SyncRegs), ("padding", c_uint8 * 2048))
+
+
 class Run(Structure):
     """What a vCPU shares with us: the first page of its mapping."""
 
@@ -229,6 +243,7 @@ class Run(Structure):
         ("ready_for_interrupt_injection", c_uint8), ("if_flag", c_uint8), ("flags", c_uint16),
         ("cr8", c_uint64), ("apic_base", c_uint64),
         ("exit", ExitUnion),
+        ("kvm_valid_regs", c_uint64), ("kvm_dirty_regs", c_uint64), ("s", SyncUnion),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from skep.engine.amd64.cpuid import AVX_OFFSET, AVX_SIZE
 from skep.engine.amd64.registers import SEGMENTS, Rflags
 from skep.engine.contract import Exit, ExitReason
 from skep.engine.exits import Exits
-from skep.engine.kvm import uapi
+from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.interrupts import Hosted, Injected, KvmApic, Way
 from skep.engine.kvm.uapi import ioctl
 from skep.errors import InternalError
@@ -204,12 +204,11 @@ class KvmVcpu:
 
     def _failed_entry(self) -> Exit:
         reason = self._run.fail_entry.hardware_entry_failure_reason
-        return self._failure(f"KVM cannot enter the guest, reason {reason:#x}")
+        return self._failure(failures.entry(reason))
 
     def _internal_error(self) -> Exit:
-        internal = self._run.internal
-        data = " ".join(f"{word:#x}" for word in internal.data[: min(internal.ndata, 16)])
-        return self._failure(f"KVM internal error {internal.suberror} ({data})")
+        cs = self._get(uapi.GET_SREGS, uapi.Sregs()).cs
+        return self._failure(failures.internal(self._run.internal, 64 if cs.l else 32 if cs.db else 16))
 
     def _failure(self, message: str) -> Exit:
         rip = self._get(uapi.GET_REGS, uapi.Regs()).rip

@@ -1,0 +1,150 @@
+"""What the user is told where KVM is not there, not permitted, taken, too small, or cannot go on; and what a killed
+process leaves: nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skep.engine.contract import ExitReason
+from skep.engine.kvm import KvmEngine, uapi
+from skep.errors import UserError
+from skep.memory import GuestMemory
+from tests.engine.tiny import MMIO, RecordingIo, Tiny
+
+NOBODY = 65534
+
+
+def refusal(engine: KvmEngine, cpus: int = 1) -> str:
+    memory = GuestMemory(1 << 20)
+    try:
+        with pytest.raises(UserError) as error:
+            engine.create_vm(memory, RecordingIo(), cpus, "baseline", 0)
+    finally:
+        memory.close()
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("device", ["/nonexistent/kvm", "/dev/null", "/"])
+def test_no_kvm_is_one_line(device: str) -> None:
+    text = refusal(KvmEngine(device))
+    assert "--engine translate" in text
+    assert "module" in text or device != "/nonexistent/kvm"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
+def test_a_device_that_is_not_ours_names_its_group(tmp_path: Path) -> None:
+    device = tmp_path / "kvm"
+    device.touch(0o660)
+    os.chown(device, 0, 0)
+    tmp_path.chmod(0o755)
+    before = os.geteuid()
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    os.seteuid(NOBODY)
+    try:
+        text = refusal(KvmEngine(str(device)))
+    finally:
+        os.seteuid(before)
+    assert "the group root" in text and "Permission denied" in text
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, request: int, code: int) -> None:
+    """One of KVM's ioctls fails; no such host is at hand."""
+    really = uapi.ioctl
+
+    def ioctl(fd: int, number: int, argument: Any = 0) -> int:
+        if number == request:
+            raise OSError(code, os.strerror(code))
+        return really(fd, number, argument)
+
+    monkeypatch.setattr(uapi, "ioctl", ioctl)
+
+
+def test_another_hypervisor_has_the_processor(kvm: KvmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing(monkeypatch, uapi.CREATE_VM, errno.EBUSY)
+    assert "another hypervisor" in refusal(kvm)
+
+
+def test_no_more_slots(kvm: KvmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = uapi.ioctl
+
+    def ioctl(fd: int, number: int, argument: Any = 0) -> int:
+        few = number == uapi.CHECK_EXTENSION and argument == uapi.CAP_NR_MEMSLOTS
+        return 0 if few else really(fd, number, argument)
+
+    monkeypatch.setattr(uapi, "ioctl", ioctl)
+    assert "maps 0 pieces of memory" in refusal(kvm)
+
+
+def test_what_this_kvm_lacks_is_named(kvm: KvmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = uapi.ioctl
+
+    def ioctl(fd: int, number: int, argument: Any = 0) -> int:
+        old = number == uapi.CHECK_EXTENSION and argument == uapi.CAP_X86_MSR_FILTER
+        return 0 if old else really(fd, number, argument)
+
+    monkeypatch.setattr(uapi, "ioctl", ioctl)
+    assert "lacks MSR filters" in refusal(kvm)
+
+
+def test_too_many_processors_and_unknown_models(kvm: KvmEngine) -> None:
+    assert "at most" in refusal(kvm, cpus=1 << 20)
+    memory = GuestMemory(1 << 20)
+    with pytest.raises(UserError, match="no such CPU model"):
+        kvm.create_vm(memory, RecordingIo(), 1, "z80", 0)
+    memory.close()
+
+
+def test_an_instruction_that_kvm_cannot_emulate(boot: Callable[..., Tiny]) -> None:
+    """It is decoded, and the state can be had."""
+    guest = boot("mov rax, MMIO\n fnsave [rax]\n hlt")
+    left = guest.vcpu.run()
+    assert left.reason is ExitReason.FAILED
+    message = left.detail["message"]
+    assert "\n" not in message and "cannot emulate an instruction: fnsave [rax]" in message, message
+    assert guest.reg("rax") == MMIO
+
+
+def test_a_refused_entry_is_told(boot: Callable[..., Tiny]) -> None:
+    guest = boot("hlt")
+    vcpu: Any = guest.vcpu
+    vcpu._run.exit_reason = uapi.EXIT_FAIL_ENTRY  # as KVM would leave it, for a state that it lets nobody set
+    vcpu._run.fail_entry.hardware_entry_failure_reason = 0x80000021
+    left = vcpu._handlers[uapi.EXIT_FAIL_ENTRY]()
+    assert left.reason is ExitReason.FAILED
+    assert "refuses to enter the guest, reason 0x80000021, invalid guest state" in left.detail["message"]
+
+
+RUNS_FOREVER = """
+import sys
+from skep.engine.kvm import KvmEngine
+from tests.engine.tiny import Tiny
+guest = Tiny(KvmEngine(), "again: jmp again", cpu_model="baseline")
+print("running", flush=True)
+guest.vcpu.run()
+"""
+
+
+def test_a_killed_process_leaves_nothing(kvm: KvmEngine) -> None:
+    env = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}
+    with subprocess.Popen([sys.executable, "-c", RUNS_FOREVER], stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None and process.stdout.readline() == "running\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(20) == -signal.SIGKILL
+    assert not Path(f"/proc/{process.pid}").exists()
+    memory = GuestMemory(1 << 20)  # and KVM is there for the next one
+    kvm.create_vm(memory, RecordingIo(), 1, "baseline", 0).close()
+    memory.close()
