@@ -128,6 +128,13 @@ class GuestClock:
                 self._frozen_at = None
                 self._set_alarm()
 
+    def load(self, ticks: int) -> None:
+        """While it is frozen: the guest's counter is at ``ticks``."""
+        with self._board, self._lock:
+            if self._frozen_at is None:
+                raise ValueError("the clock runs")
+            self._frozen_at = ticks
+
     def add_offset_listener(self, listener: OffsetListener) -> None:
         """``listener(tsc_offset)`` is called while the VM is frozen, whenever the offset changed."""
         self._listeners = (*self._listeners, listener)

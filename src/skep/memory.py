@@ -17,7 +17,7 @@ import errno
 import mmap
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from skep.errors import HostError
@@ -28,6 +28,7 @@ PAGE = 4096
 _MAP_NORESERVE = 0x4000  # Linux, all architectures we run on; mmap has no name for it before Python 3.13
 _MAP_FIXED = 0x10
 _PROT_NONE = 0
+_PIECE = 16 << 20
 _GUARD = 2 << 20  # behind the window, never accessible: an engine's stray page-crossing access hits nothing
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -229,6 +230,23 @@ class GuestMemory:
         os.ftruncate(self.fd, self.size)
         for region in self.regions:
             self.dma_write(region.gpa, region.size)
+
+    def written(self) -> Iterator[tuple[int, bytes]]:
+        """The pieces that have pages behind them, (address, contents); the others were never written to."""
+        end = 0
+        while True:
+            try:
+                begin = os.lseek(self.fd, end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no more
+                    return
+                raise
+            end = os.lseek(self.fd, begin, os.SEEK_HOLE)
+            while begin < end:
+                high = begin >= self.low_size
+                upto = min(end, begin + _PIECE, self.size if high else self.low_size)
+                yield begin + (self.high_base - self.low_size if high else 0), os.pread(self.fd, upto - begin, begin)
+                begin = upto
 
     # Dirty pages: a bit a page of the window, while somebody asks. What the guest's CPUs write is the engine's to add.
 

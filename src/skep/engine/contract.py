@@ -19,6 +19,16 @@ from skep.engine.exits import Exits
 from skep.memory import GuestMemory
 
 
+class Activity(enum.StrEnum):
+    """What a vCPU does, where its state says so, under ``activity``."""
+
+    ACTIVE = "active"
+    HALTED = "halted"
+    """Until an interrupt comes, if it hears any."""
+    WAITING = "waiting"
+    """To be started by another one."""
+
+
 class ExitReason(enum.Enum):
     """Why ``Vcpu.run`` returned."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from skep.contracts.device import Passive
 from skep.irqchip.ioapic import PINS
+from skep.state import Fields
 
 if TYPE_CHECKING:
     from skep.irqchip.ioapic import IoApic
@@ -27,7 +29,7 @@ class GsiLine:
         self._pic = pic
         self._ioapic = ioapic
         self._pin = PIT_PIN if gsi == 0 else gsi
-        self._asserting = 0  # how many sources
+        self.asserting = 0  # how many sources
 
     def source(self) -> Source:
         """A new wire to this line, for one device."""
@@ -35,8 +37,8 @@ class GsiLine:
 
     def change(self, level: bool) -> None:
         """One more, or one fewer, source asserts."""
-        self._asserting += 1 if level else -1
-        if self._asserting == level:  # the first one, or the last
+        self.asserting += 1 if level else -1
+        if self.asserting == level:  # the first one, or the last
             if self.gsi < 16:
                 self._pic.set_line(self.gsi, level)
             self._ioapic.set_line(self._pin, level)
@@ -51,6 +53,14 @@ class Source:
         self._line = line
         self._level = False
 
+    @property
+    def level(self) -> bool:
+        return self._level
+
+    def load(self, level: bool) -> None:
+        self._level = level
+        self._line.asserting += level
+
     def set(self, level: bool) -> None:
         level = bool(level)
         if level == self._level:  # the usual case, on every access to a device; its own thread's last word
@@ -61,11 +71,32 @@ class Source:
                 self._line.change(level)
 
 
-class GsiLines:
+class GsiLines(Passive, Fields):
     """All of a board's lines: ``lines.source(4)`` is COM1's IRQ."""
+
+    name = "lines"
+    state_fields: ClassVar[tuple[str, ...]] = ("levels",)
 
     def __init__(self, pic: Pic, ioapic: IoApic, lock: Lock) -> None:
         self._lines = [GsiLine(gsi, pic, ioapic, lock) for gsi in range(PINS)]
+        self._sources: list[Source] = []
 
     def source(self, gsi: int) -> Source:
-        return self._lines[gsi].source()
+        self._sources.append(self._lines[gsi].source())
+        return self._sources[-1]
+
+    def reset(self) -> None:
+        """They belong to those who drive them."""
+
+    @property
+    def levels(self) -> list[bool]:
+        """What each source says, in the order in which they were made. Loading tells no controller: what these knew of
+        their lines is loaded by themselves."""
+        return [source.level for source in self._sources]
+
+    @levels.setter
+    def levels(self, levels: list[bool]) -> None:
+        for line in self._lines:
+            line.asserting = 0
+        for source, level in zip(self._sources, levels, strict=True):
+            source.load(level)

@@ -48,6 +48,8 @@ class Board(Protocol):
     devices: list[Device]
     """Everything with a life, in the order in which it pauses; closed the other way round. Before the VM starts, a
     program may add to it."""
+    wiring: list[Device]
+    """Those of them that others tell of their interrupts."""
     cpus: int
     io: IoSpace
     """For the engine. It knows the processor that calls by its thread."""
@@ -71,6 +73,9 @@ class Board(Protocol):
 
     def wakes(self, index: int, interrupts_on: bool) -> bool:
         """Something waits that ends a halt of processor ``index``."""
+
+    def hears_interrupts(self, state: Any) -> bool:
+        """A processor in this state, if it is halted, is woken by interrupts, and not only by an NMI."""
 
     def power_button(self) -> None: ...
 

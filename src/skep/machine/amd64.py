@@ -132,7 +132,8 @@ class Amd64Board:
         views: list[IoSpace] = [lapic.ApicView(self.bus, apic) for apic in self.lapics]
         self._seats = _Seats(self.bus, views)
         self.io: IoSpace = views[0] if self.cpus == 1 else self._seats
-        self.devices += [*self.lapics, self.ioapic, self.pic]
+        self.wiring: list[Device] = [self.lines, *self.lapics, self.ioapic, self.pic]
+        self.devices += self.wiring
 
     def _legacy_devices(self, settings: Settings, events: Events) -> None:
         timer = hpet.Hpet(self.clock, self.lines.source)
@@ -251,6 +252,9 @@ class Amd64Board:
     def wakes(self, index: int, interrupts_on: bool) -> bool:
         apic = self.lapics[index]
         return apic.nmi_latched > 0 or (interrupts_on and apic.pending())
+
+    def hears_interrupts(self, state: CpuState) -> bool:
+        return bool(state.get("rflags", 0) & Rflags.IF)
 
     # Buttons. Nothing changes while the board is paused: what is pressed then acts when it goes on.
 

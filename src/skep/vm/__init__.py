@@ -12,6 +12,7 @@ until the engine gives up control, and then attends to what was asked of it (``p
 """
 
 from skep.vm.lifecycle import PROGRAM, Vm
+from skep.vm.saved import VmState
 from skep.vm.states import TRANSITIONS, End, Outcome, State, Step
 
-__all__ = ["PROGRAM", "TRANSITIONS", "End", "Outcome", "State", "Step", "Vm"]
+__all__ = ["PROGRAM", "TRANSITIONS", "End", "Outcome", "State", "Step", "Vm", "VmState"]

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from skep.chardev.plugs import Plugs
 from skep.config import Tree, check_settings
 from skep.config.sugar import add_device, add_disk
+from skep.engine.contract import Activity as Doing
 from skep.engine.contract import Engine, EngineVm
 from skep.errors import EngineLimit, InternalError, UserError
 from skep.explain.explainer import Explainer
@@ -24,6 +25,7 @@ from skep.machine import Board, Events, build, choose_engine
 from skep.memory import GuestMemory
 from skep.vm.interpreter import INTERPRETER
 from skep.vm.processor import LOOKS, Processor
+from skep.vm.saved import VmState, put, take
 from skep.vm.states import TRANSITIONS, End, Outcome, State, Step, failure
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class _Request:
         """The processor whose guest code asked; None: the program did."""
         self.done = threading.Event()
         self.error: BaseException | None = None
+        self.state: VmState | None = None
+        """What SAVE gives, and LOAD takes."""
         self.cause = Cause.ASKED
         self.silent_for = 0.0
         self.explanation: Explanation | None = None
@@ -211,6 +215,21 @@ class Vm:
         """Go on, in the opposite order. The guest does not see that time passed."""
         self._ask(Step.THAW)
 
+    def save(self) -> VmState:
+        """The state of a frozen VM: another one of the same configuration, under any engine, goes on from it. What is
+        on disks is not in it."""
+        state = self._ask(Step.SAVE).state
+        if state is None:
+            raise InternalError("nothing was saved")
+        return state
+
+    def load(self, state: VmState) -> None:
+        """In place of a start: be the VM that ``state`` was saved from, and stay frozen. Raises UserError where the
+        configuration is another one."""
+        request = _Request(Step.LOAD)
+        request.state = state
+        self._ask_for(request)
+
     def reset(self) -> None:
         """Ask for what the reset button does: power-on state, and the kernel as it was read at the start."""
         self._tell(_Request(Step.RESET))
@@ -288,7 +307,10 @@ class Vm:
         """Have a step taken and wait for it."""
         if self.state is State.CLOSED:
             raise UserError(f"cannot {step.value} a VM that is closed", self.name)
-        request = _Request(step)
+        return self._ask_for(_Request(step))
+
+    def _ask_for(self, request: _Request) -> _Request:
+        step = request.step
         self._tell(request)
         while not request.done.wait(0.5):
             if self._thread is None or not self._thread.is_alive():  # closed by somebody else meanwhile
@@ -313,7 +335,7 @@ class Vm:
         """Take a step. False: others come first, and then this one again."""
         before = self.state
         try:
-            if after is not before or request.step in (Step.RESET, Step.EXPLAIN):
+            if after is not before or request.step in (Step.RESET, Step.EXPLAIN, Step.SAVE):
                 self._do(request, after)
                 if request.step is Step.FREEZE and self._guest_was_first(request):
                     self.state = after  # a reset happens to a frozen VM, whose guest does not run before it is thawed
@@ -345,6 +367,11 @@ class Vm:
             case Step.START:
                 self._power_on(board.reset(), paused=False)
                 self._start_watch()
+            case Step.SAVE:
+                request.state = take(board, [processor.save() for processor in self._processors])
+            case Step.LOAD:
+                if request.state is not None:
+                    self._load(request.state)
             case Step.RESET:
                 frozen = after is State.FROZEN
                 if self._explainer.panicked():
@@ -374,8 +401,17 @@ class Vm:
                 finally:
                     self._free()
 
-    def _power_on(self, state: Any, *, paused: bool) -> None:
-        """The first processor runs, unless ``paused``; the others wait to be started by it."""
+    def _load(self, state: VmState) -> None:
+        board = self.board
+        board.reset()
+        board.pause()
+        put(board, state)
+        first, *others = state.processors
+        self._power_on(first, paused=True, others=others)
+        self._start_watch()
+
+    def _power_on(self, state: Any, *, paused: bool, others: Sequence[Any] = ()) -> None:
+        """The first processor runs, unless ``paused``; the others wait to be started by it, or go on too."""
         self._parting = False
         self._explainer.begin()
         if not self._tuned:  # before the engine makes what a reset is to collect
@@ -390,14 +426,17 @@ class Vm:
         if self.settings.stats or self.settings.perf_map:
             self._engine_vm.observe(times=self.settings.stats, perf_map=self.settings.perf_map)
         board.clock.add_offset_listener(self._engine_vm.set_tsc_offset)
+        hosted = self._engine.hosts_apics
         told = self._processor_ends, self._processor_sleeps_for_good
         self._processors = [
-            Processor(self.name, i, board, self._engine_vm, *told, paused=paused) for i in range(board.cpus)
+            Processor(self.name, i, board, self._engine_vm, *told, paused=paused, hosted=hosted)
+            for i in range(board.cpus)
         ]
         self._processors[0].begin(state)
-        if self._engine.hosts_apics:
-            for processor in self._processors[1:]:
-                processor.begin({})
+        waiting = {"activity": Doing.WAITING.value}
+        for processor, other in zip(self._processors[1:], others or [waiting] * (board.cpus - 1), strict=True):
+            if hosted or other != waiting:
+                processor.begin(other)
 
     def _park(self) -> None:
         """No processor runs guest code, and none does anything for it, until :meth:`_unpark`. Twice is once."""

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from skep.engine.contract import Activity as Doing
 from skep.engine.contract import EngineVm, Exit, ExitReason, Vcpu
 from skep.errors import EngineLimit, InternalError, UserError
 from skep.explain.subject import Activity, Seen
@@ -44,9 +45,11 @@ class Processor:
         hopeless: Callable[[], None],
         *,
         paused: bool,
+        hosted: bool,
     ) -> None:
         """``name`` is the VM's. From the processor's thread, ``over`` is told that the VM must end, and ``hopeless``
-        that the processor halted with interrupts off."""
+        that the processor halted with interrupts off. ``hosted``: its local APIC is the engine's, which waits in a halt
+        by itself."""
         self.index = index
         self.hopeless = False
         """Halted with interrupts off."""
@@ -60,6 +63,7 @@ class Processor:
         self._wake = threading.Event()
         self._sleeping = False
         self._guard = threading.Lock()  # of pausing and parking, and of the thread's beginning
+        self._hosted = hosted
         self._paused = paused
         self._parked = threading.Event()
         self._resting = False
@@ -150,6 +154,18 @@ class Processor:
         elif len(places) == LOOKS and max(places) - min(places) < _SPIN:
             activity = Activity.SPINNING
         return Seen(self.index, activity, registers, places, tuple(vcpu.exits.last()), vcpu.exits.refused())
+
+    def save(self) -> dict[str, Any]:
+        """Its state, while it is parked."""
+        if self._next_state is not None:  # started, and did not come to it yet
+            return dict(self._next_state)
+        vcpu = self._vcpu
+        if vcpu is None or self._held:
+            return {"activity": Doing.WAITING.value}
+        state = vcpu.get_state()
+        if self._halted is not None:
+            state["activity"] = Doing.HALTED.value
+        return state
 
     def resume(self) -> None:
         """Go on when the engine is thawed, which comes next."""
@@ -277,7 +293,9 @@ class Processor:
                 return
             self._held = False
         vcpu.set_state(state)
-        self._halted = None
+        vcpu.kick()  # an interrupt may wait from before there was anybody to tell
+        halted = state.get("activity") == Doing.HALTED and not self._hosted
+        self._halted = self._board.hears_interrupts(state) if halted else None
 
     def _handle(self, exit_: Exit, vcpu: Vcpu) -> None:
         match exit_.reason:

@@ -61,6 +61,8 @@ class Step(enum.Enum):
     FREEZE = "freeze"
     THAW = "thaw"
     RESET = "reset"
+    SAVE = "save"
+    LOAD = "load a state into"
     EXPLAIN = "explain"
     END = "stop"
     CLOSE = "close"
@@ -72,6 +74,8 @@ TRANSITIONS = {
     (State.FROZEN, Step.FREEZE): State.FROZEN,
     (State.FROZEN, Step.THAW): State.RUNNING,
     (State.RUNNING, Step.THAW): State.RUNNING,
+    (State.CREATED, Step.LOAD): State.FROZEN,
+    (State.FROZEN, Step.SAVE): State.FROZEN,
     (State.RUNNING, Step.RESET): State.RUNNING,
     (State.FROZEN, Step.RESET): State.FROZEN,
     (State.RUNNING, Step.EXPLAIN): State.RUNNING,

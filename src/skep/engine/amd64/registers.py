@@ -87,6 +87,13 @@ class CpuState(TypedDict, total=False):
     """x87, SSE and AVX state in the standard (not compacted) XSAVE format, header included."""
     msrs: dict[int, int]
     """Those of :data:`skep.engine.amd64.msrs.SAVED` that the engine knows."""
+    interrupt: int
+    """A vector that was taken from the interrupt controller and did not reach the guest yet; absent: there is none."""
+    nmi_blocked: int
+    """1: the guest is in its NMI handler."""
+    activity: str
+    """The value of a :class:`skep.engine.contract.Activity`; absent where the engine has no local APIC, and does not
+    know."""
 
 
 class Attr:

@@ -157,6 +157,7 @@ class KvmVm:
             vcpu.set_cpuid(self._cpuid(model))
             vcpu.set_state({"msrs": msrs.mtrr_reset(model.physical_bits)})
             vcpu.set_tsc_offset(self._tsc_offset)
+            vcpu.attach_apic()
         except BaseException:
             vcpu.close()
             raise

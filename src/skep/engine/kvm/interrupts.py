@@ -18,6 +18,8 @@ from skep.engine.kvm.uapi import ioctl
 class Way(Protocol):
     """One of the two."""
 
+    def attach(self) -> None: ...
+
     def offer(self, run: uapi.Run, halted: bool) -> bool:
         """Inject what waits, or ask for a window. False: the vCPU is ``halted``, and nothing wakes it."""
 
@@ -36,6 +38,9 @@ class Injected:
         self._interrupts = interrupts
         self._tpr = 0
 
+    def attach(self) -> None:
+        """KVM knows of no local APIC."""
+
     def offer(self, run: uapi.Run, halted: bool) -> bool:
         interrupts = self._interrupts
         nmi = interrupts.take_nmi()
@@ -45,8 +50,14 @@ class Injected:
         if halted and not nmi and not (waiting and run.if_flag):
             return False
         run.request_interrupt_window = 0
-        if waiting:
-            _inject(self._fd, run, interrupts)
+        if waiting and not run.ready_for_interrupt_injection:
+            run.request_interrupt_window = 1
+        elif waiting:
+            vector = interrupts.acknowledge()
+            if vector is not None:
+                ioctl(self._fd, uapi.INTERRUPT, (ctypes.c_uint32 * 1)(vector))
+                run.ready_for_interrupt_injection = 0
+                run.request_interrupt_window = interrupts.pending()
         return True
 
     def entering(self, run: uapi.Run) -> None:
@@ -66,7 +77,9 @@ class Hosted:
     def __init__(self, fd: int, interrupts: HostedInterrupts) -> None:
         self._fd = fd
         self._interrupts = interrupts
-        interrupts.attach(KvmApic(fd))
+
+    def attach(self) -> None:
+        self._interrupts.attach(KvmApic(self._fd))
 
     def offer(self, run: uapi.Run, halted: bool) -> bool:
         interrupts = self._interrupts
@@ -74,8 +87,27 @@ class Hosted:
             ioctl(self._fd, uapi.NMI)
         run.request_interrupt_window = 0
         if interrupts.pending():
-            _inject(self._fd, run, interrupts)
+            self._inject(run)
         return True
+
+    def _inject(self, run: uapi.Run) -> None:
+        """An interrupt of the 8259 pair. It is put where KVM has those that it began to deliver, and not by
+        KVM_INTERRUPT, because what waits there no state tells; a halt it has to end by itself then."""
+        if not run.ready_for_interrupt_injection:
+            run.request_interrupt_window = 1
+            return
+        vector = self._interrupts.acknowledge()
+        if vector is None:
+            return
+        events, activity = uapi.VcpuEvents(), uapi.MpState()
+        ioctl(self._fd, uapi.GET_VCPU_EVENTS, events)
+        events.flags, events.interrupt_injected, events.interrupt_soft, events.interrupt_nr = 0, 1, 0, vector
+        ioctl(self._fd, uapi.SET_VCPU_EVENTS, events)
+        ioctl(self._fd, uapi.GET_MP_STATE, activity)
+        if activity.mp_state == uapi.MP_STATE_HALTED:
+            ioctl(self._fd, uapi.SET_MP_STATE, uapi.MpState(uapi.MP_STATE_RUNNABLE))
+        run.ready_for_interrupt_injection = 0
+        run.request_interrupt_window = self._interrupts.pending()
 
     def entering(self, run: uapi.Run) -> None:
         """CR8 is KVM's."""
@@ -112,14 +144,3 @@ class KvmApic:
         table = uapi.msrs(1)
         table.entries[0].index, table.entries[0].data = index, value
         ioctl(self._fd, uapi.SET_MSRS, table)
-
-
-def _inject(fd: int, run: uapi.Run, interrupts: LocalInterrupts) -> None:
-    if not run.ready_for_interrupt_injection:
-        run.request_interrupt_window = 1
-        return
-    vector = interrupts.acknowledge()
-    if vector is not None:
-        ioctl(fd, uapi.INTERRUPT, (ctypes.c_uint32 * 1)(vector))
-        run.ready_for_interrupt_injection = 0
-        run.request_interrupt_window = interrupts.pending()

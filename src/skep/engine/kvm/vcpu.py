@@ -21,7 +21,7 @@ from skep.contracts.io import IoSpace
 from skep.engine.amd64 import msrs
 from skep.engine.amd64.cpuid import AVX_OFFSET, AVX_SIZE
 from skep.engine.amd64.registers import SEGMENTS, Rflags
-from skep.engine.contract import Exit, ExitReason
+from skep.engine.contract import Activity, Exit, ExitReason
 from skep.engine.exits import Exits
 from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.interrupts import Hosted, Injected, KvmApic, Way
@@ -38,6 +38,18 @@ _CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
 _ATTRIBUTE_BITS = (("type", 0, 15), ("s", 4, 1), ("dpl", 5, 3), ("present", 7, 1), ("avl", 12, 1), ("l", 13, 1),
                    ("db", 14, 1), ("g", 15, 1))  # fmt: skip
 _PRESENT = 1 << 7
+_ACTIVITY = {
+    uapi.MP_STATE_RUNNABLE: Activity.ACTIVE,
+    uapi.MP_STATE_HALTED: Activity.HALTED,
+    uapi.MP_STATE_UNINITIALIZED: Activity.WAITING,
+    uapi.MP_STATE_INIT_RECEIVED: Activity.WAITING,
+    uapi.MP_STATE_SIPI_RECEIVED: Activity.WAITING,
+}
+_MP_STATE = {
+    Activity.ACTIVE: uapi.MP_STATE_RUNNABLE,
+    Activity.HALTED: uapi.MP_STATE_HALTED,
+    Activity.WAITING: uapi.MP_STATE_INIT_RECEIVED,
+}
 
 _S = TypeVar("_S", bound=ctypes.Structure)
 
@@ -217,8 +229,6 @@ class KvmVcpu:
     # State
 
     def get_state(self) -> dict[str, Any]:
-        """Besides what the contract names, ``interrupt`` is there if a vector was taken from the local APIC and did not
-        reach the guest yet, and ``nmi_blocked`` while the guest is in its NMI handler."""
         self._complete_io()
         regs, sregs = self._get(uapi.GET_REGS, uapi.Regs()), self._get(uapi.GET_SREGS, uapi.Sregs())
         debug, events = self._get(uapi.GET_DEBUGREGS, uapi.Debugregs()), self._events()
@@ -238,6 +248,8 @@ class KvmVcpu:
             state["interrupt"] = events.interrupt_nr
         if events.nmi_masked:
             state["nmi_blocked"] = 1
+        if self._hosted:
+            state["activity"] = _ACTIVITY[self._get(uapi.GET_MP_STATE, uapi.MpState()).mp_state].value
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -275,16 +287,24 @@ class KvmVcpu:
             events.interrupt_injected, events.interrupt_nr = "interrupt" in state, state.get("interrupt", 0)
             events.nmi_masked = bool(state.get("nmi_blocked", 0))
             ioctl(self._fd, uapi.SET_VCPU_EVENTS, events)
-        self._run.ready_for_interrupt_injection = 0  # KVM says it anew
+            if self._hosted:
+                activity = state.get("activity", Activity.ACTIVE)
+                ioctl(self._fd, uapi.SET_MP_STATE, uapi.MpState(_MP_STATE[activity]))
+        self._complete_io()  # which says anew whether an interrupt could be taken
 
     def set_cpuid(self, rows: Sequence[uapi.CpuidEntry]) -> None:
         table = uapi.cpuid2(len(rows))
         table.entries[:] = rows
         ioctl(self._fd, uapi.SET_CPUID2, table)
 
+    def attach_apic(self) -> None:
+        """The CPUID, which says what APIC it may be, and the TSC are set: KVM's local APIC gets the board's state."""
+        self._way.attach()
+
     def set_tsc_offset(self, offset: int) -> None:
-        """The guest's TSC is the host's plus ``offset``. KVM's timer for the deadline is set for the old one, until the
-        deadline is written anew."""
+        """The guest's TSC is the host's plus ``offset``, and what the guest itself added. KVM's timer for the deadline
+        is set for the old one, until the deadline is written anew."""
+        offset += self._apic.read_msr(msrs.IA32_TSC_ADJUST)
         value = (ctypes.c_uint64 * 1)(offset & (1 << 64) - 1)
         attribute = uapi.DeviceAttr(0, uapi.VCPU_TSC_CTRL, uapi.VCPU_TSC_OFFSET, ctypes.addressof(value))
         deadline = self._apic.read_msr(msrs.IA32_TSC_DEADLINE) if self._hosted else 0

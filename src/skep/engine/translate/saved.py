@@ -28,6 +28,10 @@ def save(st: StateBlock, msrs: ModelSpecific) -> dict[str, Any]:
         state[name] = getattr(st, name)
     state["xsave"] = bytes(st.bytes[XSAVE_AREA : XSAVE_AREA + 832])
     state["msrs"] = msrs.save()
+    if st.inject:
+        state["interrupt"] = st.inject & 0xFF
+    if st.nmi_blocked:
+        state["nmi_blocked"] = 1
     return state
 
 
@@ -46,6 +50,9 @@ def load(state: dict[str, Any], st: StateBlock, msrs: ModelSpecific) -> None:
         if name in state:
             setattr(st, f"{short}_base", state[name]["base"])
             setattr(st, f"{short}_limit", state[name]["limit"])
+    if "rip" in state:
+        st.inject = 0x100 | state["interrupt"] if "interrupt" in state else 0
+        st.nmi_blocked = state.get("nmi_blocked", 0)
     if "msrs" in state:
         msrs.load(state["msrs"])
     if "xsave" in state:

@@ -1,0 +1,54 @@
+"""The state of a VM that stands still, whatever engine ran it: what goes on elsewhere from here.
+
+Everything is under the names of the manuals: a state that one engine left is what another begins with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from skep.contracts.device import SavedState
+from skep.errors import UserError
+from skep.machine import Board
+
+
+@dataclass(frozen=True)
+class VmState:
+    """What :meth:`skep.vm.Vm.save` gives. Plain values all through."""
+
+    ticks: int
+    """Guest time, in ticks of its counter."""
+    hz: int
+    """Of that counter."""
+    processors: list[dict[str, Any]]
+    """As :meth:`skep.engine.contract.Vcpu.get_state` gives them, with ``activity``."""
+    devices: dict[str, SavedState]
+    memory: list[tuple[int, bytes]]
+    """(guest-physical address, contents) of the pieces that were ever written to; the others are zeros."""
+
+
+def take(board: Board, processors: list[dict[str, Any]]) -> VmState:
+    """The board is paused."""
+    devices = {device.name: device.save() for device in board.devices}
+    if len(devices) != len(board.devices):
+        raise UserError("two devices have one name", None, "give them different ones to save this VM")
+    return VmState(board.clock.tsc(), board.clock.hz, processors, devices, list(board.memory.written()))
+
+
+def put(board: Board, state: VmState) -> None:
+    """Into a board of the same configuration that was reset, and is paused. Raises UserError where it is another one;
+    the board is of no use then."""
+    names = {device.name for device in board.devices}
+    strange = ", ".join(sorted(names ^ state.devices.keys()))
+    if strange:
+        todo = "load it into one of the same configuration"
+        raise UserError(f"the state is of another machine: {strange}", None, todo)
+    if abs(state.hz - board.clock.hz) > state.hz // 1000:
+        raise UserError(f"the state's time counts {state.hz} ticks a second, this host's {board.clock.hz}")
+    for gpa, contents in state.memory:
+        board.memory.write(gpa, contents)
+    board.clock.load(state.ticks)
+    # Twice those that hear of the others' interrupts: what is said to them as the others are loaded is not news.
+    for device in (*board.devices, *board.wiring):
+        device.load(state.devices[device.name])

@@ -1,0 +1,123 @@
+"""What one VM was when it stood still, another one goes on from, whatever engine runs them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from skep.errors import UserError
+from skep.vm import End, Vm
+from tests.vm.test_guests import kernel
+
+__all__ = ["kernel"]
+
+ENGINES = ("translate", "kvm", "kvm alone")
+
+
+class Made:
+    """VMs with the small guest of test_guests.py."""
+
+    def __init__(self, kernel: Path) -> None:
+        self.kernel = kernel
+        self.vms: list[Vm] = []
+
+    def __call__(self, how: str, command: str, **options: object) -> Vm:
+        engine, *more = how.split()
+        if engine == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+            pytest.skip("/dev/kvm does not open")
+        config = {"kvm.irqchip": "off"} if more == ["alone"] else {}
+        self.vms.append(
+            Vm(kernel=self.kernel, memory="64M", cmdline=command, engine=engine, config=config, **options)  # type: ignore[arg-type]
+        )
+        return self.vms[-1]
+
+
+@pytest.fixture
+def make(kernel: Path) -> Iterator[Made]:
+    made = Made(kernel)
+    yield made
+    for vm in made.vms:
+        vm.close()
+
+
+def counts_on(vm: Vm) -> None:
+    memory = vm.board.memory
+    count = memory.load_u64(0x70000)
+    deadline = time.monotonic() + 30
+    while memory.load_u64(0x70000) <= count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("after", ENGINES)
+@pytest.mark.parametrize("before", ENGINES)
+def test_a_guest_that_counts_goes_on(make: Made, before: str, after: str) -> None:
+    first = make(before, "s")
+    first.start()
+    first.console.expect("Hi\n", timeout=20)
+    counts_on(first)
+    first.freeze()
+    state = first.save()
+    count, ticks = first.board.memory.load_u64(0x70000), first.board.clock.tsc()
+    first.close()
+    second = make(after, "s")
+    second.load(state)
+    assert second.board.memory.load_u64(0x70000) == count and second.board.clock.tsc() == ticks
+    assert second.save().devices == state.devices
+    second.thaw()
+    counts_on(second)
+    second.stop()
+    outcome = second.wait(20)
+    assert outcome is not None and outcome.end is End.STOPPED
+
+
+@pytest.mark.parametrize("after", ENGINES)
+@pytest.mark.parametrize("before", ENGINES)
+def test_a_guest_asleep_between_ticks_is_woken(make: Made, before: str, after: str) -> None:
+    """Of a hundred ticks of the PIT some come before, and some after."""
+    first = make(before, "i")
+    first.start()
+    first.console.expect("Hi\n", timeout=20)
+    time.sleep(0.03)
+    first.freeze()
+    state = first.save()
+    first.close()
+    second = make(after, "i")
+    second.load(state)
+    second.thaw()
+    second.console.expect("Ticked\n", timeout=30)
+    outcome = second.wait(20)
+    assert outcome is not None and outcome.end is End.POWERED_OFF
+
+
+def test_processors_that_were_not_started_wait_on(make: Made) -> None:
+    first = make("translate", "s", cpus=3)
+    first.start()
+    first.console.expect("Hi\n", timeout=20)
+    first.freeze()
+    state = first.save()
+    assert [one.get("activity") for one in state.processors] == [None, "waiting", "waiting"]
+    second = make("translate", "s", cpus=3)
+    second.load(state)
+    second.thaw()
+    counts_on(second)
+    assert second.processors()[1:] == ("waiting to be started",) * 2
+
+
+def test_a_state_of_another_machine_is_refused(make: Made) -> None:
+    first = make("translate", "s")
+    first.start()
+    with pytest.raises(UserError, match="cannot save a VM that is running"):
+        first.save()
+    first.freeze()
+    state = first.save()
+    with pytest.raises(UserError, match="another machine: lapic1"):
+        make("translate", "s", cpus=2).load(state)
+    with pytest.raises(UserError, match="another machine: virtio-rnd"):
+        make("translate", "s", devices=["virtio-rnd"]).load(state)
+    with pytest.raises(UserError, match="load a state into a VM that is frozen"):
+        first.load(state)
