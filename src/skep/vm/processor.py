@@ -293,7 +293,8 @@ class Processor:
                 return
             self._held = False
         vcpu.set_state(state)
-        vcpu.kick()  # an interrupt may wait from before there was anybody to tell
+        if self._board.wakes(self.index, True):
+            vcpu.kick()  # it has waited since before there was anybody to tell
         halted = state.get("activity") == Doing.HALTED and not self._hosted
         self._halted = self._board.hears_interrupts(state) if halted else None
 
