@@ -84,7 +84,8 @@ class Session:
 
     def power_off(self) -> None:
         """It has nothing to complain of, and powers off."""
-        assert complaints(self(f"dmesg | grep -E '{_PERHAPS}'; true")) == []
+        complained = complaints(self(f"dmesg | grep -E '{_PERHAPS}'; true"))
+        assert complained == [], complained
         self.begin(self.power_off_command)
         outcome = self.vm.wait(BOOT)
         assert outcome is not None and outcome.end.value == "powered off", outcome

@@ -151,7 +151,7 @@ class HostedApic(LocalApic):
         self.lines = self.lines | bit if level else self.lines & ~bit
         if level and not was:
             if pin == 1:
-                self.nmi_latched = True
+                self.nmi_latched = 1
             self.kick()
 
     def _update(self) -> None:

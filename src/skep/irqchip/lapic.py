@@ -14,7 +14,7 @@ from skep.contracts.interrupts import IN_SERVICE, Lent
 from skep.contracts.io import IoSpace
 from skep.irqchip.apicbus import Delivery, Message
 from skep.irqchip.lapictimer import TSC_DEADLINE, ApicTimer
-from skep.state import Fields
+from skep.state import Fields, SavedState
 
 if TYPE_CHECKING:
     from skep.clock import GuestClock
@@ -147,6 +147,11 @@ class LocalApic(Fields):
 
     def resume(self) -> None:
         """The clock goes on."""
+
+    def save(self) -> SavedState:
+        with self.lock:
+            self._take_back()
+        return super().save()
 
     def loaded(self) -> None:
         self._ready = False  # so that what waits kicks
