@@ -742,6 +742,17 @@ def test_what_comes_too_late_is_collected(time: Time) -> None:
     assert apic.irr == 1 << 0xA1, "switched off"
 
 
+def test_a_reset_forgets_the_vcpu(time: Time) -> None:
+    """Another one comes, while what the first had is gone."""
+    apic, loan = _lent(time)
+    apic.lend(loan)
+    apic.settle()
+    loan.box = 1 << 0x91
+    apic.reset()
+    apic.write(regs.SVR, 4, 0x1FF)
+    assert not apic.pending() and loan.box, "nobody looks there any more"
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_nobody_can_tell(seed: int) -> None:
     """Two APICs, one of which lends whenever it can, go through the same."""

@@ -12,6 +12,7 @@ from skep.engine.amd64.msrs import (
     FS_BASE,
     GS_BASE,
     IA32_PRED_CMD,
+    IA32_TSC_ADJUST,
     IA32_TSC_DEADLINE,
     KERNEL_GS_BASE,
     PRED_CMD_IBPB,
@@ -141,7 +142,7 @@ def identify(unused: int, desc: int) -> int:
 
 
 def read_msr(unused: int, desc: int) -> int:
-    """RDMSR of the segments' bases, and of what the local APIC has lent."""
+    """RDMSR of the segments' bases, of what the counter is adjusted by, and of what the local APIC has lent."""
     index = st.rcx & M32
     if index == FS_BASE:
         value = st.fs_base
@@ -149,6 +150,8 @@ def read_msr(unused: int, desc: int) -> int:
         value = st.gs_base
     elif index == KERNEL_GS_BASE:
         value = st.kernel_gs_base
+    elif index == IA32_TSC_ADJUST:
+        value = st.tsc_adjust
     elif index == X2APIC_TPR and st.apic:
         value = st.apic_task
     elif index == X2APIC_ICR and st.apic:
