@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from skep.block import copying
 from skep.block.backend import read_at, write_at
+from skep.block.converting import Conversion, convert
 from skep.block.image import create_image, open_image, open_layers
 from skep.block.nbd.address import Address, parse
 from skep.block.nbd.client import NbdFile
@@ -136,7 +136,7 @@ def test_over_an_export(tmp_path: Path) -> None:
             raw = tmp_path / "raw"
             create_image(raw, "raw", MIB)
             with open_image(raw, format="raw") as target:
-                copying.convert([image], target)
+                convert([image], target, Conversion())
     assert raw.read_bytes() == base.read_bytes()
 
 

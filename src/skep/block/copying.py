@@ -1,28 +1,24 @@
-"""From one image to another: copying, comparing, and moving data along a chain."""
+"""From one image to another: comparing, and moving data along a chain."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from skep.block.backend import Extent, read_at, read_padded
-from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
+from skep.block.format import SECTOR, BackingName, Image
 from skep.errors import UserError
 
-PIECE = 2 << 20
-"""Bytes that one transfer moves at most."""
+PIECE = 1 << 20
+"""Bytes that one transfer moves: what it read is still in the processor's cache when it is written."""
 _ZEROES = bytes(PIECE)
-_COARSE = 1 << 16
 
 Progress = Callable[[float], None]
 """Is told how much is done, from 0 to 1."""
 
 
-def _nothing(done: float) -> None:
+def nothing(done: float) -> None:
     pass
 
 
@@ -34,168 +30,28 @@ class Spot(NamedTuple):
     at: int
     """Of all sources' bytes, the extent's first."""
 
+    @property
+    def zeros(self) -> bool:
+        """Nothing is to be read."""
+        return self.extent.zero and not self.extent.data
 
-def pieces(sources: Sequence[Image]) -> Iterator[Spot]:
-    """What the sources hold, cut into transfers."""
+    @property
+    def end(self) -> int:
+        return self.at + self.extent.length
+
+
+def pieces(sources: Sequence[Image], step: int = PIECE) -> Iterator[Spot]:
+    """What the sources hold; data is cut at multiples of ``step``."""
     base = 0
     for image in sources:
         for extent in image.extents():
+            at, end = extent.offset, extent.offset + extent.length
             whole = extent.zero and not extent.data
-            step = extent.length if whole else PIECE
-            for at in range(0, extent.length, step):
-                length = min(step, extent.length - at)
-                part = extent._replace(offset=extent.offset + at, length=length)
-                yield Spot(image, part, base + part.offset)
+            while at < end:
+                stop = end if whole else min(end, (at // step + 1) * step)
+                yield Spot(image, extent._replace(offset=at, length=stop - at), base + at)
+                at = stop
         base += image.size
-
-
-def convert(
-    sources: Sequence[Image],
-    target: Image,
-    *,
-    compress: bool = False,
-    sparse: int = 4096,
-    zero_target: bool = False,
-    backing_size: int | None = None,
-    salvage: bool = False,
-    workers: int = 8,
-    progress: Progress = _nothing,
-    start: int = 0,
-    settled: Callable[[int], None] | None = None,
-) -> int:
-    """Copy disks, one behind the other, into one that is large enough. Returns how many sectors could not be read,
-    which are zeros in the target; without ``salvage`` the first of them is an OSError.
-
-    Runs of at least ``sparse`` bytes of zeros are not written; 0 writes everything. ``zero_target``: the target reads
-    as zeros now. ``backing_size``: the target lies over an image of that size, which has what the sources have only
-    from below. What is before ``start`` is there already; ``settled`` is told, in order, up to where all is written.
-    """
-    total = sum(image.size for image in sources)
-    lost = 0
-    unit = target.cluster_size or PIECE
-    if compress and Can.COMPRESS not in target.can:
-        raise ImageError(f"a {target.format} image has no compressed clusters", target.path)
-
-    rooms = threading.local()
-    """Of each thread, what it reads into: as much memory anew for every transfer takes as long as the transfer."""
-
-    def move(spot: Spot) -> int:
-        length = spot.extent.length
-        if length > len(room := getattr(rooms, "room", b"")):
-            room = rooms.room = bytearray(max(PIECE, length))
-        with memoryview(room) as view:
-            missing = _read_into(spot.image, view[:length], spot.extent.offset, salvage)
-            if compress:
-                for at in range(0, length, unit):
-                    piece = bytes(view[at : min(length, at + unit)])
-                    if piece != _ZEROES[: len(piece)] or backing_size is not None:
-                        target.write_compressed(piece, spot.at + at)
-                return missing
-            for start, n, zero in zero_runs(room, sparse, length) if sparse else ((0, length, False),):
-                if not zero:
-                    target.pwritev([view[start : start + n]], spot.at + start)
-                elif not zero_target or backing_size is not None:
-                    target.write_zeroes(spot.at + start, n, True)
-        return missing
-
-    def clear(spot: Spot) -> int:
-        if not sparse:
-            for at in range(0, spot.extent.length, PIECE):
-                n = min(PIECE, spot.extent.length - at)
-                target.pwritev([memoryview(_ZEROES)[:n]], spot.at + at)
-        elif not zero_target or (backing_size is not None and spot.at < backing_size):
-            target.write_zeroes(spot.at, spot.extent.length, True)
-        return 0
-
-    with ThreadPoolExecutor(min(workers, os.cpu_count() or 1), "convert") as pool:
-        under_way: deque[tuple[Spot, Future[int]]] = deque()
-
-        def finish(most: int) -> int:
-            found = 0
-            while len(under_way) > most:
-                spot, future = under_way.popleft()
-                found += future.result()
-                end = spot.at + spot.extent.length
-                progress(end / total)
-                if settled is not None:
-                    settled(end)
-            return found
-
-        for spot in _whole_clusters(pieces(sources), unit) if compress else pieces(sources):
-            if spot.at + spot.extent.length <= start:
-                continue
-            if not spot.extent.present and backing_size is not None and spot.extent.depth:
-                continue
-            if backing_size is not None and spot.extent.depth and spot.at + spot.extent.length <= backing_size:
-                continue
-            do = clear if spot.extent.zero and not spot.extent.data else move
-            under_way.append((spot, pool.submit(do, spot)))
-            lost += finish(2 * workers)
-        lost += finish(0)
-    progress(1)
-    return lost
-
-
-def _whole_clusters(spots: Iterator[Spot], unit: int) -> Iterator[Spot]:
-    """Transfers that begin and end at clusters of the target, of all that is not zeros only."""
-    end = 0
-    for spot in spots:
-        if spot.extent.zero and not spot.extent.data:
-            continue
-        limit = spot.image.size
-        base = spot.at - spot.extent.offset
-        first = max(end, spot.at // unit * unit)
-        last = min(base + limit, -(-(spot.at + spot.extent.length) // unit) * unit)
-        while first < last:
-            n = min(last - first, max(PIECE, unit))
-            yield Spot(spot.image, Extent(first - base, n, data=True), first)
-            first += n
-        end = max(end, last)
-
-
-def _read_into(image: Image, room: memoryview, offset: int, salvage: bool) -> int:
-    """Fill the room; returns how many sectors could not be read, and are zeros."""
-    try:
-        image.preadv([room], offset)
-        return 0
-    except OSError:
-        if not salvage:
-            raise
-    missing = 0
-    for at in range(0, len(room), SECTOR):
-        try:
-            image.preadv([room[at : at + SECTOR]], offset + at)
-        except OSError:
-            room[at : at + SECTOR] = bytes(len(room[at : at + SECTOR]))
-            missing += 1
-    return missing
-
-
-def zero_runs(data: bytes | bytearray, least: int, length: int | None = None) -> Iterator[tuple[int, int, bool]]:
-    """(start, length, whether it is zeros) of a buffer's first ``length`` bytes, cut at multiples of ``least``; runs of
-    zeros shorter than that count as data."""
-    unit = max(SECTOR, least)
-    zeros = _ZEROES[:unit]
-    length = len(data) if length is None else length
-    start = at = 0
-    while (found := data.find(zeros, at, length)) >= 0:
-        first = end = -(-found // unit) * unit
-        while end < length:
-            coarse, fine = min(_COARSE, length - end), min(unit, length - end)
-            if data[end : end + coarse] == _ZEROES[:coarse]:
-                end += coarse
-            elif data[end : end + fine] == _ZEROES[:fine]:
-                end += fine
-            else:
-                break
-        if first < end:
-            if start < first:
-                yield start, first - start, False
-            yield first, end - first, True
-            start = end
-        at = max(end, found + 1)
-    if start < length:
-        yield start, length - start, False
 
 
 class Difference(NamedTuple):
@@ -205,7 +61,7 @@ class Difference(NamedTuple):
     """It is not what is there that differs, but whether something is."""
 
 
-def compare(one: Image, other: Image, progress: Progress = _nothing, *, allocation: bool = False) -> Difference:
+def compare(one: Image, other: Image, progress: Progress = nothing, *, allocation: bool = False) -> Difference:
     """Where the disks differ first. ``allocation``: also whether what one holds the other holds too."""
     shared = min(one.size, other.size)
     longer = one if one.size > other.size else other
@@ -255,7 +111,7 @@ def _both(ones: Iterator[Extent], others: Iterator[Extent]) -> Iterator[tuple[in
             b = next(others, None)
 
 
-def commit(top: Image, base: Image, *, empty: bool, progress: Progress = _nothing) -> None:
+def commit(top: Image, base: Image, *, empty: bool, progress: Progress = nothing) -> None:
     """Write what the layers above ``base`` hold into it; ``base`` is open for writing, by itself. With ``empty`` the
     top layer holds nothing afterwards."""
     old = base.size
@@ -288,7 +144,7 @@ def depth_of(top: Image, path: str) -> int:
         depth, image = depth + 1, image.backing
 
 
-def rebase(image: Image, new: Image | None, name: BackingName | None, progress: Progress = _nothing) -> None:
+def rebase(image: Image, new: Image | None, name: BackingName | None, progress: Progress = nothing) -> None:
     """Lay the image over another one, and keep what it reads as: what it had from below and the new one has not is
     written into it."""
     unit = image.cluster_size or 1 << 16

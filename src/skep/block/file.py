@@ -42,12 +42,23 @@ class HostFile:
 
     ``alignment`` is 1, or, for a descriptor opened with O_DIRECT, what the host demands of memory addresses, file
     offsets and lengths: transfers that do not have it go through a buffer that does.
+
+    Of a ``volatile`` one nothing is made durable, as nobody needs it after a loss of power.
     """
 
     def __init__(
-        self, fd: int, path: str, size: int, *, read_only: bool, write_cache: bool, alignment: int = 1
+        self,
+        fd: int,
+        path: str,
+        size: int,
+        *,
+        read_only: bool,
+        write_cache: bool,
+        alignment: int = 1,
+        volatile: bool = False,
     ) -> None:
         """The descriptor is this object's own from now on."""
+        self._volatile = volatile
         self.path = path
         self.size = size
         self.read_only = read_only
@@ -174,6 +185,8 @@ class HostFile:
         # although the data is gone.
         if self._lost is not None:
             raise self._lost
+        if self._volatile:
+            return
         try:
             os.fdatasync(self._fd)
         except OSError as e:
@@ -254,7 +267,13 @@ class HostFile:
 
 
 def open_file(
-    path: str, *, read_only: bool = False, no_cache: bool = False, synchronous: bool = False, lock: bool = True
+    path: str,
+    *,
+    read_only: bool = False,
+    no_cache: bool = False,
+    synchronous: bool = False,
+    lock: bool = True,
+    volatile: bool = False,
 ) -> HostFile:
     """Open and lock a file or block device. Raises UserError, and leaves nothing open then."""
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
@@ -283,7 +302,15 @@ def open_file(
     except BaseException:
         os.close(fd)
         raise
-    return HostFile(fd, path, size, read_only=read_only, write_cache=not synchronous, alignment=alignment)
+    return HostFile(
+        fd,
+        path,
+        size,
+        read_only=read_only,
+        write_cache=not synchronous,
+        alignment=alignment,
+        volatile=volatile,
+    )
 
 
 def create_file(path: str, size: int = 0) -> HostFile:

@@ -257,6 +257,11 @@ class Image(ABC):
         return None
 
     @property
+    def zero_unit(self) -> int:
+        """Bytes: fewer zeros than so many, aligned, take as much space as data."""
+        return SECTOR
+
+    @property
     def corrupted(self) -> bool:
         """Somebody found it damaged and marked it; it is to be repaired before anything is written."""
         return False
@@ -324,8 +329,13 @@ class Image(ABC):
         """Read as the disk was then, from now on; the image is open for reading only."""
         raise self.cannot("has no snapshots")
 
-    def write_compressed(self, data: bytes | memoryview, offset: int) -> None:
-        """A whole cluster, or the end of the disk, that nobody has written before."""
+    def pack(self, data: bytes | memoryview) -> bytes | None:
+        """Compress a cluster for :meth:`write_compressed`, on any thread. Empty: it gets no smaller. None: that is for
+        ``write_compressed`` to do."""
+        return None
+
+    def write_compressed(self, data: bytes | memoryview, offset: int, packed: bytes | None = None) -> None:
+        """A whole cluster, or the end of the disk, that nobody has written before; ``packed`` is it by ``pack``."""
         raise self.cannot("has no compressed clusters")
 
     def check(self) -> CheckResult:

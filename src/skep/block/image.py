@@ -31,6 +31,7 @@ def open_image(
     options: Mapping[str, str] | None = None,
     secrets: Secrets = NO_SECRETS,
     may_stay_locked: bool = False,
+    volatile: bool = False,
 ) -> Image:
     """Open a disk image and what lies below it.
 
@@ -40,11 +41,12 @@ def open_image(
     the image itself is opened, and reads as zeros where it leaves things to another. Files that it names are opened if
     they lie in a directory of ``inside``, or are named there; all are where that is None. A backing file without a
     format is probed only where all are allowed. ``options`` are the format's ``open_options``: of an encrypted image
-    the one that names its password in ``secrets``, unless it ``may_stay_locked``.
+    the one that names its password in ``secrets``, unless it ``may_stay_locked``. Nothing that is written to a
+    ``volatile`` one is made durable, not even by ``flush``.
 
     Raises UserError, and leaves nothing open then.
     """
-    how = Opening(read_only, no_cache, synchronous, lock, inside, secrets, may_stay_locked, chain=backing)
+    how = Opening(read_only, no_cache, synchronous, lock, inside, secrets, may_stay_locked, backing, volatile=volatile)
     name = path if isinstance(path, str) else f"file:{os.fspath(path)}"
     return open_named(name, format, {} if options is None else options, how)
 
@@ -60,10 +62,11 @@ def open_layers(
     inside: Sequence[str] | None = None,
     secrets: Secrets = NO_SECRETS,
     may_stay_locked: bool = False,
+    volatile: bool = False,
 ) -> Image:
     """Open a stack of layers (:mod:`skep.block.tree`), told as ``driver=qcow2,file.driver=...`` or as mappings of
     mappings. All else as :func:`open_image`. What is no format at the top reads as a raw image."""
-    how = Opening(read_only, no_cache, synchronous, lock, inside, secrets, may_stay_locked, chain=backing)
+    how = Opening(read_only, no_cache, synchronous, lock, inside, secrets, may_stay_locked, backing, volatile=volatile)
     return open_tree(parse_layers(layers) if isinstance(layers, str) else layers, how)
 
 

@@ -35,6 +35,7 @@ class Opening:
     """What lies below an image is opened too."""
     guess: bool = True
     """A format that nobody told is found out: never where a guest may have written."""
+    volatile: bool = False
 
     @property
     def below(self) -> Opening:
@@ -61,7 +62,12 @@ def open_tree(tree: Tree, how: Opening) -> Image:
 def _open_place(name: str, how: Opening) -> File:
     """A file's bytes, whatever is in it."""
     return open_protocol(
-        name, read_only=how.read_only, no_cache=how.no_cache, synchronous=how.synchronous, lock=how.lock
+        name,
+        read_only=how.read_only,
+        no_cache=how.no_cache,
+        synchronous=how.synchronous,
+        lock=how.lock,
+        volatile=how.volatile,
     )
 
 

@@ -10,7 +10,13 @@ from skep.errors import UserError
 
 
 def open_protocol(
-    name: str, *, read_only: bool = False, no_cache: bool = False, synchronous: bool = False, lock: bool = True
+    name: str,
+    *,
+    read_only: bool = False,
+    no_cache: bool = False,
+    synchronous: bool = False,
+    lock: bool = True,
+    volatile: bool = False,
 ) -> File:
     """Raises UserError, and leaves nothing open then."""
     if scheme_of(name) in REMOTE:
@@ -18,7 +24,9 @@ def open_protocol(
 
         return whole_bytes(open_nbd(name, read_only=read_only, write_cache=not synchronous))
     path = name.removeprefix("file:")
-    return open_file(path, read_only=read_only, no_cache=no_cache, synchronous=synchronous, lock=lock)
+    return open_file(
+        path, read_only=read_only, no_cache=no_cache, synchronous=synchronous, lock=lock, volatile=volatile
+    )
 
 
 def create_protocol(name: str, size: int = 0) -> File:

@@ -41,9 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         _occupy_standard_descriptors()
-        from skep.cli.parser import run_command
+        if arguments[:1] == ["image"]:  # which has no use for what a VM needs, and is run by scripts again and again
+            from skep.cli.image import image
 
-        status = run_command(arguments)
+            status = image(arguments[1:])
+        else:
+            from skep.cli.parser import run_command
+
+            status = run_command(arguments)
         sys.stdout.flush()
         return status
     except UserError as error:

@@ -41,12 +41,14 @@ def open_by(path: str, how: How) -> Image:
         raise UserError("force-share=on can only be used with read-only images", path)
     no_cache = how.cache in ("none", "directsync")
     synchronous = not how.read_only and how.cache in ("writethrough", "directsync")
+    volatile = not how.read_only and how.cache == "unsafe"
     if how.layers is not None:
         return open_layers(
             how.layers,
             read_only=how.read_only,
             no_cache=no_cache,
             synchronous=synchronous,
+            volatile=volatile,
             lock=not how.shared,
             backing=how.backing,
             secrets=how.secrets,
@@ -58,6 +60,7 @@ def open_by(path: str, how: How) -> Image:
         read_only=how.read_only,
         no_cache=no_cache,
         synchronous=synchronous,
+        volatile=volatile,
         lock=not how.shared,
         backing=how.backing,
         secrets=how.secrets,

@@ -78,8 +78,7 @@ def create(
         write_at(file, cluster, (2 * cluster).to_bytes(8, "big").ljust(cluster, b"\0"))
         write_at(file, 2 * cluster, packing.pack(counts))
         write_at(file, 0, header.pack())
-        file.flush()
-    with kind(open_protocol(path)) as image:
+    with kind(open_protocol(path, volatile=True)) as image:  # what is half made need not survive
         if data_file is not None:
             place = data_file
             image.open_files(lambda name: create_protocol(place, size))
@@ -89,6 +88,8 @@ def create(
             encrypt_new(image, options, secrets)
         image.resize(size)
         image.reserve(0, preallocation)
+    with open_protocol(path) as file:
+        file.flush()
 
 
 def _wants_encryption(path: str, options: Mapping[str, str], secrets: Secrets) -> bool:

@@ -175,6 +175,8 @@ class Mapped(Image):
                 else:
                     place = self._place(word)
                     kind_here = Kind.ZERO if word & ZERO else Kind.DATA if place >= 0 else Kind.NONE
+                    if kind_here is Kind.DATA and n < end - offset:
+                        n = min(end - offset, (self._row(found) << bits) - inside)
                     new = Run(kind_here, place + inside if place >= 0 else -1, n)
             offset += new.length
             if kind is new.kind and kind is not Kind.COMPRESSED and new.host == (host + length if host >= 0 else -1):
@@ -186,6 +188,15 @@ class Mapped(Image):
         if length:
             runs.append(Run(kind, host, length))
         return runs
+
+    def _row(self, found: tuple[Slice, int]) -> int:
+        """How many clusters from this entry on, of this slice, are in a row in the file, with the same flags."""
+        words, at = found[0].words, found[1]
+        word, first = words[at], at
+        while at < len(words) and words[at] == word:
+            at += 1
+            word += self._cluster
+        return at - first
 
     def _subclusters(self, found: tuple[Slice, int], inside: int, most: int) -> Run:
         """The subclusters from ``inside`` a cluster on that are kept in one way."""
@@ -290,6 +301,10 @@ class Mapped(Image):
     @property
     def cluster_size(self) -> int:
         return self._cluster
+
+    @property
+    def zero_unit(self) -> int:
+        return self._subcluster
 
     @property
     def dirty(self) -> bool:

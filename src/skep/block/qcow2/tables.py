@@ -108,6 +108,14 @@ class Tables:
             one.dirty = True
             self._dirty += 1
 
+    def change_row(self, found: tuple[Slice, int], words: array[int]) -> None:
+        """Set entries that follow each other, without subclusters."""
+        one, at = found
+        one.words[at : at + len(words)] = words
+        if not one.dirty:
+            one.dirty = True
+            self._dirty += 1
+
     def set_l1(self, l1_index: int, entry: int) -> None:
         self.l1[l1_index] = entry
         self._l1_changed.add(l1_index)

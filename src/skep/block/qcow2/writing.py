@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from array import array
 
 from skep.block.backend import Buffers, File, split, write_at
 from skep.block.format import DamagedImage, ImageError
@@ -21,7 +22,7 @@ _STEP = 4096
 class Plan:
     """One step of a write: so many bytes in place, or new clusters for them."""
 
-    __slots__ = ("clusters", "event", "fresh", "host", "index", "length", "placed", "whole")
+    __slots__ = ("blank", "clusters", "event", "fresh", "host", "index", "length", "placed", "whole")
 
     def __init__(self, host: int, length: int) -> None:
         self.host = host
@@ -35,6 +36,8 @@ class Plan:
         """They had their place before."""
         self.whole = False
         """All of the cluster is copied, not only the subclusters that are written."""
+        self.blank = False
+        """Their entries were empty, and are in one slice of a table without subclusters."""
         self.fresh = False
         """Where they are nobody ever wrote."""
         self.event: threading.Event | None = None
@@ -132,8 +135,7 @@ class Written(Owning):
             plan.length = min(end, (index + plan.clusters) << self._bits) - offset
         if not self._is_data(plan.host, plan.length):
             raise self.corrupt(f"data of the disk would be written over tables at {plan.host:#x}")
-        for one in range(plan.index, plan.index + plan.clusters):
-            self._busy[one] = plan
+        self._busy.update(dict.fromkeys(range(plan.index, plan.index + plan.clusters), plan))
         return plan
 
     def _wait_for(self, index: int) -> threading.Event:
@@ -167,15 +169,17 @@ class Written(Owning):
 
     def _plan_new(self, index: int, last: int) -> Plan:
         """New clusters for those of the disk from ``index`` on that are like it in having no place."""
-        count = 1
-        first = self._entry(index)
-        while index + count <= last and index + count not in self._busy:
-            word = self._entry(index + count)
-            if bool(word) != bool(first) or (word & COPIED and not word & COMPRESSED and word & OFFSET):
-                break
-            if word and self._tables.words == 2:
-                break
-            count += 1
+        blank = self._blank_row(index, last - index + 1)
+        count = max(blank, 1)
+        if not blank:
+            first = self._entry(index)
+            while index + count <= last and index + count not in self._busy:
+                word = self._entry(index + count)
+                if bool(word) != bool(first) or (word & COPIED and not word & COMPRESSED and word & OFFSET):
+                    break
+                if word and self._tables.words == 2:
+                    break
+                count += 1
         if self._apart:
             plan = Plan(index << self._bits, 0)
         else:
@@ -183,8 +187,17 @@ class Written(Owning):
             plan = Plan(start << self._bits, 0)
             plan.fresh = start >= self._highest
             self._highest = max(self._highest, start + count)
-        plan.index, plan.clusters = index, count
+        plan.index, plan.clusters, plan.blank = index, count, bool(blank)
         return plan
+
+    def _blank_row(self, index: int, most: int) -> int:
+        """How many clusters from here on, of this slice of the table, have empty entries and nobody at work on them, if
+        it is quickly told: 0 may mean that it is not."""
+        found = self._tables.find(index)
+        if found is None or self._tables.words == 2:
+            return 0
+        row = found[0].words[found[1] : found[1] + most]
+        return 0 if any(row) or not self._busy.keys().isdisjoint(range(index, index + len(row))) else len(row)
 
     def _write_new(self, plan: Plan, buffers: Buffers, offset: int) -> None:
         """Data into new clusters, and around it what was there before; then they are linked."""
@@ -224,6 +237,10 @@ class Written(Owning):
         """The plan was carried out, and these bytes of the disk were written, or it failed."""
         with self._lock:
             try:
+                if plan.blank and written is not None:
+                    row = range(plan.host | COPIED, (plan.host | COPIED) + (plan.clusters << self._bits), self._cluster)
+                    self._tables.change_row(self._l2_to_change(plan.index), array("Q", row))
+                    return
                 for i in range(plan.clusters):
                     index = plan.index + i
                     if written is None:
@@ -370,14 +387,19 @@ class Written(Owning):
 
     # Compressed clusters.
 
-    def write_compressed(self, data: bytes | memoryview, offset: int) -> None:
+    def pack(self, data: bytes | memoryview) -> bytes:
+        if self._apart:
+            return b""
+        whole = data if len(data) == self._cluster else bytes(data) + bytes(self._cluster - len(data))
+        return compress(self.header.compression_type, whole) or b""
+
+    def write_compressed(self, data: bytes | memoryview, offset: int, packed: bytes | None = None) -> None:
         """A whole cluster, or the end of the disk; one that does not get smaller is written as it is."""
         self._may_write()
         if offset % self._cluster or (len(data) != self._cluster and offset + len(data) != self.size):
             raise ImageError("only whole clusters are compressed", self.path)
-        whole = data if len(data) == self._cluster else bytes(data) + bytes(self._cluster - len(data))
-        packed = None if self._apart else compress(self.header.compression_type, whole)
-        if packed is None:
+        packed = self.pack(data) if packed is None else packed
+        if not packed:
             self.pwritev([memoryview(data)], offset)
             return
         index = offset >> self._bits

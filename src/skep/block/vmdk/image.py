@@ -171,7 +171,7 @@ class VmdkImage(Image):
         for part, start, n in self._split(offset, length):
             part.write_zeroes(start, n, unmap)
 
-    def write_compressed(self, data: bytes | memoryview, offset: int) -> None:
+    def write_compressed(self, data: bytes | memoryview, offset: int, packed: bytes | None = None) -> None:
         if self.descriptor.create_type != _STREAM:
             raise self.cannot("has no compressed clusters, but for streamOptimized ones,")
         write_at(self, offset, data)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from skep.block import copying, load, resuming
+from skep.block import converting, copying, resuming
 from skep.block.backend import Extent, read_at, write_at
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.block.image import create_image, open_image
@@ -352,19 +352,18 @@ def convert(arguments: Namespace) -> int:
         if start:
             _say(arguments, f"Going on at {start} of {size} bytes.")
             resuming.prepare(sources, target, start)
-        lost = copying.convert(
-            sources,
-            target,
+        how = converting.Conversion(
             compress=arguments.compress,
             sparse=arguments.sparse,
             zero_target=arguments.target_is_zero or (not arguments.no_create and target.new_is_zeros),
             backing_size=None if target.backing is None else target.backing.size,
             salvage=arguments.salvage,
             workers=arguments.workers,
-            progress=_paced(arguments.rate, size, progress(arguments.progress and not arguments.quiet)),
+            ordered=not arguments.out_of_order,
             start=start,
-            settled=None if note is None else partial(note.settled, target),
         )
+        tell = _paced(arguments.rate, size, progress(arguments.progress and not arguments.quiet))
+        lost = converting.convert(sources, target, how, tell, None if note is None else partial(note.settled, target))
         if arguments.bitmaps:
             _copy_bitmaps(sources, target, arguments.skip_broken_bitmaps, again=bool(start))
         if note is not None:
@@ -401,6 +400,8 @@ def _note(
 def _open_target(name: str, arguments: Namespace, options: dict[str, str]) -> Image:
     """What `convert` writes to. A password that it was made with is the one that opens it."""
     how = replace(_how(arguments, write=True), shared=False)
+    if arguments.resume and how.cache == "unsafe":  # what is noted is to be there
+        how = replace(how, cache="writeback")
     if arguments.target_image_opts:
         return open_by(*described(name, replace(how, format=None)))
     kind = format_named(arguments.target_format)
@@ -469,7 +470,7 @@ def dd(arguments: Namespace) -> int:
                 n = min(copying.PIECE, size - at)
                 data = read_at(source, start + at, n)
                 data += bytes(-n % SECTOR)
-                for first, length, zero in copying.zero_runs(data, 4096):
+                for first, length, zero in converting.zero_runs(data, 4096):
                     if not zero:
                         write_at(target, at + first, memoryview(data)[first : first + length])
     return 0
@@ -626,6 +627,8 @@ def _bitmap_action(image: Qcow2Image, action: str, source: str | None, arguments
 
 
 def bench(arguments: Namespace) -> int:
+    from skep.block import load
+
     step = arguments.buffer if arguments.step is None else arguments.step
     with _open(arguments.file, arguments, _how(arguments, write=arguments.write)) as image:
         if not arguments.quiet:

@@ -75,7 +75,7 @@ def make_parser() -> Parser:
     one.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="as the disk was then")
     one.add_argument("-S", dest="sparse", type=size, default=4096, metavar="SIZE", help="zeros to leave out (4k)")
     one.add_argument("-m", dest="workers", type=int, default=8, metavar="N", help="transfers at once, 1 to 16 (8)")
-    one.add_argument("-W", dest="out_of_order", action="store_true", help="in any order, which it is anyway")
+    one.add_argument("-W", dest="out_of_order", action="store_true", help="write in any order")
     one.add_argument("-C", dest="offload", action="store_true", help="let the host copy, where it can")
     one.add_argument("-t", dest="cache", choices=CACHES, default="unsafe", help="how the target is written (unsafe)")
     one.add_argument("-T", dest="source_cache", choices=CACHES, default="writeback", help="how the source is read")

@@ -1,0 +1,303 @@
+"""Copying disks into a new one.
+
+Several threads read, look for zeros and compress, each one piece after another; they write in the order of the pieces,
+so that the same disk makes the same file. Two writes to one file would wait for each other in the kernel anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from skep.block.backend import Extent, write_zeroes_as_data
+from skep.block.copying import PIECE, Progress, Spot, nothing, pieces
+from skep.block.format import SECTOR, Can, Image, ImageError
+
+_ZEROES = bytes(2 << 20)
+_COARSE = 1 << 16
+_MOST_PACKERS = 4
+_WATCHED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What is asked of :func:`convert`."""
+
+    compress: bool = False
+    sparse: int = 4096
+    """Runs of at least so many bytes of zeros are not written; 0: everything is."""
+    zero_target: bool = False
+    """The target reads as zeros now."""
+    backing_size: int | None = None
+    """The target lies over an image of that size, which has what the sources have only from below."""
+    salvage: bool = False
+    """What cannot be read becomes zeros."""
+    workers: int = 8
+    """Pieces at once, at most."""
+    ordered: bool = True
+    """Written in their order."""
+    start: int = 0
+    """What is before that, in bytes, is there already."""
+
+
+def convert(
+    sources: Sequence[Image],
+    target: Image,
+    how: Conversion,
+    progress: Progress = nothing,
+    settled: Callable[[int], None] | None = None,
+) -> int:
+    """Copy disks, one behind the other, into one that is large enough. Returns how many sectors could not be read;
+    unless they are to be salvaged, the first of them is an OSError. ``settled`` is told, in order, up to where all is
+    written."""
+    if how.compress and Can.COMPRESS not in target.can:
+        raise ImageError(f"a {target.format} image has no compressed clusters", target.path)
+    step = max(PIECE, target.zero_unit, (target.cluster_size or PIECE) if how.compress else 0)
+    spots = pieces(sources, step)
+    if how.backing_size is None:
+        spots = _coarser(spots, max(how.sparse, target.zero_unit), step)
+    if how.compress:
+        spots = _whole_clusters(spots, target.cluster_size or PIECE, step)
+    if how.backing_size is not None:
+        spots = _not_below(spots, how.backing_size)
+    spots = (spot for spot in spots if spot.end > how.start)
+    total = sum(image.size for image in sources)
+
+    def done(spot: Spot) -> None:
+        progress(spot.end / total)
+        if settled is not None:
+            settled(spot.end)
+
+    line = _Line(spots, how.ordered, lambda: _Worker(target, how, step), done)
+    line.run(min(how.workers, _MOST_PACKERS if how.compress else os.cpu_count() or 1), eager=how.compress)
+    progress(1)
+    return line.missing
+
+
+def _coarser(spots: Iterator[Spot], least: int, most: int) -> Iterator[Spot]:
+    """Zeros that are too few to be left out are read with what is around them, and not a transfer of their own."""
+    held: Spot | None = None
+    for spot in spots:
+        if held is not None:
+            length = held.extent.length + spot.extent.length
+            few = not spot.zeros or spot.extent.length < least
+            if few and not held.zeros and spot.image is held.image and length <= most:
+                held = held._replace(extent=Extent(held.extent.offset, length, data=True))
+                continue
+            yield held
+        held = spot
+    if held is not None:
+        yield held
+
+
+def _whole_clusters(spots: Iterator[Spot], unit: int, most: int) -> Iterator[Spot]:
+    """Transfers that begin and end at clusters of the target, of all that is not zeros only."""
+    end = 0
+    for spot in spots:
+        if spot.zeros:
+            continue
+        limit = spot.image.size
+        base = spot.at - spot.extent.offset
+        first = max(end, spot.at // unit * unit)
+        last = min(base + limit, -(-spot.end // unit) * unit)
+        while first < last:
+            n = min(last - first, most)
+            yield Spot(spot.image, Extent(first - base, n, data=True), first)
+            first += n
+        end = max(end, last)
+
+
+def _not_below(spots: Iterator[Spot], backing_size: int) -> Iterator[Spot]:
+    """Those that the image below the target does not have."""
+    for spot in spots:
+        if not spot.extent.depth or (spot.extent.present and spot.end > backing_size):
+            yield spot
+
+
+class _Worker:
+    """What one thread does with one piece after another."""
+
+    def __init__(self, target: Image, how: Conversion, most: int) -> None:
+        self._target, self._how = target, how
+        self._unit = target.cluster_size or PIECE
+        self._room = bytearray(most)  # once, as new memory costs as much as a transfer
+        self._packed: list[tuple[int, int, bytes | None]] = []
+
+    def prepare(self, spot: Spot) -> int:
+        """Read it; returns how many sectors could not be read."""
+        if spot.zeros:
+            return 0
+        length = spot.extent.length
+        with memoryview(self._room)[:length] as view:
+            missing = _read_into(spot.image, view, spot.extent.offset, self._how.salvage)
+            if self._how.compress:
+                self._packed = list(self._pack(view))
+        return missing
+
+    def _pack(self, view: memoryview) -> Iterator[tuple[int, int, bytes | None]]:
+        for at in range(0, len(view), self._unit):
+            n = min(self._unit, len(view) - at)
+            if self._how.backing_size is not None or self._room[at : at + n] != _ZEROES[:n]:
+                yield at, n, self._target.pack(view[at : at + n])
+
+    def write(self, spot: Spot) -> None:
+        if spot.zeros:
+            self._clear(spot)
+            return
+        length, how, target = spot.extent.length, self._how, self._target
+        with memoryview(self._room) as view:
+            if how.compress:
+                for at, n, packed in self._packed:
+                    target.write_compressed(view[at : at + n], spot.at + at, packed)
+                return
+            for start, n, zero in self._runs(spot) if how.sparse else ((0, length, False),):
+                if not zero:
+                    target.pwritev([view[start : start + n]], spot.at + start)
+                elif not how.zero_target or how.backing_size is not None:
+                    target.write_zeroes(spot.at + start, n, True)
+
+    def _runs(self, spot: Spot) -> Iterator[tuple[int, int, bool]]:
+        unit = max(self._how.sparse, self._target.zero_unit)
+        return zero_runs(self._room, unit, spot.extent.length, -spot.at % unit)
+
+    def _clear(self, spot: Spot) -> None:
+        how = self._how
+        if not how.sparse:
+            write_zeroes_as_data(self._target, spot.at, spot.extent.length)
+        elif not how.zero_target or (how.backing_size is not None and spot.at < how.backing_size):
+            self._target.write_zeroes(spot.at, spot.extent.length, True)
+
+
+class _Line:
+    """Threads that take spots from one row of them, prepare them as they like, and write them in turn."""
+
+    def __init__(
+        self, spots: Iterator[Spot], ordered: bool, make_worker: Callable[[], _Worker], done: Callable[[Spot], None]
+    ) -> None:
+        self._spots = enumerate(spots)
+        self._ordered = ordered
+        self._make_worker = make_worker
+        self._done = done
+        self._taking = threading.Lock()
+        self._turn = threading.Condition()
+        self._next = 0
+        """Whose turn it is to write."""
+        self._error: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        self.missing = 0
+
+    def run(self, workers: int, *, eager: bool) -> None:
+        """Until there are no more, on this thread and others. Unless ``eager``, those come when it turns out that to
+        prepare takes longer than to write: a copy of what the host has in memory is done fastest by one. Raises what
+        the first thread that failed did."""
+        for n in range(1, workers):
+            self._threads.append(threading.Thread(target=self._work, name=f"convert {n}", daemon=True))
+        if eager:
+            self._start_others()
+        self._work(watch=not eager)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _start_others(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self, *, watch: bool = False) -> None:
+        preparing = writing = 0.0
+        try:
+            worker = self._make_worker()
+            while (taken := self._take()) is not None:
+                number, spot = taken
+                begun = time.monotonic()
+                missing = worker.prepare(spot)
+                prepared = time.monotonic()
+                if not self._ordered:
+                    worker.write(spot)
+                with self._turn:
+                    while self._next != number and self._error is None:
+                        self._turn.wait()
+                if self._error is not None:
+                    return
+                if self._ordered:
+                    worker.write(spot)
+                self.missing += missing
+                self._done(spot)
+                with self._turn:
+                    self._next += 1
+                    self._turn.notify_all()
+                if watch and number < _WATCHED:
+                    preparing += prepared - begun
+                    writing += time.monotonic() - prepared
+                elif watch:
+                    watch = False
+                    if preparing > writing:
+                        self._start_others()
+        except BaseException as error:
+            with self._turn:
+                self._error = self._error or error
+                self._turn.notify_all()
+
+    def _take(self) -> tuple[int, Spot] | None:
+        with self._taking:
+            return next(self._spots, None)
+
+
+def _read_into(image: Image, room: memoryview, offset: int, salvage: bool) -> int:
+    """Fill the room; returns how many sectors could not be read, and are zeros."""
+    try:
+        image.preadv([room], offset)
+        return 0
+    except OSError:
+        if not salvage:
+            raise
+    missing = 0
+    for at in range(0, len(room), SECTOR):
+        try:
+            image.preadv([room[at : at + SECTOR]], offset + at)
+        except OSError:
+            room[at : at + SECTOR] = bytes(len(room[at : at + SECTOR]))
+            missing += 1
+    return missing
+
+
+def zero_runs(
+    data: bytes | bytearray, least: int, length: int | None = None, first: int = 0
+) -> Iterator[tuple[int, int, bool]]:
+    """(start, length, whether it is zeros) of a buffer's first ``length`` bytes, cut at ``first`` and multiples of
+    ``least`` from there on, which are whole sectors; runs of zeros shorter than that count as data."""
+    unit = max(1, -(-least // SECTOR)) * SECTOR
+    length = len(data) if length is None else length
+    units, stride = max(0, length - first) // unit, _COARSE // unit * unit
+    with memoryview(data)[first : first + units * unit] as view, view.cast("Q") as words:
+        first_words = words[:: unit // 8].tolist()
+    start = number = 0
+    while True:
+        try:
+            number = first_words.index(0, number)
+        except ValueError:
+            break
+        at = first + number * unit
+        if data[at : at + unit] != _ZEROES[:unit]:
+            number += 1
+            continue
+        end = at + unit
+        while end < length:
+            coarse, fine = min(stride, length - end), min(unit, length - end)
+            if unit < coarse and data[end : end + coarse] == _ZEROES[:coarse]:
+                end += coarse
+            elif data[end : end + fine] == _ZEROES[:fine]:
+                end += fine
+            else:
+                break
+        if start < at:
+            yield start, at - start, False
+        yield at, end - at, True
+        start, number = end, -(-(end - first) // unit)
+    if start < length:
+        yield start, length - start, False

@@ -1,0 +1,97 @@
+"""Copying disks: what is zeros, what order, and what went wrong."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.block.backend import write_at
+from skep.block.converting import Conversion, convert, zero_runs
+from skep.block.image import create_image, open_image, open_layers
+
+MIB = 1 << 20
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=12),
+    st.sampled_from([512, 1024, 1536, 4096]),
+    st.integers(0, 9),
+    st.integers(0, 511),
+)
+def test_runs_are_all_of_it_and_zeros_are_zeros(
+    pieces: list[tuple[int, bool]], least: int, first: int, tail: int
+) -> None:
+    data = b"".join((bytes(512) if zero else b"\1" + bytes(511)) * count for count, zero in pieces) + bytes(tail)
+    first = min(first * 512, least - 512)
+    at = 0
+    for start, length, zero in zero_runs(bytearray(data) + b"beyond", least, len(data), first):
+        assert start == at and length > 0
+        at += length
+        assert not zero or (not any(data[start:at]) and (start - first) % least == 0)
+        if not zero:  # no whole unit of zeros is missed
+            units = range(first + -(-(start - first) // least) * least, at - least + 1, least)
+            assert all(any(data[unit : unit + least]) for unit in units if unit >= first)
+    assert at == len(data)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_same_disk_makes_the_same_file_in_order(tmp_path: Path, ordered: bool, compress: bool) -> None:
+    chance = random.Random(6)
+    content = bytearray(24 * MIB)
+    for _ in range(60):
+        at = chance.randrange(len(content) - MIB)
+        content[at : at + 40960] = chance.randbytes(4096) * 10
+    (tmp_path / "source").write_bytes(content)
+    made = []
+    for workers in (1, 4, 4):
+        path = tmp_path / f"target{len(made)}"
+        create_image(path, "qcow2", len(content))
+        with (
+            open_image(tmp_path / "source", format="raw", read_only=True) as source,
+            open_image(path, format="qcow2") as target,
+        ):
+            how = Conversion(zero_target=True, workers=workers, ordered=ordered, compress=compress)
+            told: list[float] = []
+            assert convert([source], target, how, told.append) == 0
+            assert told == sorted(told) and told[-1] == 1
+        with open_image(path, format="qcow2", read_only=True) as target:
+            back = bytearray(len(content))
+            target.preadv([memoryview(back)], 0)
+            assert back == content
+            assert target.check().clean
+        made.append(path.read_bytes())
+    assert not ordered or made[0] == made[1] == made[2]
+
+
+def test_an_error_of_one_thread_ends_all_and_is_told(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(random.Random(7).randbytes(32 * MIB))
+    create_image(tmp_path / "target", "raw", 32 * MIB)
+    bad = f"driver=fault,what=read,start=15M,end={15 * MIB + 1024},file.driver=file,file.filename={tmp_path}/source"
+    with (
+        open_layers(bad, read_only=True) as source,
+        open_image(tmp_path / "target", format="raw") as target,
+    ):
+        with pytest.raises(OSError, match="this read is to fail"):
+            convert([source], target, Conversion())
+        assert convert([source], target, Conversion(salvage=True)) == 2
+    assert not [one for one in threading.enumerate() if one.name.startswith("convert")]
+    content = bytearray((tmp_path / "source").read_bytes())
+    content[15 * MIB : 15 * MIB + 1024] = bytes(1024)
+    assert (tmp_path / "target").read_bytes() == content
+
+
+def test_zeros_of_whole_clusters_only_are_left_out_of_a_qcow2(tmp_path: Path) -> None:
+    """Less saves nothing there, and costs a write for each piece between them."""
+    create_image(tmp_path / "source", "raw", MIB)
+    with open_image(tmp_path / "source", format="raw") as source:
+        write_at(source, 4096, b"\1" * 57344 + bytes(8192) + b"\1" * 8192)
+        create_image(tmp_path / "target", "qcow2", MIB)
+        with open_image(tmp_path / "target", format="qcow2") as target:
+            convert([source], target, Conversion(zero_target=True))
+            assert [(one.offset, one.length) for one in target.extents() if one.data] == [(0, 2 << 16)]
