@@ -10,7 +10,7 @@ from skep.block.backend import read_at, write_at
 from skep.block.format import CheckResult, DamagedImage, ImageError
 from skep.block.qcow2 import snapshots
 from skep.block.qcow2.header import MOST_REFCOUNT_TABLE_BYTES, Incompatible
-from skep.block.qcow2.refcounts import Packing, from_big_endian, to_big_endian
+from skep.block.qcow2.refcounts import Packing, from_big_endian, read_words, to_big_endian
 from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET, ZERO
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Checker:
         self._span(image.header.snapshots_offset, size, "snapshot table")
         for entry in entries:
             self._span(entry.l1_offset, entry.l1_size * 8, f"L1 table of snapshot {entry.snapshot.id}")
-            l1 = from_big_endian(read_at(image.file, entry.l1_offset, entry.l1_size * 8))
+            l1 = read_words(image.file, entry.l1_offset, entry.l1_size)
             self._tree(l1, active=False)
 
     def _span(self, offset: int, size: int, what: str) -> None:

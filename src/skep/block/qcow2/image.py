@@ -8,11 +8,11 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from skep.block.backend import Buffers, File, fill_zeroes, split, write_at, write_zeroes_as_data
+from skep.block.backend import Buffers, File, fill_zeroes, split, write_zeroes_as_data
 from skep.block.format import BackingName, Bitmap, Can, CheckResult, ImageError, Option, Snapshot
 from skep.block.qcow2 import amend, bitmaps, check, create, snapshots
 from skep.block.qcow2.header import MOST_L1_BYTES, Autoclear, Compression, Extension, Incompatible, read_header
-from skep.block.qcow2.refcounts import to_big_endian
+from skep.block.qcow2.refcounts import write_words
 from skep.block.qcow2.tables import DEFAULT_CACHE
 from skep.block.qcow2.writing import Written
 from skep.block.secrets import NO_SECRETS, Secrets, secret_named
@@ -121,7 +121,7 @@ class Qcow2Image(Written):
             self.settle()
             entries = -(-size // (self._tables.entries << self._bits))
             if entries > len(self._tables.l1):
-                self.replace_l1([*self._tables.l1, *[0] * (entries - len(self._tables.l1))], size)
+                self.replace_l1(self._longer_l1(entries), size)
             else:
                 self._set_size(size)
             if self._apart:
@@ -176,15 +176,19 @@ class Qcow2Image(Written):
         self._cut(0, -(-self.size // self._cluster))
         self.settle()
 
-    def replace_l1(self, entries: Sequence[int], size: int) -> None:
+    def _longer_l1(self, entries: int) -> array[int]:
+        words = array("Q", bytes(8)) * entries
+        words[: len(self._tables.l1)] = self._tables.l1
+        return words
+
+    def replace_l1(self, words: array[int], size: int) -> None:
         """Another L1 table, of a disk of another size. Everything has been flushed; the old table's tree is the
         caller's affair."""
-        words = array("Q", entries)
         old = (self._tables.l1_offset >> self._bits, -(-len(self._tables.l1) * 8 // self._cluster))
         with self._lock:
-            offset = self.take_row(max(1, -(-len(words) * 8 // self._cluster))) << self._bits
-        data = to_big_endian(words)
-        write_at(self.file, offset, data.ljust(-(-len(data) // self._cluster) * self._cluster, b"\0"))
+            clusters = max(1, -(-len(words) * 8 // self._cluster))
+            offset = self.take_row(clusters) << self._bits
+        write_words(self.file, offset, words, clusters << self._bits)
         self.flush()
         self.header.l1_table_offset, self.header.l1_size = offset, len(words)
         self._set_size(size)
@@ -243,7 +247,7 @@ class Qcow2Image(Written):
             if entries * 8 > MOST_L1_BYTES:
                 raise OSError(errno.EFBIG, "the VM's state is too large", self.path)
             self.settle()
-            self.replace_l1([*self._tables.l1, *[0] * (entries - len(self._tables.l1))], self.size)
+            self.replace_l1(self._longer_l1(entries), self.size)
         self._write(buffers, at)
         self._after_write()
 

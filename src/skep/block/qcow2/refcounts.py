@@ -12,7 +12,7 @@ from array import array
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from skep.block.backend import File, read_at
+from skep.block.backend import File, read_at, write_at, write_zeroes_as_data
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import MOST_REFCOUNT_TABLE_BYTES, Header
 
@@ -38,6 +38,29 @@ def to_big_endian(values: array[int]) -> bytes:
         values = values[:]
         values.byteswap()
     return values.tobytes()
+
+
+_PIECE = 1 << 20
+
+
+def read_words(file: File, offset: int, count: int) -> array[int]:
+    """A table that may be as long as an L1 table: in memory once."""
+    words = array("Q", bytes(8)) * count
+    with memoryview(words).cast("B") as view:
+        there = max(0, min(len(view), file.size - offset))
+        for at in range(0, there, _PIECE):
+            file.preadv([view[at : min(at + _PIECE, there)]], offset + at)
+    if sys.byteorder == "little":
+        words.byteswap()
+    return words
+
+
+def write_words(file: File, offset: int, words: array[int], length: int) -> None:
+    """The same back, and zeros behind it up to ``length`` bytes."""
+    step = _PIECE // 8
+    for first in range(0, len(words), step):
+        write_at(file, offset + first * 8, to_big_endian(words[first : first + step]))
+    write_zeroes_as_data(file, offset + len(words) * 8, length - len(words) * 8)
 
 
 class Packing:
@@ -103,8 +126,10 @@ class Refcounts:
         self.per_block = self._cluster * 8 // self._packing.bits
         """Clusters that one block counts."""
         size = header.refcount_table_clusters << self._bits
-        table = from_big_endian(read_at(file, header.refcount_table_offset, size))
-        self.table = array("Q", [entry & _OFFSET for entry in table])
+        self.table = read_words(file, header.refcount_table_offset, size // 8)
+        for i, entry in enumerate(self.table):
+            if entry & ~_OFFSET:
+                self.table[i] = entry & _OFFSET
         """Where the blocks are, by number; 0 for one that there is not."""
         self.table_offset = header.refcount_table_offset
         self._changed: set[int] = set()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from skep.block.backend import read_at
 from skep.block.format import DamagedImage, ImageError, Snapshot
 from skep.block.qcow2.header import MOST_L1_BYTES, MOST_SNAPSHOTS, Incompatible
-from skep.block.qcow2.refcounts import from_big_endian, to_big_endian
+from skep.block.qcow2.refcounts import from_big_endian, read_words, to_big_endian
 from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET
 
 if TYPE_CHECKING:
@@ -153,7 +153,10 @@ def apply(image: Qcow2Image, name: str) -> None:
     with _uncertain(image):
         _count(image, new, 1)
         image.flush()
-        image.replace_l1([entry & ~COPIED for entry in new], wanted.snapshot.size)
+        for i, entry in enumerate(new):
+            if entry & COPIED:
+                new[i] = entry & ~COPIED
+        image.replace_l1(new, wanted.snapshot.size)
         image.settle()
         _count(image, old, -1)
         image.settle()
@@ -202,7 +205,7 @@ def l1_of(image: Qcow2Image, entry: Entry) -> array[int]:
     least = -(-entry.snapshot.size // (image.header.l2_entries * image.cluster_size))
     if entry.snapshot.size % 512 or least * 8 > MOST_L1_BYTES:
         raise DamagedImage(image.path, f"a snapshot of {entry.snapshot.size} bytes")
-    l1 = from_big_endian(read_at(image.file, entry.l1_offset, entry.l1_size * 8))
+    l1 = read_words(image.file, entry.l1_offset, entry.l1_size)
     l1.extend([0] * (least - len(l1)))
     return l1
 

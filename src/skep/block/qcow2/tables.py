@@ -12,7 +12,7 @@ from collections import OrderedDict
 from skep.block.backend import File, read_at
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import Header
-from skep.block.qcow2.refcounts import Write, from_big_endian, to_big_endian
+from skep.block.qcow2.refcounts import Write, from_big_endian, read_words, to_big_endian
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -48,7 +48,7 @@ class Tables:
         self._per_slice = self._slice // 8 // self.words
         self._slice_bits = self._per_slice.bit_length() - 1
         self.l1_offset = header.l1_table_offset
-        self.l1 = from_big_endian(read_at(file, header.l1_table_offset, header.l1_size * 8))
+        self.l1 = read_words(file, header.l1_table_offset, header.l1_size)
         self._l1_changed: set[int] = set()
         self._slices: OrderedDict[int, Slice] = OrderedDict()
         self._writing: set[int] = set()
