@@ -72,7 +72,7 @@ class ScriptedVm:
         self.max_vcpus = max_vcpus
         self.vcpus: list[ScriptedVcpu] = []
         self.offsets: list[int] = []
-        self.local_apics = None
+        self.local_apics = self.doorbells = None
         self.closed = False
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> ScriptedVcpu:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from skep.contracts.constantports import ConstantPorts
-from skep.contracts.io import IoRegion
+from skep.contracts.io import Doorbells, IoRegion
 
 _REMEMBERED = 64  # unknown addresses; a guest that scans all of them must not fill our memory
 
@@ -43,6 +43,8 @@ class Bus:
         self._ports: dict[int, Window] = {}
         self._mmio: list[Window] = []
         self._starts: list[int] = []
+        self._doorbells: dict[int, int] = {}
+        self._engine: Doorbells | None = None
 
     def close(self) -> None:
         """After the engine's VM."""
@@ -90,6 +92,30 @@ class Bus:
             if at < 0 or self._starts[at] != gpa:
                 raise KeyError(gpa)
             del self._mmio[at], self._starts[at]
+
+    # A doorbell lies in a window whose region does what the reader of the eventfd does: where the engine has none.
+
+    def add_doorbell(self, gpa: int, fd: int) -> None:
+        """A write at ``gpa`` may as well add 1 to the eventfd ``fd``."""
+        with self.lock:
+            self._doorbells[gpa] = fd
+            if self._engine is not None:
+                self._engine.add(gpa, fd)
+
+    def remove_doorbell(self, gpa: int) -> None:
+        """Before its window goes, and before ``fd`` is closed."""
+        with self.lock:
+            fd = self._doorbells.pop(gpa)
+            if self._engine is not None:
+                self._engine.remove(gpa, fd)
+
+    def adopt_doorbells(self, engine: Doorbells | None) -> None:
+        """An engine's VM was made that has them, or is about to go (None)."""
+        with self.lock:
+            self._engine = engine
+            if engine is not None:
+                for gpa, fd in self._doorbells.items():
+                    engine.add(gpa, fd)
 
     def owner(self, space: str, address: int) -> str | None:
         """Who answers at ``address`` of "port" or "mmio", for diagnosis; None: nobody."""

@@ -6,8 +6,9 @@ starts, as firmware would; the guest may move them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from skep.bus import Bus
@@ -60,6 +61,8 @@ class Bar:
     io: bool
     wide: bool
     prefetchable: bool
+    doorbells: Mapping[int, int]
+    """Offsets at which a write only wakes somebody, and the eventfd that does."""
     at: int | None = None
     """The address on the board's bus; None while it is not decoded, or hidden behind what was there before."""
 
@@ -112,14 +115,16 @@ class PciFunction(Fields):
         io: bool = False,
         wide: bool = False,
         prefetchable: bool = False,
+        doorbells: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        """A window of ``size`` bytes, a power of two; ``wide`` is a 64-bit one, which takes the next index too."""
+        """A window of ``size`` bytes, a power of two; ``wide`` is a 64-bit one, which takes the next index too.
+        ``doorbells`` are eventfds by offset, open as long as the function is on its bus."""
         least = 4 if io else 16
         if size & (size - 1) or size < least or index + wide > 5 or (io and (wide or size > 256)):
             raise ValueError(f"{self.name}: no such BAR {index} of {size:#x} bytes")
         if any(index <= bar.index + bar.wide and bar.index <= index + wide for bar in self.bars.values()):
             raise ValueError(f"{self.name}: BAR {index} is taken")
-        self.bars[index] = Bar(index, size, region, io, wide, prefetchable)
+        self.bars[index] = Bar(index, size, region, io, wide, prefetchable, doorbells)
         kind = 1 if io else wide << 2 | prefetchable << 3
         width = 8 if wide else 4
         self._put(BAR0 + 4 * index, width, kind, writable=(1 << 8 * width) - size)
@@ -219,9 +224,13 @@ class PciFunction(Fields):
             except ValueError:
                 continue
             bar.at = wanted
+            for offset, fd in bar.doorbells.items():
+                self._bus.add_doorbell(wanted + offset, fd)
 
     def _unmap(self, bar: Bar) -> None:
         if bar.at is not None and self._bus is not None:
+            for offset in bar.doorbells:
+                self._bus.remove_doorbell(bar.at + offset)
             (self._bus.remove_ports if bar.io else self._bus.remove_mmio)(bar.at)
             bar.at = None
 

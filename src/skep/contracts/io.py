@@ -46,9 +46,10 @@ class MsiSink(Protocol):
     def signal(self, address: int, data: int) -> None: ...
 
 
-class Doorbell(Protocol):
-    """A guest write that only wakes somebody. ``fileno`` is an eventfd that becomes readable."""
+class Doorbells(Protocol):
+    """Guest writes that only wake somebody, where an engine can do that without leaving guest code for it."""
 
-    def fileno(self) -> int: ...
+    def add(self, gpa: int, fd: int) -> None:
+        """From now on a write at ``gpa``, of any size and value, adds 1 to the eventfd ``fd``, and does no more."""
 
-    def close(self) -> None: ...
+    def remove(self, gpa: int, fd: int) -> None: ...

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import LocalApics, LocalInterrupts
-from skep.contracts.io import IoSpace
+from skep.contracts.io import Doorbells, IoSpace
 from skep.engine.exits import Exits
 from skep.memory import GuestMemory
 
@@ -87,6 +87,8 @@ class EngineVm(Protocol):
     max_vcpus: int
     local_apics: LocalApics | None
     """Where :attr:`Engine.hosts_apics`."""
+    doorbells: Doorbells | None
+    """Where it has any."""
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> Vcpu:
         """``interrupts`` are :class:`~skep.contracts.interrupts.HostedInterrupts` where the engine hosts the APICs."""

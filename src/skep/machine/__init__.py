@@ -11,9 +11,9 @@ from skep.clock import GuestClock
 from skep.config import Settings, Tree
 from skep.contracts.chardev import CharBackend
 from skep.contracts.device import Device
-from skep.contracts.interrupts import LocalApics, LocalInterrupts
+from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
-from skep.engine.contract import Engine
+from skep.engine.contract import Engine, EngineVm
 from skep.errors import HostError
 from skep.locks import Lock
 from skep.memory import GuestMemory
@@ -60,8 +60,8 @@ class Board(Protocol):
         Gives the first processor's state, for :meth:`skep.engine.contract.Vcpu.set_state`.
         """
 
-    def adopt_apics(self, apics: LocalApics | None) -> None:
-        """Where the engine hosts the local APICs: its VM was made, or is about to go (None)."""
+    def adopt(self, vm: EngineVm | None) -> None:
+        """The engine's VM was made, or is about to go (None): the board uses what it has of its own."""
 
     def interrupts(self, index: int) -> LocalInterrupts: ...
 

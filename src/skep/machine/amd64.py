@@ -17,7 +17,7 @@ from skep.bus.pci import FUNCTIONS, SLOTS, HostBridge, PciBus
 from skep.clock import GuestClock
 from skep.config import Node, Settings, Tree, option, values, view
 from skep.contracts.device import Device
-from skep.contracts.interrupts import LocalApics, LocalInterrupts
+from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.devices import pm
 from skep.devices.i8042 import I8042
@@ -30,7 +30,7 @@ from skep.devices.vmgenid import VmGenId
 from skep.engine.amd64.cpuid import PHYSICAL_BITS
 from skep.engine.amd64.registers import Attr, CpuState, Cr0, Rflags, Segment
 from skep.engine.amd64.tsc import read_tsc, tsc_hz
-from skep.engine.contract import Engine
+from skep.engine.contract import Engine, EngineVm
 from skep.errors import HostError, UserError
 from skep.firmware import acpi
 from skep.irqchip import hpet, ioapic, lapic
@@ -236,9 +236,10 @@ class Amd64Board:
 
     # Processors.
 
-    def adopt_apics(self, apics: LocalApics | None) -> None:
+    def adopt(self, vm: EngineVm | None) -> None:
         if self._hosted is not None:
-            self._hosted.adopt(apics)
+            self._hosted.adopt(vm.local_apics if vm is not None else None)
+        self.bus.adopt_doorbells(vm.doorbells if vm is not None else None)
 
     def interrupts(self, index: int) -> LocalInterrupts:
         return self.lapics[index]

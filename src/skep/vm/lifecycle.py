@@ -421,7 +421,7 @@ class Vm:
         self._engine_vm = self._engine.create_vm(
             board.memory, board.io, board.cpus, self.settings.cpu_model, board.clock.tsc_offset
         )
-        board.adopt_apics(self._engine_vm.local_apics)
+        board.adopt(self._engine_vm)
         self._engine_vm.answer_ports(board.bus.constants)
         if self.settings.stats or self.settings.perf_map:
             self._engine_vm.observe(times=self.settings.stats, perf_map=self.settings.perf_map)
@@ -469,7 +469,7 @@ class Vm:
         self._processors = []
         if self._engine_vm is not None:
             self.board.clock.remove_offset_listener(self._engine_vm.set_tsc_offset)
-            self.board.adopt_apics(None)
+            self.board.adopt(None)
             self._engine_vm.close()
             self._engine_vm = None
 

@@ -84,7 +84,7 @@ class VirtioDevice(Fields):
         self.lock = lock
         self.features = features | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX | F_RING_RESET
         self.queues = [Queue(memory, size, index) for index, size in enumerate(queue_sizes)]
-        self.worker = Worker(name, self._turn, self._report, self._count_unfinished, self.fail)
+        self.worker = Worker(name, self._turn, self._report, self._count_unfinished, self.fail, self._rung)
         self.status = 0
         self.driver_features = 0
         self.generation = 0
@@ -225,6 +225,10 @@ class VirtioDevice(Fields):
         if not self.worker.held and index < len(self.queues):
             self._asked[index] = True
             self.lock.after(self.worker.visit)
+
+    def _rung(self) -> None:
+        """The same for some queue or other, on the worker's thread."""
+        self._asked[:] = [True] * len(self.queues)
 
     def reset_queue(self, index: int) -> None:
         """2.6.1: stop, and return to what it was before it was set up. ``queue_resetting`` until that is done."""

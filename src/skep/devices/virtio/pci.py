@@ -43,8 +43,9 @@ class VirtioPci(PciFunction):
         super().__init__(device.name, PciIds(VENDOR, number, device.class_code, REVISION, VENDOR, number), pin)
         self.device = device
         self.registers = _Registers(self)
-        self.add_bar(0, REGISTERS_SIZE, self.registers)
         queues = len(device.queues)
+        bells = {NOTIFY + NOTIFY_MULTIPLIER * index: device.worker.bell for index in range(queues)}
+        self.add_bar(0, REGISTERS_SIZE, self.registers, doorbells=bells)
         vectors = self.add_msix(queues + 1, 1)  # one for configuration changes
         self._signal = vectors.signal
         self._vectors = vectors

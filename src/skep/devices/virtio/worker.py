@@ -28,11 +28,15 @@ from skep.locks import Lock, Order
 _eventfd_write = ctypes.PyDLL(None).eventfd_write
 _eventfd_write.argtypes = (ctypes.c_int, ctypes.c_uint64)
 
+_OURS = 1 << 32
+"""What we ring with; an engine's rings are counted below."""
+
 
 class Worker:
     """``turn`` works for a while, told whether a visitor does it, and returns whether there is more to do; ``report``
     follows each turn, without locks. ``unfinished`` counts what turns have left to other threads; its growing is a
-    turn's doing, and a fall is followed by a visit or a ring.
+    turn's doing, and a fall is followed by a visit or a ring. ``rung`` comes before the turn where an engine rang, and did
+    not say for what.
 
     The thread starts with the first :meth:`release`. An exception in a turn is ours: it goes to ``failed``, and the
     report that follows is to stop what goes wrong.
@@ -45,6 +49,7 @@ class Worker:
         report: Callable[[], None],
         unfinished: Callable[[], int],
         failed: Callable[[BaseException], None],
+        rung: Callable[[], None],
     ) -> None:
         self.name = name
         self.held = True
@@ -53,19 +58,21 @@ class Worker:
         self._report = report
         self._unfinished = unfinished
         self._failed = failed
+        self._rung = rung
         self._lock = Lock(f"{name} worker", Order.BLOCK)
         self._idle = threading.Event()
         self._idle.set()
         self._turning = False
         self._missed = False
         """Somebody came during a turn, with work that the turn may not have seen."""
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC)
+        self.bell = os.eventfd(0, os.EFD_CLOEXEC)
+        """For an engine to ring, by adding 1."""
         self._closing = False
         self._thread: threading.Thread | None = None
 
     def ring(self) -> None:
         """From any thread, and never lost: a turn on the worker's own thread."""
-        _eventfd_write(self._bell, 1)
+        _eventfd_write(self.bell, _OURS)
 
     def visit(self) -> None:
         """From any thread, without locks: take a turn here and now. Where one is under way, what has come is seen to
@@ -107,11 +114,12 @@ class Worker:
         self.ring()
         if self._thread is not None:
             self._thread.join()
-        os.close(self._bell)
+        os.close(self.bell)
 
     def _run(self) -> None:
         while not self._closing:
-            os.eventfd_read(self._bell)
+            if os.eventfd_read(self.bell) % _OURS:
+                self._rung()
             if self._begin():
                 self._do(visiting=False)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import LocalApics, LocalInterrupts
-from skep.contracts.io import IoSpace
+from skep.contracts.io import Doorbells, IoSpace
 from skep.engine.amd64 import cpuid, msrs
 from skep.engine.amd64.cpuid import SUBLEAVES, Feature
 from skep.engine.amd64.native import function
@@ -22,6 +22,7 @@ from skep.engine.amd64.tsc import tsc_hz
 from skep.engine.contract import EngineVm
 from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.apics import KvmApics
+from skep.engine.kvm.doorbells import KvmDoorbells
 from skep.engine.kvm.vcpu import KICK_SIGNAL, KvmVcpu
 from skep.errors import HostError, UserError
 from skep.memory import GuestMemory
@@ -128,6 +129,9 @@ class KvmVm:
                     uapi.UserspaceMemoryRegion(slot, 0, region.gpa, region.size, region.host),
                 )
             self.local_apics: LocalApics | None = KvmApics(self._fd) if hosts_apics else None
+            self.doorbells: Doorbells | None = None
+            if _has(kvm, uapi.CAP_IOEVENTFD_ANY_LENGTH):
+                self.doorbells = KvmDoorbells(self._fd)
             self._take_msrs()
             _install_kick_handler()
         except BaseException:

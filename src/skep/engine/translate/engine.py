@@ -6,7 +6,7 @@ from pathlib import Path
 
 from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import LocalApics, LocalInterrupts
-from skep.contracts.io import IoSpace
+from skep.contracts.io import Doorbells, IoSpace
 from skep.engine.amd64 import features
 from skep.engine.translate import emission
 from skep.engine.translate.blocks import CODE_SIZE, Cache
@@ -50,6 +50,7 @@ class TranslateVm:
     ) -> None:
         self.max_vcpus = max_vcpus
         self.local_apics: LocalApics | None = None
+        self.doorbells: Doorbells | None = None
         self.shared = Shared(memory, io, max_vcpus, cpu_model, tsc_offset, cache)
         self.cache = self.shared.cache
         self.vcpus: list[TranslateVcpu] = []
