@@ -35,8 +35,8 @@ _OURS = 1 << 32
 class Worker:
     """``turn`` works for a while, told whether a visitor does it, and returns whether there is more to do; ``report``
     follows each turn, without locks. ``unfinished`` counts what turns have left to other threads; its growing is a
-    turn's doing, and a fall is followed by a visit or a ring. ``rung`` comes before the turn where an engine rang, and did
-    not say for what.
+    turn's doing, and a fall is followed by a visit or a ring. ``rung`` comes before the turn where an engine rang: it
+    does not say for what.
 
     The thread starts with the first :meth:`release`. An exception in a turn is ours: it goes to ``failed``, and the
     report that follows is to stop what goes wrong.
