@@ -15,12 +15,16 @@ from __future__ import annotations
 import enum
 import errno
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from mmap import mmap
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from skep.block.backend import Buffers, Extent, File, Located, write_zeroes_as_data
+from skep.block.bytewise import Bytewise
 from skep.block.secrets import NO_SECRETS, Secrets
 from skep.errors import UserError
 
@@ -30,6 +34,11 @@ SECTOR = 512
 
 PREALLOCATION = ("off", "metadata", "falloc", "full")
 """Of the host's space for a disk: none, its place in the file, that and the space, all of it written."""
+
+
+if TYPE_CHECKING:
+    Buffer = bytes | bytearray | memoryview | mmap | array[Any]
+    """Memory of the caller's."""
 
 
 class ImageError(UserError):
@@ -194,6 +203,41 @@ class Image(ABC):
 
     def allocate(self, offset: int, length: int) -> None:
         self.write_zeroes(offset, length, False)
+
+    # A program's side: any offset and length within the disk, one buffer or several.
+
+    @property
+    def block_sizes(self) -> tuple[int, int]:
+        """Bytes: the logical and the physical block. What is no multiple of the second costs a read before a write."""
+        return SECTOR, max(SECTOR, self.file.alignment)
+
+    def read_into(self, target: Buffer | Sequence[Buffer], offset: int = 0) -> None:
+        """Fill a buffer, or several one after the other, with what is on the disk; nothing is copied on the way, but
+        for parts of sectors. Raises OSError, and ImageError beyond the end."""
+        self._anywhere(views := _views(target), offset).preadv(views, offset)
+
+    def write_from(self, source: Buffer | Sequence[Buffer], offset: int = 0) -> None:
+        """Write a buffer, or several one after the other."""
+        self._anywhere(views := _views(source), offset).pwritev(views, offset)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make these bytes zeros, and give their space back where that can be."""
+        self._check_range(offset, length)
+        self._by_bytes.write_zeroes(offset, length, True)
+
+    def _anywhere(self, views: Buffers, offset: int) -> File:
+        length = sum(map(len, views))
+        self._check_range(offset, length)
+        return self if (offset | length) % SECTOR == 0 else self._by_bytes
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            what = f"{length} bytes at {offset} are not within the disk, which has {self.size}"
+            raise ImageError(what, self.path)
+
+    @cached_property
+    def _by_bytes(self) -> Bytewise:
+        return Bytewise(self)
 
     # A device's side: skep.block.backend.BlockBackend.
 
@@ -389,6 +433,11 @@ class Image(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _views(buffers: Buffer | Sequence[Buffer]) -> Buffers:
+    several = [buffers] if isinstance(buffers, bytes | bytearray | memoryview | mmap | array) else buffers
+    return [view for one in several if len(view := memoryview(one).cast("B"))]
 
 
 def _through(backing: Image, hole: Extent) -> Iterator[Extent]:
