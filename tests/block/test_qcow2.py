@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from skep.block.backend import read_at, write_at
-from skep.block.format import BackingName, Image
+from skep.block.format import BackingName, Image, ImageError
 from skep.block.image import create_image, open_image
 from skep.block.qcow2.header import Incompatible
 from skep.block.qcow2.image import Qcow2Image
@@ -233,3 +235,97 @@ def test_a_chain_of_fifty(tmp_path: Path) -> None:
             assert read_at(image, i * 8192, 4096) == bytes([i]) * 4096
         assert read_at(image, 0, 512) == b"a" * 512
         assert {extent.depth for extent in image.extents()} >= {0, 50}
+
+
+def test_counts_that_cannot_be_made_anew_stay_as_they_are(tmp_path: Path) -> None:
+    """Of a file too long for that (it was found by fuzzing): the repair is refused, and the image goes on to work."""
+    path = tmp_path / "disk.qcow2"
+    create_image(path, "qcow2", 3 << 20, options={"cluster_size": "512", "refcount_bits": "64"})
+    with open_image(path) as image:
+        write_at(image, 0, b"x" * 65536)
+    with path.open("r+b") as file:
+        table = int.from_bytes(file.read(56)[48:56], "big")
+        file.seek(table + 8)
+        file.write((1 << 41).to_bytes(8, "big"))  # a block of counts behind the end
+        file.truncate(1 << 40)
+    with open_image(path) as image:
+        with pytest.raises(ImageError, match="too large"):
+            image.repair()
+        for offset in (0, 1 << 20):
+            with contextlib.suppress(OSError):  # counts are damaged still
+                write_at(image, offset, b"y" * 512)
+        with contextlib.suppress(OSError):
+            image.flush()
+        assert read_at(image, 512, 512) == b"x" * 512
+
+
+def with_three_snapshots(path: Path) -> int:
+    """Each of its own data; returns where the table of snapshots is."""
+    create_image(path, "qcow2", 8 * MIB, options={"cluster_size": "4096"})
+    with open_image(path) as image:
+        for number in range(3):
+            write_at(image, number * MIB, bytes([number + 1]) * 8192)
+            image.snapshot_create(f"s{number}")
+        write_at(image, 3 * MIB, b"now" * 1024)
+        assert isinstance(image, Qcow2Image)
+        return image.header.snapshots_offset
+
+
+@pytest.mark.parametrize(
+    "entry, field, value, left",
+    [
+        (1, 14, b"\xff\xff", ["s0"]),  # the length of its name
+        (1, 0, (1 << 40).to_bytes(8, "big"), ["s0", "s2"]),  # where its L1 table is
+        (2, 0, (1 << 40).to_bytes(8, "big"), ["s0", "s1"]),
+        (0, 36, b"\xff\xff\xff\xff", []),  # the length of its extra data
+    ],
+)
+def test_snapshots_that_are_lost_are_given_up(
+    tmp_path: Path, entry: int, field: int, value: bytes, left: list[str]
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    table = with_three_snapshots(path)
+    with path.open("r+b") as file:
+        file.seek(table + entry * 72 + field)  # 40 bytes, 24 of extra data, an id of 1, a name of 2; whole words
+        file.write(value)
+    with open_image(path, read_only=True) as image:
+        assert image.check().corruptions
+    with open_image(path) as image:
+        image.repair()
+        assert image.check().clean
+        assert [one.name for one in image.snapshots()] == left
+        assert read_at(image, MIB, 8192) == b"\2" * 8192 and read_at(image, 3 * MIB, 3072) == b"now" * 1024
+    run("qemu-img", "check", path)
+    for number, name in ((0, "s0"), (1, "s1"), (2, "s2")):
+        if name in left:
+            with open_image(path, read_only=True) as image:
+                image.show_snapshot(name)
+                assert [read_at(image, at * MIB, 1)[0] for at in range(3)] == [
+                    at + 1 if at <= number else 0 for at in range(3)
+                ]
+
+
+@pytest.mark.parametrize("where", ["all of it", "its end"])
+def test_an_l1_table_behind_the_end_of_the_file_is_made_anew(tmp_path: Path, where: str) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, "qcow2", 64 * MIB, options={"cluster_size": "512"})
+    with open_image(path) as image:
+        write_at(image, 0, b"x" * 65536)
+        assert isinstance(image, Qcow2Image)
+        image.settle()
+        image.replace_l1(image.l1(), image.size)  # behind the data
+        offset = image.header.l1_table_offset
+    if where == "its end":
+        os.truncate(path, offset + 512)
+    else:
+        with path.open("r+b") as file:
+            file.seek(40)
+            file.write((1 << 30).to_bytes(8, "big"))
+    with open_image(path, read_only=True) as image:
+        assert image.check().corruptions
+    with open_image(path) as image:
+        image.repair()
+        assert image.check().clean
+        assert read_at(image, 0, 65536) == (b"x" if where == "its end" else b"\0") * 65536
+        write_at(image, 32 * MIB, b"new" * 512)
+    run("qemu-img", "check", path)

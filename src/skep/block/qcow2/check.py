@@ -333,6 +333,8 @@ def repair(image: Qcow2Image, leaks_only: bool) -> CheckResult:
         before.leaks_fixed = before.leaks
         return before
     if before.corruptions or before.leaks:
+        if before.corruptions:
+            _move_lost_tables(image)
         Checker(image, fix=True).look()
         image.forget_tables()
         checker = Checker(image)
@@ -350,6 +352,29 @@ def repair(image: Qcow2Image, leaks_only: bool) -> CheckResult:
         image.write_header()
         image.flush()
     return before
+
+
+def _move_lost_tables(image: Qcow2Image) -> None:
+    """An L1 table that the file ends before is made anew of what there is of it, and a table of snapshots without those
+    that cannot be read: behind everything else, as no count is to be trusted yet."""
+    cluster, header, file = image.cluster_size, image.header, image.file
+    at = (-(-file.size // cluster) + 1) * cluster  # the disk's last cluster may be where the file ends
+    lost = header.l1_table_offset + header.l1_size * 8 > file.size
+    kept, whole = snapshots.sound(image)
+    if not lost and whole:
+        return
+    if lost:
+        data = to_big_endian(image.l1())
+        write_at(file, at, data)
+        header.l1_table_offset, at = at, at + -(-len(data) // cluster) * cluster
+    if not whole:
+        table = snapshots.pack_table(kept)
+        write_at(file, at, table)
+        header.snapshots_offset, header.nb_snapshots = at if kept else 0, len(kept)
+    file.flush()
+    write_at(file, 0, header.pack())
+    file.flush()
+    image.reload()
 
 
 def _set(image: Qcow2Image, wanted: list[tuple[int, int]]) -> None:

@@ -42,16 +42,37 @@ class Entry:
 
 def read(image: Qcow2Image) -> list[Entry]:
     """Raises DamagedImage."""
-    return _read(image)[0]
+    return [entry for entry, _ in _read(image)]
 
 
 def table_size(image: Qcow2Image) -> int:
     """Bytes of the table of snapshots."""
-    return _read(image)[1]
+    return max((end for _, end in _read(image)), default=0)
 
 
-def _read(image: Qcow2Image) -> tuple[list[Entry], int]:
-    header, found = image.header, []
+def sound(image: Qcow2Image) -> tuple[list[Entry], bool]:
+    """Snapshots of a damaged image that can be read, with tables that are in the file; and whether those are all."""
+    kept, whole, total = [], True, 0
+    try:
+        for entry, _ in _read(image):
+            total += entry.l1_size * 8
+            try:
+                l1_of(image, entry)
+            except DamagedImage:
+                whole = False
+                continue
+            if total > image.file.size or entry.l1_offset + entry.l1_size * 8 > image.file.size:
+                whole = False
+            else:
+                kept.append(entry)
+    except DamagedImage:
+        whole = False
+    return kept, whole
+
+
+def _read(image: Qcow2Image) -> Iterator[tuple[Entry, int]]:
+    """Each with where it ends in the table. Raises DamagedImage at the first that cannot be."""
+    header = image.header
     at = start = header.snapshots_offset
 
     def take(length: int) -> bytes:
@@ -79,11 +100,10 @@ def _read(image: Qcow2Image) -> tuple[list[Entry], int]:
         id_, name = (take(n).decode(errors="surrogateescape") for n in (id_size, name_size))
         at = start + -(-(at - start) // 8) * 8
         one = Snapshot(id_, name, size, state, seconds, nanoseconds, clock, icount)
-        found.append(Entry(one, l1_offset, l1_size, extra[24:]))
-    return found, at - start
+        yield Entry(one, l1_offset, l1_size, extra[24:]), at - start
 
 
-def _pack(entries: list[Entry]) -> bytes:
+def pack_table(entries: list[Entry]) -> bytes:
     parts = []
     for one in entries:
         s = one.snapshot
@@ -213,7 +233,7 @@ def l1_of(image: Qcow2Image, entry: Entry) -> array[int]:
 def _write(image: Qcow2Image, entries: list[Entry]) -> None:
     """The table of snapshots, in another place, and then the header that says where."""
     old = _row(image, image.header.snapshots_offset, table_size(image)) if image.header.nb_snapshots else []
-    packed = _pack(entries)
+    packed = pack_table(entries)
     image.header.snapshots_offset = image.place_table(packed) if packed else 0
     image.header.nb_snapshots = len(entries)
     image.flush()
