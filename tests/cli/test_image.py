@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import pty
 import random
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -331,3 +335,46 @@ def marked(path: str, name: str) -> list[tuple[int, int]]:
                 else:
                     runs.append((number * size, size))
         return runs
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "convert -p -O raw top.qcow2 copy.raw",
+        "convert -p -q -O raw top.qcow2 copy.raw",
+        "amend -p -o lazy_refcounts=on top.qcow2",
+        "commit -p top.qcow2",
+        "rebase -p -b other.qcow2 -F qcow2 top.qcow2",
+        "compare -p top.qcow2 top.qcow2",
+    ],
+)
+def test_progress_begins_and_ends_as_qemus(chain: Path, words: str) -> None:
+    skep("create", "-q", "-f", "qcow2", "other.qcow2", "10M")
+    shutil.copy(chain, "kept")
+    said = skep(*words.split())
+    shutil.copy("kept", chain)
+    theirs = qemu(*words.split())
+    for text in ("    (0.00/100%)", "    (100.00/100%)"):
+        assert (text in said) == (text in theirs), (text, said, theirs)
+    ours, others = (re.sub(r" +\([0-9.]+/100%\)[\r\n]+", "", one).split() for one in (said, theirs))
+    assert ours == others
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where standard error is one, and it takes a while; it is gone at the end, and nothing is on standard output."""
+    source = tmp_path / "source"
+    source.write_bytes(random.Random(1).randbytes(3 * MIB))
+    master, slave = pty.openpty()
+    try:
+        words = ["convert", "-f", "raw", "-O", "raw", "-r", "2M", "source", "target"]
+        command = [sys.executable, "-m", "skep.cli", "image", *words]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=slave, check=True, timeout=60
+        )
+        shown = os.read(master, 1 << 16).decode()
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert done.stdout == b""
+    assert re.search(r"\r\[#* *\]  *\d+\.\d%", shown) and shown.endswith("\r\x1b[K"), shown

@@ -23,7 +23,7 @@ from skep.block.qcow2.image import Qcow2Image
 from skep.block.registry import format_named
 from skep.block.tree import nested
 from skep.block.words import words
-from skep.cli.image.printing import describe, print_info, print_json, print_snapshots, progress
+from skep.cli.image.printing import Meter, describe, print_info, print_json, print_snapshots
 from skep.cli.opening import How, described, open_by
 from skep.errors import UserError
 
@@ -49,6 +49,10 @@ def _how(arguments: Namespace, *, write: bool = False, backing: bool = True) -> 
 def _open(path: str, arguments: Namespace, how: How) -> Image:
     """By its name, or by what `--image-opts` says that words are."""
     return open_by(*(described(path, how) if arguments.image_opts else (path, how)))
+
+
+def _meter(arguments: Namespace) -> Meter:
+    return Meter(arguments.progress, arguments.quiet)
 
 
 def _options(arguments: Namespace) -> dict[str, str]:
@@ -240,11 +244,12 @@ def compare(arguments: Namespace) -> int:
     with (
         _open(arguments.file, arguments, how) as one,
         _open(arguments.second, arguments, replace(how, format=arguments.second_format)) as other,
+        _meter(arguments) as meter,
     ):
         if arguments.strict and one.size != other.size:
             _say(arguments, "Strict mode: Image size mismatch!")
             return 1
-        found = copying.compare(one, other, progress(arguments.progress), allocation=arguments.strict)
+        found = copying.compare(one, other, meter, allocation=arguments.strict)
         shared = min(one.size, other.size)
         if one.size != other.size and (found.offset is None or found.offset >= shared):
             _say(arguments, "Warning: Image size mismatch!")
@@ -362,7 +367,7 @@ def convert(arguments: Namespace) -> int:
             ordered=not arguments.out_of_order,
             start=start,
         )
-        tell = _paced(arguments.rate, size, progress(arguments.progress and not arguments.quiet))
+        tell = _paced(arguments.rate, size, stack.enter_context(_meter(arguments)))
         lost = converting.convert(sources, target, how, tell, None if note is None else partial(note.settled, target))
         if arguments.bitmaps:
             _copy_bitmaps(sources, target, arguments.skip_broken_bitmaps, again=bool(start))
@@ -371,8 +376,6 @@ def convert(arguments: Namespace) -> int:
             note.forget()
         if arguments.cache != "unsafe":
             target.flush()
-    if arguments.progress and not arguments.quiet:
-        print()
     if lost:
         print(f"skep image: {lost} sectors could not be read, and are zeros", file=sys.stderr)
     return 0
@@ -540,7 +543,9 @@ def commit(arguments: Namespace) -> int:
         # What is in the chain is open for reading; the lock would keep ourselves away.
         secrets = arguments.secrets
         base = stack.enter_context(open_image(below.path, format=below.format, lock=False, secrets=secrets))
-        copying.commit(top, base, empty=not arguments.keep and depth == 1, progress=progress(arguments.progress))
+        meter = stack.enter_context(_meter(arguments))
+        pace = _paced(arguments.rate, top.size, meter)
+        copying.commit(top, base, empty=not arguments.keep and depth == 1, progress=pace)
     _say(arguments, "Image committed.")
     return 0
 
@@ -562,7 +567,7 @@ def rebase(arguments: Namespace) -> int:
         if name is not None:
             path = backing_path(image.path, name.name)
             new = stack.enter_context(open_by(path, How(name.format, secrets=arguments.secrets)))
-        copying.rebase(image, new, name, progress(arguments.progress))
+        copying.rebase(image, new, name, stack.enter_context(_meter(arguments)))
     return 0
 
 
@@ -577,7 +582,9 @@ def amend(arguments: Namespace) -> int:
             if name not in image.amend_options:
                 known = ", ".join(image.amend_options) or "none"
                 raise ImageError(f"{name!r} of a {image.format} image cannot be changed", image.path, f"known: {known}")
-        image.amend(options, arguments.secrets, force=arguments.force)
+        with _meter(arguments) as meter:
+            image.amend(options, arguments.secrets, force=arguments.force)
+            meter(1)
     return 0
 
 

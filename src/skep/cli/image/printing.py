@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
-from skep.block.copying import Progress
 from skep.block.format import Image, Snapshot
 from skep.block.naming import backing_path
 
@@ -116,16 +116,40 @@ def print_snapshots(snapshots: Iterable[Snapshot]) -> None:
         print(f"{one.id:<9} {one.name:<16} {human_size(one.state_size):>8} {when:>19} {clock:>12} {count:>10}")
 
 
-def progress(show: bool) -> Progress:
-    """A line that tells how much is done, in hundredths."""
-    last = -1
+class Meter:
+    """How much is done: qemu-img's line where `-p` asks for it, else a bar on a terminal if it takes a while. A context
+    manager; call it with what is done, from 0 to 1."""
 
-    def tell(done: float) -> None:
-        nonlocal last
-        now = int(min(done, 1) * 10000)
-        if now != last and (now - last >= 100 or now == 10000):
-            last = now
-            sys.stdout.write(f"    ({now / 100:.2f}/100%)\r")
-            sys.stdout.flush()
+    _SOON = 0.5
+    """Seconds before the bar is drawn."""
+    _EVERY = 0.1
+    """Between two of it."""
 
-    return tell if show else lambda done: None
+    def __init__(self, line: bool, quiet: bool) -> None:
+        self._line = line and not quiet
+        self._bar = not line and not quiet and sys.stderr.isatty()
+        self._drawn = False
+        self._last = -1.0
+        self._next = time.monotonic() + self._SOON
+
+    def __call__(self, done: float) -> None:
+        done = min(done, 1.0)
+        if self._line:
+            if done - self._last >= 0.01 or (done == 1.0 and self._last < 1.0):
+                self._last = done
+                print(f"    ({math.floor(done * 10000) / 100:.2f}/100%)", end="\r", flush=True)
+        elif self._bar and (now := time.monotonic()) >= self._next:
+            self._next, self._drawn = now + self._EVERY, True
+            width = max(10, min(60, shutil.get_terminal_size().columns - 10))
+            full = int(done * width)
+            print(f"\r[{'#' * full}{' ' * (width - full)}] {done:6.1%}", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        self(0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._line:
+            print()
+        elif self._drawn:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
