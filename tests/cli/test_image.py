@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from skep import __version__
 from skep.block.backend import write_at
 from skep.block.image import open_image
 from skep.cli import main
+from skep.cli.image.parser import make_parser
 
 MIB = 1 << 20
 
@@ -161,6 +163,36 @@ def test_creation_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [word.partition("=")[0] for word in told] == [word.partition("=")[0] for word in expected]
     del mine["actual-size"], theirs["actual-size"]
     assert mine == theirs
+
+
+def test_every_option_of_qemu_img_is_known() -> None:
+    """By its own help: each subcommand, and each option of it."""
+    text = qemu("--help").partition("Command syntax:\n")[2].partition("\nCommand parameters:")[0]
+    subcommands = make_parser()._subparsers
+    assert subcommands is not None
+    known = subcommands._group_actions[0].choices
+    assert isinstance(known, dict)
+    for line in text.strip().splitlines():
+        name, _, words = line.strip().partition(" ")
+        options = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", words))
+        assert options <= set(known[name]._option_string_actions), name
+    assert set(known) == {line.split()[0] for line in text.strip().splitlines()}
+
+
+@pytest.mark.parametrize(
+    "words, begins",
+    [
+        ("--help", "usage: skep image"),
+        ("-h", "usage: skep image"),
+        ("info -h", "usage: skep image info"),
+        ("--version", f"skep image {__version__}"),
+        ("-V", f"skep image {__version__}"),
+    ],
+)
+def test_standard_options(capsys: pytest.CaptureFixture[str], words: str, begins: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["image", *words.split()])
+    assert not ended.value.code and capsys.readouterr().out.startswith(begins)
 
 
 def test_compare_says_where(chain: Path) -> None:

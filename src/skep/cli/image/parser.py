@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from skep import __version__
 from skep.block.qcow2.create import parse_size
 from skep.cli.image import commands
 from skep.cli.opening import CACHES
@@ -33,6 +34,7 @@ def size(text: str) -> int:
 
 def make_parser() -> Parser:
     parser = Parser(prog="skep image", description="Make, look at, check, convert and change disk images.")
+    parser.add_argument("-V", "--version", action="version", version=f"skep image {__version__}")
     subcommands = parser.add_subparsers(metavar="SUBCOMMAND", parser_class=Parser)
 
     def command(name: str, do: Callable[[Any], int], about: str, *groups: Callable[[Parser], None]) -> Parser:
