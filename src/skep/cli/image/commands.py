@@ -51,6 +51,12 @@ def _open(path: str, arguments: Namespace, how: How) -> Image:
     return open_by(*(described(path, how) if arguments.image_opts else (path, how)))
 
 
+def _named(arguments: Namespace) -> None:
+    """A file is needed, unless help was all that was asked for."""
+    if arguments.file is None:
+        raise UserError("no file is named", None, "see --help")
+
+
 def _meter(arguments: Namespace) -> Meter:
     return Meter(arguments.progress, arguments.quiet)
 
@@ -271,6 +277,7 @@ def create(arguments: Namespace) -> int:
     options = _options(arguments)
     if "help" in options:
         return _help(kind)
+    _named(arguments)
     backing = arguments.backing if arguments.backing is not None else options.get("backing_file")
     backing_format = arguments.backing_format or options.get("backing_fmt")
     size = arguments.size
@@ -575,6 +582,7 @@ def amend(arguments: Namespace) -> int:
     options = _options(arguments)
     if "help" in options:
         return _amend_help(arguments.format)
+    _named(arguments)
     backing = not {"backing_file", "backing_fmt"} & set(options)
     how = replace(_how(arguments, write=True, backing=backing), may_stay_locked=True)
     with _open(arguments.file, arguments, how) as image:

@@ -57,7 +57,7 @@ def make_parser() -> Parser:
     one.add_argument("-b", dest="backing", metavar="FILE", help="lie over this image")
     one.add_argument("-F", dest="backing_format", metavar="FORMAT", help="of the image below")
     one.add_argument("-u", dest="unsafe", action="store_true", help="do not open the image below")
-    _file(one)
+    one.add_argument("file", nargs="?", metavar="FILE", help="(none with -o help)")
     one.add_argument("size", nargs="?", type=size, help="of the disk: bytes, or 10M, 1G and so on")
 
     one = command("check", commands.check, "Look for damage, and mend it", _output, _format, _shared, _quiet)
@@ -86,7 +86,7 @@ def make_parser() -> Parser:
     one.add_argument("--skip-broken-bitmaps", action="store_true", help="but for those that cannot be relied on")
     one.add_argument("--resume", action="store_true", help="go on with a copy that was killed, noted in TARGET.resume")
     one.add_argument("--salvage", action="store_true", help="zeros instead of what cannot be read")
-    one.add_argument("files", nargs="+", metavar="FILE", help="the sources, and the new image")
+    one.add_argument("files", nargs="*", metavar="FILE", help="the sources, and the new image (none with -o help)")
 
     one = command("compare", commands.compare, "Whether two disks are the same", _shared, _quiet, _progress, _format)
     one.add_argument("-F", dest="second_format", metavar="FORMAT", help="of the second image")
@@ -138,7 +138,7 @@ def make_parser() -> Parser:
     one = command("amend", commands.amend, "Change options of an image", _format, _quiet, _progress, _options)
     one.add_argument("-t", dest="cache", choices=CACHES, help="how it is written")
     one.add_argument("--force", action="store_true", help="even if it makes the data unreadable for ever")
-    _file(one)
+    one.add_argument("file", nargs="?", metavar="FILE", help="(none with -o help)")
 
     one = command("bitmap", commands.bitmap, "Persistent bitmaps of what was written", _format)
     for name in ("add", "remove", "clear", "enable", "disable"):
