@@ -16,7 +16,7 @@ import ctypes
 import json
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from time import perf_counter_ns
 
@@ -27,12 +27,11 @@ from skep.engine.translate.codemap import CodeMap
 from skep.engine.translate.compiler import compile_functions
 from skep.engine.translate.compose_runtime import COMPOSE_ROUTINES
 from skep.engine.translate.composing import Composer
-from skep.engine.translate.drafting import Drafting
-from skep.engine.translate.emission import LINK_KEY, Emission, Emitted
-from skep.engine.translate.layout import HASH_BITS, Mode
+from skep.engine.translate.emission import Emission
+from skep.engine.translate.layout import HASH_BITS
 from skep.engine.translate.narrow_runtime import NARROW_ROUTINES
 from skep.engine.translate.runtime import ROUTINES
-from skep.engine.translate.store import Record, Run, Store
+from skep.engine.translate.store import Store
 from skep.engine.translate.string_runtime import STRING_ROUTINES
 from skep.engine.translate.stubs import Stubs
 from skep.engine.translate.system_runtime import SYSTEM_ROUTINES
@@ -94,8 +93,6 @@ class Cache:
     def __init__(self, memory: GuestMemory, store: Store, size: int = CODE_SIZE, vcpus: int = 1) -> None:
         self.memory = memory
         self.store = store
-        self._made: tuple[bytes, Emitted] | None = None
-        """What _make made last, for _keep."""
         self.buffer = CodeBuffer(size)
         self.code = self.buffer.view
         self._words = self.code.cast("I")
@@ -117,10 +114,7 @@ class Cache:
         self.blocks = Tables((memory.top + 4095) >> 12, PIECES * self._quota)
         self._state = self.blocks.words
         self.catalog = Catalog()
-        self._drafting = Drafting(memory, self.catalog, self.map.mark, self.blocks)
-        self._emission = Emission(
-            self.buffer.rx, memory.base, self.catalog, self.stubs, self._drafting.live_at, self.blocks
-        )
+        self._emission = Emission(self.catalog)
         self._composer = Composer(
             memory, self.blocks, self.catalog, self._emission, self.stubs, self.buffer.rx, self.routines
         )
@@ -205,7 +199,6 @@ class Cache:
         if self._counts[piece]:
             self.again += 1
             with self.world.stopped():
-                self._drafting.changed()
                 self._evict(self.blocks.address, piece * self._quota + 1, self._counts[piece])
                 for st in self.world.blocks:
                     self.world.empty_jumps(st)
@@ -271,8 +264,8 @@ class Cache:
                 self._make(pa, mode, next_page)
         self._publish(self.blocks.address, first, adopted or 1)
         block = self.blocks.block(first)
-        if not adopted:
-            self._note(block)
+        if not adopted and self.store.keeps:
+            self.store.note(pa >> 12, self._composer.record(first))
         self._relax()
         return block
 
@@ -295,75 +288,12 @@ class Cache:
                 return found, second
         return 0, NONE
 
-    def _note(self, block: Block) -> None:
-        """Write down for the store a block that was just made."""
-        if self.store.keeps:
-            data = self._record(block, *self._made) if self._made else self._composer.record(block.number)
-            if data:
-                self.store.note(block.pa >> 12, data)
-
-    def _record(self, block: Block, data: bytes, emitted: Emitted) -> bytes:
-        """The record of a block that was made of the guest's bytes ``data``."""
-        pa, pa2 = block.pa, block.pa2
-        page = pa & ~4095
-        offset = pa & 4095
-        room = 4096 - offset
-        unplaced, *places = self._emission.unplaced(bytes(emitted.code), emitted.links, block.mode, block.live, pa2)
-        code = bytearray(unplaced)
-        constants_ = [copy for copy in emitted.copies if copy[1] + (copy[2] & 15) <= room]
-        for to, of, k in constants_:
-            k &= 15
-            mine = int.from_bytes(code[to : to + k], "little") - int.from_bytes(data[of : of + k], "little")
-            code[to : to + k] = (mine & (1 << 8 * k) - 1).to_bytes(k, "little")
-        copies = [(to, offset + of, k) for to, of, k in constants_]
-        runs = [Run(offset, data[:room], _mask(min(len(data), room), ((of, k & 15) for _, of, k in constants_)))]
-        if pa2 is not None:
-            runs.append(Run(0, data[room:], second=True))
-        for at, (_, n, constants) in dict(self._drafting.looked).items():
-            runs.append(Run(at, bytes(self.memory.view(page | at, n)), _mask(n, constants)))
-        second, brk, *span = places
-        return Record(
-            offset, block.mode, block.size, runs, bytes(code), emitted.entry, block.live,
-            [stub + LINK_KEY for _, stub, _ in emitted.links], copies, second, brk, (span[0], span[1]), block.looked,
-            emitted.marks.tobytes(),
-        ).pack()  # fmt: skip
-
     def _make(self, pa: int, mode: int, next_page: Callable[[], int]) -> None:
         """The block at ``pa``, its bytes marked, nothing leading to it."""
         began = perf_counter_ns()
-        state = self._state
+        self._composer.make(pa, mode, next_page)
         self.made += 1
-        self._made = None
-        if self._composer.make(pa, mode):
-            self.instructions += self._composer.instructions
-            self.translating += perf_counter_ns() - began
-            return
-        draft = self._drafting.draft(pa, mode, next_page)
-        needs, live = self._drafting.needs(draft)
-        start = state[POS >> 3]
-        emitted = self._emission.emit(draft, needs, live, start)
-        code, marks = emitted.code, emitted.marks
-        self._made = (draft.data[: draft.size], emitted)
-        end = start + len(code)
-        self.code[start:end] = code
-        at = end + 1 & ~1
-        notes = marks.tobytes()
-        self.code[at : at + len(notes)] = notes
-        first = min(draft.size, 4096 - (pa & 4095))
-        self.map.mark(pa, first)
-        if draft.pa2 is not None:
-            self.map.mark(draft.pa2, draft.size - first)
-        looked = [(at, at + look[1]) for at, look in self._drafting.looked]
-        hull = (min(low for low, _ in looked), max(high for _, high in looked)) if looked else (0, 0)
-        self.blocks.describe(
-            Block(
-                state[NEXT >> 3], pa << Mode.BITS | mode, start, start + emitted.entry, end, len(marks), draft.size,
-                hull, live, draft.pa2,
-            )
-        )  # fmt: skip
-        state[NEXT >> 3] += 1
-        state[POS >> 3] = at + len(notes) + 15 & ~15
-        self.instructions += len(draft.items)
+        self.instructions += self._composer.instructions
         self.translating += perf_counter_ns() - began
 
     def link(self, site: int, block: Block) -> None:
@@ -418,7 +348,6 @@ class Cache:
         self._relax()
 
     def _written(self, frame: int, low: int, high: int) -> None:
-        self._drafting.changed()
         if self.blocks.written(frame) % GIVE_UP == 0:
             low, high = 0, 4096
         self._forget(self.blocks.address, frame, low, high)
@@ -457,12 +386,3 @@ class Cache:
         marks = array("H")
         marks.frombytes(self.code[at : at + 2 * block.marks])
         return marks
-
-
-def _mask(n: int, constants: Iterable[tuple[int, int]]) -> bytes:
-    """Ones for ``n`` bytes but for the constants (offset, bytes) among them; nothing where there are none."""
-    mask = bytearray()
-    for at, k in constants:
-        mask = mask or bytearray(b"\xff" * n)
-        mask[at : at + k] = bytes(k)
-    return bytes(mask)

@@ -1,9 +1,9 @@
-"""Composing: what machine code needs in order to make blocks by itself (compose_runtime.py), and asks Python for.
+"""Composing: what machine code needs in order to make blocks (compose_runtime.py), and asks Python for.
 
 A first boot makes 47,000 blocks of 425,000 instructions, but these begin in 17,000 ways only. Python classifies and
-lowers each once (catalog.py) and writes it down on the sheet; putting blocks together of what is there is done by
-machine code. What is rare - code of 16 and 32 bits, instructions on two pages, blocks that jump back to their own
-start - goes through drafting.py and emission.py.
+lowers each once (catalog.py) and writes it down on the sheet and beside it (sheet.py); putting blocks together of what
+is there is done by machine code. Python decides besides what is done for loops (renaming.py, hoisting.py), and reads
+the second page of an instruction that lies on two.
 """
 
 from __future__ import annotations
@@ -16,34 +16,43 @@ from collections.abc import Callable, Mapping
 from iced_x86 import Decoder, DecoderError, Instruction
 
 from skep.engine.translate import sheet as sh
-from skep.engine.translate.catalog import Catalog
-from skep.engine.translate.emission import Emission
-from skep.engine.translate.forms import Form, Template
+from skep.engine.translate.block_runtime import NONE
+from skep.engine.translate.catalog import Catalog, How
+from skep.engine.translate.emission import LEAD, LEAD_HOST, Emission
+from skep.engine.translate.forms import HOMES, IN_STATE, Form, Item, Template
+from skep.engine.translate.hoisting import tables
 from skep.engine.translate.layout import Mode
+from skep.engine.translate.lower import Lowering
+from skep.engine.translate.renaming import rename
 from skep.engine.translate.sheet import Want
 from skep.engine.translate.tables import Tables
 from skep.memory import GuestMemory
 
 _ON_DEMAND = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
 _M64 = (1 << 64) - 1
-_FORM = struct.Struct("<HHBBBB4BHxx4Bi4BiIII4x")
+_FORM = struct.Struct("<HHBBBB4BHxx4Bi4BiIII4xQ8x")
 assert _FORM.size == sh.FORM_SIZE
 _HEAD = struct.Struct("<HBBBBxx")
 _CHECK = struct.Struct("<HHIIxxxx")
 _HOLE = struct.Struct("<HBxi")
 _COPY = struct.Struct("<HBB")
 _PIECE = struct.Struct("<4H")
+_ITEM = struct.Struct("<QHH4xq")
+_TABLE = struct.Struct("<QqQQQ")
+_IN_STATE = sum(1 << n for n in IN_STATE)
+_HOW = {sh.F_LIVE: How.LIVE, sh.F_DEAD: How.DEAD, sh.F_PLACED: How.PLACED}
+_WRAPS = {1 << 15: sh.WRAPS16, 1 << 31: sh.WRAPS32, 1 << 63: 0}
 MOST_QUESTIONS = 2000
 """About one block: far more than one has, unless another vCPU changes its bytes all the time."""
 
 
 class Composer:
-    """Makes straight blocks of 64-bit code."""
+    """Makes blocks: the sheet and the tables of one VM, and who fills them."""
 
     def __init__(
         self,
         memory: GuestMemory,
-        tables: Tables,
+        tables_: Tables,
         catalog: Catalog,
         emission: Emission,
         stubs: Mapping[str, int],
@@ -56,18 +65,16 @@ class Composer:
         self._emission = emission
         sizes = (sh.SHEET, 8 << sh.TREE_BITS, 8 * sh.MAX_LEAVES, sh.FORM_SIZE * sh.MAX_FORMS, sh.POOL_SIZE)
         self._maps = [mmap.mmap(-1, size, flags=_ON_DEMAND) for size in sizes]
-        self._sheet, self._tree, self._leaves, self._table, self._pool = self._maps
+        self._sheet, tree, self._leaves, self._table, self._pool = self._maps
         self._pins = [ctypes.c_char.from_buffer(m) for m in self._maps]
         addresses = [ctypes.addressof(pin) for pin in self._pins]
-        self._address = addresses[0]
-        self._forms_at = addresses[3]
-        self._pool_at = addresses[4]
+        self._address, _, _, self._forms_at, self._pool_at = addresses
         self.words = memoryview(self._sheet).cast("Q")
-        self._edges = memoryview(self._tree).cast("Q")
+        self._edges = memoryview(tree).cast("Q")
         word = ctypes.c_uint64
         self._compose: Callable[[int], int] = ctypes.PYFUNCTYPE(word, word)(routines["compose"])
         self._record: Callable[[int, int], int] = ctypes.PYFUNCTYPE(word, word, word)(routines["record"])
-        self._set(sh.WORDS, tables.address)
+        self._set(sh.WORDS, tables_.address)
         for at, address in zip((sh.TREE, sh.LEAVES, sh.FORMS, sh.POOL), addresses[1:], strict=True):
             self._set(at, address)
         for i in range(3):
@@ -86,12 +93,69 @@ class Composer:
     def _set(self, at: int, value: int) -> None:
         self.words[at >> 3] = value & _M64
 
+    # Making blocks
+
+    def make(self, pa: int, mode: int, next_page: Callable[[], int]) -> None:
+        """Make the block at ``pa``, its bytes marked and nothing leading to it. ``next_page``: the physical address of
+        the page behind it for the guest, for an instruction on two pages; what it raises goes through."""
+        words = self.words
+        words[sh.PAGE >> 3] = pa & ~4095
+        words[sh.OFFSET >> 3] = pa & 4095
+        words[sh.KEY_MODE >> 3] = mode
+        words[sh.SECOND >> 3] = NONE
+        for at in (sh.GIVEN, sh.FALLBACK, sh.CUTS, sh.LOOP_KNOWN):
+            words[at >> 3] = 0
+        mode &= ~Mode.PLAIN
+        asked = 0
+        while True:
+            words[sh.BY_MODE >> 3] = self._modes.get(mode) or self._mode(mode)
+            wanted = self._compose(self._address)
+            if wanted == Want.NOTHING:
+                return
+            asked += 1
+            if asked > MOST_QUESTIONS or words[sh.CUTS >> 3] == sh.MOST_CUTS:
+                words[sh.FALLBACK >> 3] = 1
+                words[sh.SECOND >> 3] = NONE
+            elif self._full:
+                self._forget()
+                words[sh.LOOP_KNOWN >> 3] = 0
+            elif wanted == Want.FORM:
+                self._learn(mode)
+            elif wanted == Want.SECOND:
+                self._second_page(pa, mode, next_page)
+            elif wanted == Want.LOOP:
+                self._loop()
+            else:
+                self._lower(mode, wanted == Want.MOVED)
+
+    def record(self, number: int) -> bytes:
+        """Of block ``number``, which was made last, what the store keeps; nothing where that is too long."""
+        size = self._record(self._address, number)
+        return self._sheet[sh.RECORD_AT : sh.RECORD_AT + size]
+
+    @property
+    def instructions(self) -> int:
+        """How many the block has that was made last."""
+        return self.words[sh.COUNT >> 3]
+
+    def items(self) -> list[Item]:
+        """The instructions of the block that was made last, or is being made."""
+        found = []
+        for i in range(self.instructions):
+            address, at, n, extra = _ITEM.unpack_from(self._sheet, sh.ITEMS + sh.ITEM * i)
+            found.append((self._forms[(address - self._forms_at) // sh.FORM_SIZE], at, n, extra))
+        return found
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of that block, and some behind it."""
+        return self._sheet[sh.DATA : sh.ITEMS]
+
     # The tables
 
     def _begin(self) -> None:
         """Nothing is known."""
-        self._nodes = self._edge_count = 0
-        self._leaf_count = 0
+        self._nodes = self._edge_count = self._leaf_count = 0
         self._forms: list[Form] = []
         self._numbers: dict[int, int] = {}
         """By id() of the forms."""
@@ -100,9 +164,12 @@ class Composer:
         self._modes: dict[int, int] = {}
         """Where what is known of a mode stands."""
         self._roots: dict[int, int] = {}
-        for at, codes in self._emission.pieces().items():
-            for i, code in enumerate(codes):
-                self._set(at + 8 * i, self._piece(code))
+        self._moved: dict[tuple[int, int, tuple[int | None, ...]], int] = {}
+        """Templates of forms with registers elsewhere."""
+        self._homes = HOMES
+        for at, pieces in self._emission.pieces().items():
+            for i, piece in enumerate(pieces):
+                self._set(at + 8 * i, self._piece(*piece))
 
     def _forget(self) -> None:
         """The tables are full of what a guest has had in mind for them."""
@@ -124,7 +191,7 @@ class Composer:
         self._top = at + size + 7 & ~7
         return at
 
-    def _piece(self, code: bytes, *places: int) -> int:
+    def _piece(self, code: bytes, places: tuple[int, ...] = ()) -> int:
         """The host address of a piece of code."""
         known = self._pieces.get((code, places))
         if known is None:
@@ -136,24 +203,25 @@ class Composer:
 
     def _mode(self, mode: int) -> int:
         """The host address of what is known of a mode."""
-        known = self._modes.get(mode)
-        if known is None:
-            lowering = self._catalog.mode(mode).lowering
-            self._nodes += 1
-            self._roots[mode] = self._nodes
-            words = [self._nodes]
-            words += [self._piece(*self._emission.prologue(mode, live)) for live in (False, True)]
-            words += [
-                self._piece(*lowering.range_check(bool(i & 1), bool(i & 2), bool(i & 4))) for i in range(8)
-            ]
-            words += [
-                self._piece(*self._emission.stack_tail(lowering, i)) for i in range(16)
-            ]
-            words.append(self._piece(lowering.dispatch_code))
-            words.append(self._forms_at + sh.FORM_SIZE * self._form(lowering.emulated))
-            at = self._room(sh.M_SIZE)
-            self._pool[at : at + 8 * len(words)] = struct.pack(f"<{len(words)}Q", *words)
-            known = self._modes[mode] = self._pool_at + at
+        lowering = self._catalog.mode(mode).lowering
+        emission, piece = self._emission, self._piece
+        self._nodes += 1
+        self._roots[mode] = self._nodes
+        words = [self._nodes]
+        words += [piece(*emission.prologue(mode, live)) for live in (False, True)]
+        for i in range(8):
+            code, jump = lowering.range_check(bool(i & 1), bool(i & 2), bool(i & 4))
+            words.append(piece(code, (jump,)))
+        words += [piece(*emission.tail(lowering, i)) for i in range(16)]
+        words.append(piece(lowering.dispatch_code))
+        words.append(self._forms_at + sh.FORM_SIZE * self._form(lowering.emulated))
+        near = sh.NEAR_FORWARD if mode & Mode.SEGMENTED else sh.NEAR_WIDE if mode & Mode.NARROW else sh.NEAR_ALWAYS
+        words.append(near)
+        words += [piece(*emission.way_out(lowering, i)) for i in range(4)]
+        words.append(piece(*emission.span(mode)))
+        at = self._room(sh.M_SIZE)
+        self._pool[at : at + sh.M_SIZE] = struct.pack(f"<{sh.M_SIZE >> 3}Q", *words)
+        known = self._modes[mode] = self._pool_at + at
         return known
 
     def _form(self, form: Form) -> int:
@@ -168,25 +236,31 @@ class Composer:
                 (sh.MEMORY if form.memory else 0) | (sh.IS_RELATIVE if form.relative else 0)
                 | (sh.REACHES if form.reach is not None else 0) | (sh.WRITES if write else 0)
                 | (sh.STEPS if form.step is not None else 0) | (sh.MINUS if sign < 0 else 0)
+                | (sh.NARROW_BRANCH if form.narrow else 0) | (sh.MOVES if form.uses & _IN_STATE else 0)
             )  # fmt: skip
             spoils = sum(1 << n for n in form.spoils)
             o = form.open
             _FORM.pack_into(
                 self._table, number * sh.FORM_SIZE, form.keeps, form.reads, form.ends, form.cond, flags, form.behind,
                 o.disp, o.disp_size, o.imm, o.imm_size, spoils, base, size, where, k, plus, to, source, step_where,
-                step_k, add, 0, 0, 0,
+                step_k, add, 0, 0, 0, self._piece(form.loop) if form.loop else 0,
             )  # fmt: skip
         return number
 
-    def _lead_to(self, root: int, name: bytes, leaf: int) -> None:
-        """From a mode's root, along these bytes, to a new leaf."""
-        node = root
-        for byte in name[:-1]:
+    def _leaf(self, mode: int, head: bytes, length: int, form: Form, flags: int) -> None:
+        """Instructions that begin like this have a form."""
+        leaf = self._form(form) | length << sh.LEAF_LENGTH | flags << sh.LEAF_FLAGS
+        if flags & sh.BRANCH:
+            leaf |= len(head) << sh.LEAF_AT | length - len(head) << sh.LEAF_SIZE
+        elif flags & sh.RELATIVE:
+            leaf |= length - 4 - form.behind << sh.LEAF_AT | 4 << sh.LEAF_SIZE
+        node = self._roots[mode]
+        for byte in head[:-1]:
             node = self._edge(node, byte, 0)
         at = self._leaf_count
         self._leaf_count += 1
         self._leaves[8 * at : 8 * at + 8] = leaf.to_bytes(8, "little")
-        self._edge(node, name[-1], at | sh.IS_LEAF)
+        self._edge(node, head[-1], at | sh.IS_LEAF)
 
     def _edge(self, node: int, byte: int, leaf: int) -> int:
         """Where an edge leads, which is made if it is not there: to a leaf, or (0) to a new node."""
@@ -206,98 +280,8 @@ class Composer:
                 return edge >> 32
             at = at + 1 & (1 << sh.TREE_BITS) - 1
 
-    def record(self, number: int) -> bytes:
-        """Of block ``number``, which was just made here, what the store keeps; nothing where that is too long."""
-        size = self._record(self._address, number)
-        return self._sheet[sh.RECORD_AT : sh.RECORD_AT + size]
-
-    @property
-    def instructions(self) -> int:
-        """How many the block has that was made last."""
-        return self.words[sh.COUNT >> 3]
-
-    # What is asked for
-
-    def make(self, pa: int, mode: int) -> bool:
-        """Make the block at ``pa``, its bytes marked and nothing leading to it; False: it is none of those that can be
-        made here."""
-        if mode & Mode.NARROW:
-            return False
-        words = self.words
-        words[sh.PAGE >> 3] = pa & ~4095
-        words[sh.OFFSET >> 3] = pa & 4095
-        words[sh.KEY_MODE >> 3] = mode
-        words[sh.CUTS >> 3] = 0
-        mode &= ~Mode.PLAIN
-        for _ in range(MOST_QUESTIONS):
-            words[sh.BY_MODE >> 3] = self._mode(mode)
-            wanted = self._compose(self._address)
-            if wanted == Want.NOTHING:
-                return True
-            if wanted == Want.RARE or words[sh.CUTS >> 3] == sh.MOST_CUTS:
-                break
-            if self._full:
-                self._forget()
-            elif wanted == Want.FORM:
-                self._learn(mode)
-            else:
-                self._lower(mode)
-        return False
-
-    def _learn(self, mode: int) -> None:
-        """Find out what instruction stands somewhere on the page."""
-        words = self.words
-        at, room = words[sh.WANT_AT >> 3], words[sh.WANT_OF >> 3]
-        data = bytes(self._memory.view(words[sh.PAGE >> 3] + at, min(room, 15)))
-        seen = self._catalog.mode(mode)
-        decoder = Decoder(64, data, ip=at)
-        ins = self._ins
-        decoder.decode_out(ins)
-        if not ins and decoder.last_error == DecoderError.NO_MORE_BYTES:
-            cuts = words[sh.CUTS >> 3]
-            words[(sh.CUT >> 3) + cuts] = at << 16 | room
-            words[sh.CUTS >> 3] = cuts + 1
-            return
-        if not ins:
-            self._leaf(mode, data[: ins.len], ins.len, seen.lowering.emulated, sh.NOT_ONE)
-            return
-        name = data[: ins.len]
-        form, known = self._catalog.known(seen, name, ins, decoder)
-        flags = (sh.RELATIVE if form.relative else sh.BRANCH) if form.wrap else 0
-        self._leaf(mode, name[:known], len(name), form, flags)
-
-    def _leaf(self, mode: int, head: bytes, length: int, form: Form, flags: int) -> None:
-        leaf = self._form(form) | length << sh.LEAF_LENGTH | flags << sh.LEAF_FLAGS
-        if flags == sh.BRANCH:
-            leaf |= len(head) << sh.LEAF_AT | length - len(head) << sh.LEAF_SIZE
-        elif flags == sh.RELATIVE:
-            leaf |= length - 4 - form.behind << sh.LEAF_AT | 4 << sh.LEAF_SIZE
-        root = self._roots[mode]
-        self._lead_to(root, head, leaf)
-
-    def _lower(self, mode: int) -> None:
-        """Make the template of an instruction of the block."""
-        words = self.words
-        item = sh.ITEMS + sh.ITEM * words[sh.WANT_AT >> 3]
-        which = words[sh.WANT_OF >> 3]
-        number = (words[item >> 3] - self._forms_at) // sh.FORM_SIZE
-        form = self._forms[number]
-        at = int.from_bytes(self._sheet[item + sh.AT : item + sh.AT + 2], "little")
-        n = int.from_bytes(self._sheet[item + sh.LENGTH_OF : item + sh.LENGTH_OF + 2], "little")
-        index = at - words[sh.OFFSET >> 3]
-        data = self._sheet[sh.DATA : sh.DATA + 256]
-        lowering = self._catalog.mode(mode).lowering
-        t: Template | None
-        if which == sh.F_PLACED:
-            t = form.placed or self._catalog.placed(form, lowering, data, index, at, n)
-        else:
-            live = which == sh.F_LIVE
-            t = (form.live if live else form.dead) or self._catalog.template(form, lowering, data, index, at, n, live)
-        place = number * sh.FORM_SIZE + which
-        self._table[place : place + 4] = self._template(t).to_bytes(4, "little")
-
     def _template(self, t: Template) -> int:
-        """Where a template stands in the pool."""
+        """Write a template to the pool: where it stands there."""
         parts = [_HEAD.pack(len(t.code), len(t.checks), len(t.holes), len(t.copies), t.keeps)]
         parts += [_CHECK.pack(*check) for check in t.checks]
         parts += [_HOLE.pack(*hole) for hole in t.holes]
@@ -307,3 +291,105 @@ class Composer:
         at = self._room(len(data) + 8)
         self._pool[at : at + len(data)] = data
         return at
+
+    # What is asked for
+
+    def _learn(self, mode: int) -> None:
+        """Find out what instruction stands somewhere on the page."""
+        words = self.words
+        at, room = words[sh.WANT_AT >> 3], words[sh.WANT_OF >> 3]
+        data = ctypes.string_at(words[sh.WANT_BYTES >> 3], min(room, 15))
+        seen = self._catalog.mode(mode)
+        decoder = Decoder(seen.lowering.bits, data, ip=at)
+        ins = self._ins
+        decoder.decode_out(ins)
+        name = data[: ins.len]
+        if ins:
+            form, head = self._catalog.form(seen, name, ins, decoder)
+            flags = 0
+            if form.wrap:
+                flags = sh.RELATIVE if form.relative else sh.BRANCH | _WRAPS[form.wrap]
+            self._leaf(mode, name[:head], len(name), form, flags)
+        elif decoder.last_error == DecoderError.NO_MORE_BYTES:
+            cuts = words[sh.CUTS >> 3]
+            words[(sh.CUT >> 3) + cuts] = at << 16 | room
+            words[sh.CUTS >> 3] = cuts + 1
+        else:
+            self._leaf(mode, name, len(name), seen.lowering.emulated, sh.NOT_ONE)
+
+    def _second_page(self, pa: int, mode: int, next_page: Callable[[], int]) -> None:
+        """For an instruction that does not decode within its page: give its bytes, with those of the page behind if it
+        goes on there."""
+        words = self.words
+        bits = self._catalog.mode(mode).lowering.bits
+        offset = pa & 4095
+        room = 4096 - offset
+        data = self._sheet[sh.DATA : sh.DATA + room]
+        first = Decoder(bits, data, ip=offset)
+        ins = first.decode()
+        try:
+            pa2 = next_page()
+        except Exception:
+            if not ins.len or first.last_error == DecoderError.NO_MORE_BYTES:
+                raise
+            words[sh.GIVEN >> 3] = room  # #UD comes before the second page's #PF
+            return
+        data += self._memory.read(pa2, 15)
+        self._sheet[sh.DATA : sh.DATA + len(data)] = data
+        words[sh.GIVEN >> 3] = len(data)
+        words[sh.CUTS >> 3] = 0
+        if Decoder(bits, data, ip=offset).decode().len > room:
+            words[sh.SECOND >> 3] = pa2
+
+    def _loop(self) -> None:
+        """Say what comes before a block that jumps back to its own start."""
+        words = self.words
+        offset = words[sh.OFFSET >> 3]
+        body = self.items()[: words[sh.LOOP >> 3]]
+        renaming = rename(body)
+        self._homes = homes = HOMES if renaming is None else renaming.homes
+        words[sh.MOVING >> 3] = renaming is not None
+        words[sh.REDO >> 3] = self._piece(b"" if renaming is None else renaming.do)
+        words[sh.UNDO >> 3] = self._piece(b"" if renaming is None else renaming.undo)
+        leads = [LEAD[n] if home is None else LEAD_HOST[home] for n, home in enumerate(homes)]
+        for n in IN_STATE:
+            words[(sh.LEAD_MOVED >> 3) + n - IN_STATE[0]] = self._piece(leads[n])
+        found = tables(body, self.data, offset)
+        for i, table in enumerate(found):
+            readers = sum(1 << reader for reader in table.readers)
+            _TABLE.pack_into(
+                self._sheet, sh.TABLE_LIST + sh.TABLE * i, self._piece(leads[table.base]), table.disp, table.length,
+                readers, table.base == 4,
+            )  # fmt: skip
+        words[sh.TABLES >> 3] = len(found)
+        self._sheet[sh.MOVED_LIST : sh.MOVED_LIST + 16 * len(body)] = bytes(16 * len(body))
+        words[sh.LOOP_KNOWN >> 3] = 1
+
+    def _lower(self, mode: int, moved: bool) -> None:
+        """Make the template of an instruction of the block."""
+        words = self.words
+        index, which = words[sh.WANT_AT >> 3], words[sh.WANT_OF >> 3]
+        address, at, n, _ = _ITEM.unpack_from(self._sheet, sh.ITEMS + sh.ITEM * index)
+        place = address - self._forms_at
+        number = place // sh.FORM_SIZE
+        first = sh.DATA + at - words[sh.OFFSET >> 3]
+        instruction = self._sheet[first : first + n]
+        lowering = self._catalog.mode(mode).lowering
+        if not moved:
+            t = self._lowered(number, lowering, instruction, at, which)
+            self._table[place + which : place + which + 4] = t.to_bytes(4, "little")
+            return
+        known = self._moved.get((number, which, self._homes))
+        if known is None:
+            known = self._lowered(number, lowering, instruction, at, which, self._homes)
+            self._moved[number, which, self._homes] = known
+        words[sh.MOVED_LIST + 16 * index >> 3] = address + which
+        words[sh.MOVED_LIST + 16 * index + 8 >> 3] = self._pool_at + known
+
+    def _lowered(
+        self, number: int, lowering: Lowering, instruction: bytes, at: int, which: int,
+        homes: tuple[int | None, ...] = HOMES,
+    ) -> int:  # fmt: skip
+        return self._template(
+            self._catalog.template(self._forms[number], lowering, instruction, at, _HOW[which], homes)
+        )

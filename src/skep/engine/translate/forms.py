@@ -6,7 +6,7 @@ instructions that are not simply copied. Numbers of general registers are those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, NamedTuple, cast
 
 from iced_x86 import (
@@ -114,13 +114,10 @@ class Form:
     """A register that becomes a byte, zero-extended."""
     uses: int = 0
     """General registers that it touches in any way, as bits; and FIXED"""
-    placed: Template | None = None
-    """With its operand in a range that was checked."""
-    live: Template | None = None
-    """Where flags must survive its checks."""
-    dead: Template | None = None
-    renamed: dict[tuple[int | None, ...], Template] = field(default_factory=dict)
-    """The same with registers elsewhere (catalog.py)."""
+
+
+Item = tuple[Form, int, int, int]
+"""An instruction: form, offset in its page, length, and where it goes or what it addresses relative to the page."""
 
 
 class Legality:

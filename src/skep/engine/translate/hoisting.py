@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from skep.engine.translate.drafting import Item
+from skep.engine.translate.forms import Item
 
 MOST = 2
 """Tables of a loop."""

@@ -15,8 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from skep.engine.translate.asm import Assembler, Reg, gs
-from skep.engine.translate.drafting import Item
-from skep.engine.translate.forms import FIXED, HOMES, HOST_RSP, IN_STATE
+from skep.engine.translate.forms import FIXED, HOMES, HOST_RSP, IN_STATE, Item
 from skep.engine.translate.stubs import field as state
 
 _LENDERS = (15, 14, 13, 12, 8, 7, 6, 3, 5, 2, 1)

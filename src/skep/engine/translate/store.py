@@ -16,11 +16,10 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from time import time_ns
-from typing import NamedTuple
 
 import iced_x86
 
@@ -35,8 +34,7 @@ from skep.engine.translate.segment import (
     read_whole,
     write_whole,
 )
-from skep.engine.translate.sheet import MOST_CODE
-from skep.engine.translate.tables import COPY, RECORD, RUN, RUN_MASKED, RUN_SECOND, WHICH
+from skep.engine.translate.tables import COPY, RECORD, RUN, RUN_MASKED, WHICH
 
 LIMIT = 256 << 20
 """Bytes of all segments; beyond, those that were not used longest go."""
@@ -60,66 +58,6 @@ _WHICH = struct.Struct("<HH").unpack_from
 assert (_HEAD.size, _RUN.size, _COPY.size) == (RECORD, RUN, COPY)
 _ENDBR = b"\xf3\x0f\x1e\xfa"
 _IMMEDIATE = frozenset(bytes((b,)) for b in (0x05, 0x0D, 0x25, 0x2D, 0x35, 0x3D, 0x68, 0xA9, *range(0xB8, 0xC0)))
-
-
-class Run(NamedTuple):
-    """Bytes of the guest's that a block rests on."""
-
-    offset: int
-    """In their page."""
-    data: bytes
-    mask: bytes = b""
-    """Empty, or zeros where another constant is as good."""
-    second: bool = False
-    """They lie on the page behind."""
-
-    def pack(self) -> bytes:
-        how = (RUN_MASKED if self.mask else 0) | (RUN_SECOND if self.second else 0)
-        before, behind = bytes(self.offset & 7), bytes(-(self.offset + len(self.data)) & 7)
-        parts = [_RUN.pack(self.offset, len(self.data), how), before, self.data, behind]
-        if self.mask:
-            parts += [before, self.mask, behind]
-        return b"".join(parts)
-
-
-class Record(NamedTuple):
-    """A block without its place, as block_runtime.adopt makes it one again."""
-
-    offset: int
-    mode: int
-    size: int
-    """Bytes of guest code."""
-    runs: Sequence[Run]
-    """The guest's bytes, first those of the block."""
-    code: bytes
-    entry: int
-    live: int
-    links: Sequence[int]
-    """Where in the code keys of blocks stand, without their page."""
-    copies: Sequence[tuple[int, int, int]]
-    """Constants that may differ: offset in the code, in the page, bytes"""
-    second: int
-    brk: int
-    span: tuple[int, int]
-    """Where the code wants its own place and its second page's: see tables.py"""
-    looked: tuple[int, int]
-    """Between these offsets of the page lie the runs but the first."""
-    marks: bytes
-
-    def pack(self) -> bytes:
-        code = self.code + bytes(len(self.code) & 1) + self.marks
-        code += bytes(-len(code) & 7)
-        parts = [run.pack() for run in self.runs]
-        parts += [_COPY.pack(*copy) for copy in self.copies]
-        parts.append(array("H", self.links).tobytes())
-        body = b"".join(parts)
-        body += bytes(-len(body) & 7) + code
-        head = _HEAD.pack(
-            RECORD + len(body), self.offset, self.mode, self.size, len(self.code), len(code) >> 3, self.entry,
-            self.live, len(self.marks) >> 1, self.second, self.brk, *self.span, len(self.runs), len(self.copies),
-            len(self.links), *self.looked,
-        )  # fmt: skip
-        return head + body
 
 
 def _key(offset: int, mode: int, head: bytes) -> tuple[int, int]:
@@ -288,7 +226,7 @@ class Store:
     def note(self, page: int, record: bytes) -> None:
         """A block was made that no record was: write down its packed record. ``page`` is the same for all that are made
         on one page."""
-        if len(record) > MOST_CODE:
+        if not record:  # too long
             return
         try:
             if self._notes is None:
