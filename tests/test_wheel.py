@@ -56,7 +56,7 @@ def test_compiled(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
     assert _python(installed, "-c", _DESCRIPTION) == "translate, compiled by mypyc\n"
-    names = "test_asm.py test_catalog.py test_lower.py test_renaming.py test_sharing.py test_store.py"
+    names = "test_asm.py test_composing.py test_lower.py test_renaming.py test_sharing.py test_store.py"
     engine = [f"tests/engine/translate/{name}" for name in names.split()]
     options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "-o", f"pythonpath={installed} ."]
     _python(installed, "-m", "pytest", *options, *engine, "tests/engine/test_differential.py")

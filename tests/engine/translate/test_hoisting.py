@@ -6,12 +6,12 @@ import pytest
 
 from skep.engine.amd64.registers import Pte
 from skep.engine.translate import TranslateEngine
-from skep.engine.translate.drafting import Drafting
 from skep.engine.translate.hoisting import tables
 from skep.engine.translate.layout import Mode
 from tests.engine.assemble import assemble
 from tests.engine.place import PAGE
 from tests.engine.tiny import MMIO, Tiny
+from tests.engine.translate.composed import composed
 
 V, G, H = 0x400000, 0x300000, 0x330000
 """Two pages side by side for the guest, at G and H."""
@@ -47,10 +47,9 @@ def found(body: str) -> list[tuple[int, int, int, list[int]]]:
     """The tables of the loop that ``body`` and a jump back are."""
     with Tiny(TranslateEngine(), "start: hlt\n") as guest:
         vcpu = guest.vcpu
-        drafting: Drafting = vcpu.cache._drafting  # type: ignore[attr-defined]
         guest.memory.write(0x140000, assemble(f"top: {body}\ndec rdi\njne top\nhlt", 0x140000, {}).code)
-        draft = drafting.draft(0x140000, vcpu.st.mode & ~Mode.USER, lambda: 0)  # type: ignore[attr-defined]
-        return [tuple(table) for table in tables(draft.items[: draft.loop], draft.data, 0)]  # type: ignore[misc]
+        made = composed(vcpu.cache, 0x140000, vcpu.st.mode & ~Mode.USER)  # type: ignore[attr-defined]
+        return [tuple(table) for table in tables(made.items[: made.loop], made.data, 0)]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from skep.engine.translate import TranslateEngine, blocks, catalog
+from skep.engine.translate import TranslateEngine, blocks, catalog, sheet
 from skep.engine.translate.blocks import Cache
 from tests.engine.tiny import Tiny
 
@@ -32,7 +32,8 @@ SUM = sum(i & 0xFF for i in range(ROUNDS))
     ("module", "name", "value"),
     [
         (blocks, "MAX_USED", 16),
-        (catalog, "MAX_FORMS", 4),
+        (sheet, "MAX_FORMS", 80),
+        (sheet, "MAX_LEAVES", 80),
         (catalog, "MAX_SHAPES", 4),
         (catalog, "MAX_MODES", 1),
         (blocks, "MAX_SINGLES", 1),

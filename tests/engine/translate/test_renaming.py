@@ -9,7 +9,6 @@ import pytest
 from iced_x86 import Code, Register
 
 from skep.engine.translate import TranslateEngine
-from skep.engine.translate.drafting import Drafting
 from skep.engine.translate.layout import Kind, Mode
 from skep.engine.translate.renaming import Renaming, rename
 from tests.engine.assemble import Imm, Mem, Reg, assemble
@@ -21,6 +20,7 @@ from tests.engine.oracle import Oracle
 from tests.engine.place import DATA, PAGE
 from tests.engine.sequence import Label
 from tests.engine.tiny import MMIO, Tiny
+from tests.engine.translate.composed import composed
 
 V, G = 0x400000, 0x300000
 READS = (Code.XOR_R64_RM64, Code.ADD_R64_RM64, Code.MOV_R64_RM64, Code.CMP_R64_RM64)
@@ -31,11 +31,10 @@ def renamed(body: str) -> Renaming | None:
     with Tiny(TranslateEngine(), "start: hlt\n") as guest:
         vcpu = guest.vcpu
         vcpu.state_changed()  # type: ignore[attr-defined]
-        drafting: Drafting = vcpu.cache._drafting  # type: ignore[attr-defined]
         guest.memory.write(0x140000, assemble(f"top: {body}\njne top\nhlt", 0x140000, {}).code)
-        draft = drafting.draft(0x140000, vcpu.st.mode & ~Mode.USER, lambda: 0)  # type: ignore[attr-defined]
-        assert draft.loop
-        return rename(draft.items[: draft.loop])
+        made = composed(vcpu.cache, 0x140000, vcpu.st.mode & ~Mode.USER)  # type: ignore[attr-defined]
+        assert made.loop
+        return rename(made.items[: made.loop])
 
 
 @pytest.mark.parametrize(

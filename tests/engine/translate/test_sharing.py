@@ -7,12 +7,12 @@ import pytest
 from skep.engine.amd64.registers import Pte
 from skep.engine.translate import TranslateEngine
 from skep.engine.translate.blocks import PIECES
-from skep.engine.translate.drafting import Drafting
 from skep.engine.translate.layout import TWINS, TWINS_MASK, Kind, Mode
-from skep.engine.translate.sharing import REACH, shares
+from skep.engine.translate.sharing import REACH
 from tests.engine.assemble import assemble
 from tests.engine.place import PAGE
 from tests.engine.tiny import MMIO, Tiny
+from tests.engine.translate.composed import composed
 
 V, G, H = 0x400000, 0x300000, 0x330000
 """Two pages side by side for the guest, at G and H."""
@@ -25,10 +25,7 @@ def shared(text: str) -> dict[int, tuple[int, int, tuple[int, int, int, bool] | 
         cache = vcpu.cache  # type: ignore[attr-defined]
         code = assemble(text + "\nhlt", 0x140000, {}).code
         guest.memory.write(0x140000, code)
-        drafting: Drafting = cache._drafting
-        draft = drafting.draft(0x140000, vcpu.st.mode & ~Mode.USER, lambda: 0)  # type: ignore[attr-defined]
-        found = shares(draft.items, draft.data, 0)
-        return {i: share for i, share in enumerate(found) if share is not None}
+        return composed(cache, 0x140000, vcpu.st.mode & ~Mode.USER).shares  # type: ignore[attr-defined]
 
 
 def test_pushes_and_pops() -> None:

@@ -11,6 +11,7 @@ import pytest
 from skep.engine.translate import TranslateEngine, blocks, engine, store
 from skep.engine.translate.blocks import Cache
 from tests.engine.tiny import Tiny
+from tests.engine.translate.composed import composed
 
 
 def segments(there: Path) -> list[Path]:
@@ -79,18 +80,17 @@ def test_adopted_code_is_what_translation_makes(tmp_path: Path) -> None:
         cache: Cache = guest.vcpu.cache  # type: ignore[attr-defined]
         assert cache.made == 0
         for block in list(cache.blocks.values()):
-            draft = cache._drafting.draft(block.pa, block.mode, lambda: 0)
-            if draft.size != block.size:  # it went on into a block that was not there then
-                continue
-            needs, live = cache._drafting.needs(draft)
-            emitted = cache._emission.emit(draft, needs, live, block.start)
             code = bytearray(cache.code[block.start : block.end])
-            other = bytearray(emitted.code)
-            for site, _, _ in emitted.links:
+            marks = cache.marks(block)
+            made = composed(cache, block.pa, block.mode, block.start)
+            if made.block.size != block.size:  # it went on into a block that was not there then
+                continue
+            other = bytearray(made.code)
+            for site in made.links:
                 code[site : site + 4] = other[site : site + 4] = bytes(4)
             assert code == other
-            assert (emitted.entry + block.start, live) == (block.entry, block.live)
-            assert emitted.marks == cache.marks(block)
+            assert (made.block.entry, made.block.live) == (block.entry, block.live)
+            assert cache.marks(block) == marks
 
 
 def test_routines_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ class Composer:
             if wanted == Want.NOTHING:
                 return
             asked += 1
-            if asked > MOST_QUESTIONS or words[sh.CUTS >> 3] == sh.MOST_CUTS:
+            if not words[sh.FALLBACK >> 3] and (asked > MOST_QUESTIONS or words[sh.CUTS >> 3] == sh.MOST_CUTS):
                 words[sh.FALLBACK >> 3] = 1
                 words[sh.SECOND >> 3] = NONE
             elif self._full:
