@@ -33,7 +33,7 @@ def doing(vm: Vm) -> str:
     """What the guest does at this moment, seen from outside."""
     if not the_disk(vm).worker.idle:
         return DISK
-    return SLEEPS if vm._processors[0]._sleeping else RUNS
+    return SLEEPS if vm._processors[0].doing == "halted" else RUNS
 
 
 def threads_by_name() -> list[str]:
