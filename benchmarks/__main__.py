@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import boots, figures, guest, picture, processors, suite
+from benchmarks import boots, disks, figures, guest, picture, processors, suite
 from benchmarks.console import BenchmarkError
 from benchmarks.peers import Payload, skep_program
 from benchmarks.rows import NAMES
@@ -64,8 +64,12 @@ def say(what: str) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    kernel, initrd = debian_guest()
     result: dict[str, Any] = {"host": host(), "version": version_times(5)}
+    if options.disks:
+        size, root = options.disk_size << 20, options.disk_root
+        result["disks"] = disks.run(options.disks, root, size, options.disk_requests, options.rounds, say)
+        return result
+    kernel, initrd = debian_guest()
     if options.rows:
         result["suite"] = suite.run(kernel, guest.obtain(), options.rows, options.rounds, options.repetitions, say)
     if options.processors:
@@ -78,6 +82,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any], clock: str) -> None:
+    for line in disks.lines(result.get("disks", {})):
+        print(line)
     if "suite" in result:
         measured = result["suite"]
         for line in figures.table_lines(figures.rows(measured["rows"], clock)):
@@ -113,6 +119,13 @@ def main() -> int:
     parser.add_argument("--boots", type=int, default=9, metavar="N", help="of each (default %(default)s; 0: none)")
     parser.add_argument("--boot-cmdline", default=BOOT_CMDLINE, metavar="TEXT", help="default: %(default)s")
     parser.add_argument("--boot-timeout", type=float, default=120, metavar="S", help="for one (default %(default)g)")
+    parser.add_argument(
+        "--disks", type=lambda text: [Path(name) for name in text.split(",")], default=[], metavar="DIRECTORY,...",
+        help="instead of all that: the disk library beside qemu-img, on files in each of these directories",
+    )  # fmt: skip
+    parser.add_argument("--disk-root", type=Path, metavar="IMAGE", help="a system's raw image, to compress")
+    parser.add_argument("--disk-size", type=int, default=1024, metavar="MIB", help="of the disks (default %(default)s)")
+    parser.add_argument("--disk-requests", type=int, default=100_000, metavar="N", help="in a row (default %(default)s)")
     parser.add_argument(
         "--clock", choices=["elapsed", "cpu"], default="elapsed",
         help="what the table shows: time, or CPU time on the host, which neighbours disturb less (default %(default)s)",

@@ -40,6 +40,8 @@ OPTIONS: Mapping[str, Option] = {
     **prefixed("encrypt.", names.CREATE),
 }
 OPEN_OPTIONS: Mapping[str, Option] = {
+    "l2-cache-size": Option("L2 tables kept in memory, bytes", "16M"),
+    "refcount-cache-size": Option("Refcount blocks kept in memory, bytes", "2M"),
     "encrypt.format": OPTIONS["encrypt.format"],
     "encrypt.key-secret": OPTIONS["encrypt.key-secret"],
 }

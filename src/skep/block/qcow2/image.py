@@ -12,10 +12,12 @@ from skep.block.backend import Buffers, File, fill_zeroes, split, write_zeroes_a
 from skep.block.format import BackingName, Bitmap, Can, CheckResult, ImageError, Option, Snapshot
 from skep.block.qcow2 import amend, bitmaps, check, create, snapshots
 from skep.block.qcow2.header import MOST_L1_BYTES, Autoclear, Compression, Extension, Incompatible, read_header
-from skep.block.qcow2.refcounts import write_words
+from skep.block.qcow2.refcounts import DEFAULT_REFCOUNT_CACHE, write_words
 from skep.block.qcow2.tables import DEFAULT_CACHE
 from skep.block.qcow2.writing import Written
 from skep.block.secrets import NO_SECRETS, Secrets, secret_named
+
+_MOST_CACHE = 1 << 30
 
 
 class Qcow2Image(Written):
@@ -38,16 +40,18 @@ class Qcow2Image(Written):
         | Can.BACKING
     )
 
-    def __init__(self, file: File, *, cache: int = DEFAULT_CACHE) -> None:
-        """``cache``: bytes of L2 tables that are kept in memory."""
-        super().__init__(file, cache)
+    def __init__(self, file: File, *, cache: int = DEFAULT_CACHE, refcount_cache: int = DEFAULT_REFCOUNT_CACHE) -> None:
+        """``cache``: bytes of L2 tables that are kept in memory; the other one of refcount blocks."""
+        super().__init__(file, cache, refcount_cache)
         self._tracked = bitmaps.Tracker(self)
         if not self.read_only:
             self._open_for_writing()
 
     @classmethod
     def open(cls, file: File, options: Mapping[str, str], secrets: Secrets) -> Self:
-        image = cls(file)
+        cache = _cache_size(file, options, "l2-cache-size", DEFAULT_CACHE)
+        refcount_cache = _cache_size(file, options, "refcount-cache-size", DEFAULT_REFCOUNT_CACHE)
+        image = cls(file, cache=cache, refcount_cache=refcount_cache)
         secret = options.get(image.key_option)
         if secret is not None and image.encrypted:
             image.unlock(secret_named(secrets, secret))
@@ -318,3 +322,10 @@ class Qcow2Image(Written):
     @classmethod
     def measure(cls, size: int, data: Sequence[tuple[int, int]], options: Mapping[str, str]) -> tuple[int, int]:
         return create.measure(size, data, options)
+
+
+def _cache_size(file: File, options: Mapping[str, str], name: str, default: int) -> int:
+    size = create.parse_size(options[name]) if name in options else default
+    if size is None or size > _MOST_CACHE:
+        raise ImageError(f"{options[name]!r} will not do for {name}", file.path, "a size up to 1G")
+    return size

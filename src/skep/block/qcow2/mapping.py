@@ -48,7 +48,7 @@ class Mapped(Image):
     format = "qcow2"
     key_option = "encrypt.key-secret"
 
-    def __init__(self, file: File, cache: int) -> None:
+    def __init__(self, file: File, cache: int, refcount_cache: int) -> None:
         self.file = self._data = self._stored = file
         """``_data`` has the disk's clusters, through the cipher where there is one, ``_stored`` as they are kept."""
         self._apart = False
@@ -63,7 +63,7 @@ class Mapped(Image):
 
             self.encrypt(Encryption(file, self.header))
         self.size = self.header.size
-        self._cache = cache
+        self._cache, self._refcount_cache = cache, refcount_cache
         self._bits = self.header.cluster_bits
         self._cluster = self.header.cluster_size
         self._subcluster = self._cluster // 32 if self.header.extended_l2 else self._cluster
@@ -78,7 +78,7 @@ class Mapped(Image):
         self._data_name = self.header.extensions.get(Extension.DATA_FILE)
 
     def _load(self) -> None:
-        self._refcounts = Refcounts(self.file, self.header)
+        self._refcounts = Refcounts(self.file, self.header, self._refcount_cache)
         self._tables = Tables(self.file, self.header, self._cache)
         self._highest = -(-self.file.size // self._cluster)
         """Clusters of the file from here on were never written."""
@@ -169,6 +169,8 @@ class Mapped(Image):
                 word = found[0].words[found[1]]
                 n = min(end - offset, cluster - inside)
                 if not word:
+                    if n < end - offset and not any(rest := found[0].words[found[1] :]):
+                        n = min(end - offset, (len(rest) << bits) - inside)
                     new = Run(Kind.NONE, -1, n)
                 elif word & COMPRESSED:
                     new = Run(Kind.COMPRESSED, word, n)
@@ -301,6 +303,11 @@ class Mapped(Image):
     @property
     def cluster_size(self) -> int:
         return self._cluster
+
+    @property
+    def tables_in_memory(self) -> int:
+        """How many slices of L2 tables are."""
+        return len(self._tables)
 
     @property
     def zero_unit(self) -> int:

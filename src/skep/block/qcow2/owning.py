@@ -20,8 +20,8 @@ from skep.locks import Lock, Order
 class Owning(Mapped):
     """An image whose clusters can be taken, linked and given back."""
 
-    def __init__(self, file: File, cache: int) -> None:
-        super().__init__(file, cache)
+    def __init__(self, file: File, cache: int, refcount_cache: int) -> None:
+        super().__init__(file, cache, refcount_cache)
         self._gate = Lock(f"qcow2 flush {self.path}", Order.IMAGE_FLUSH)
         self._lost: OSError | None = None
         self._freed: list[tuple[int, int, int]] = []

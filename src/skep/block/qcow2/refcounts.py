@@ -16,7 +16,7 @@ from skep.block.backend import File, read_at, write_at, write_zeroes_as_data
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import MOST_REFCOUNT_TABLE_BYTES, Header
 
-_CACHE_BYTES = 2 << 20
+DEFAULT_REFCOUNT_CACHE = 2 << 20
 _OFFSET = 0xFFFF_FFFF_FFFF_FE00  # of a refcount table's entry; the other bits are reserved
 _TYPES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
@@ -117,7 +117,8 @@ class Changes(NamedTuple):
 
 
 class Refcounts:
-    def __init__(self, file: File, header: Header) -> None:
+    def __init__(self, file: File, header: Header, cache: int = DEFAULT_REFCOUNT_CACHE) -> None:
+        """``cache``: bytes of blocks that are kept in memory, four blocks at least."""
         self._file = file
         self._bits = header.cluster_bits
         self._cluster = header.cluster_size
@@ -136,7 +137,7 @@ class Refcounts:
         self._moved: tuple[int, int] | None = None
         self._blocks: OrderedDict[int, _Block] = OrderedDict()
         self._writing: set[int] = set()
-        self._room = max(4, _CACHE_BYTES // self._cluster)
+        self._room = max(4, cache // self._cluster)
         self._free = 0
         """No cluster before this one is free."""
         self.freed_table: tuple[int, int] | None = None

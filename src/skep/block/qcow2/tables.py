@@ -55,6 +55,9 @@ class Tables:
         self._dirty = 0
         self._room = max(8, cache // (self._slice + 128))
 
+    def __len__(self) -> int:
+        return len(self._slices)
+
     @property
     def crowded(self) -> bool:
         return self._dirty * 2 > self._room

@@ -49,8 +49,8 @@ class Written(Owning):
 
     _tracked: Tracker
 
-    def __init__(self, file: File, cache: int) -> None:
-        super().__init__(file, cache)
+    def __init__(self, file: File, cache: int, refcount_cache: int) -> None:
+        super().__init__(file, cache, refcount_cache)
         self._busy: dict[int, Plan] = {}
         """Clusters of the disk that somebody is giving a place."""
         self._packed_end = 0
