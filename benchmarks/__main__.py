@@ -125,7 +125,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--disk-root", type=Path, metavar="IMAGE", help="a system's raw image, to compress")
     parser.add_argument("--disk-size", type=int, default=1024, metavar="MIB", help="of the disks (default %(default)s)")
-    parser.add_argument("--disk-requests", type=int, default=100_000, metavar="N", help="in a row (default %(default)s)")
+    parser.add_argument("--disk-requests", type=int, default=100_000, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--clock", choices=["elapsed", "cpu"], default="elapsed",
         help="what the table shows: time, or CPU time on the host, which neighbours disturb less (default %(default)s)",
