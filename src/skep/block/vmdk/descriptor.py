@@ -22,7 +22,7 @@ class ExtentLine(NamedTuple):
     access: str
     sectors: int
     kind: str
-    """FLAT, SPARSE, ZERO, VMFS, VMFSSPARSE."""
+    """FLAT, SPARSE, ZERO, VMFS, VMFSSPARSE, SESPARSE."""
     name: str
     offset: int = 0
     """Of a flat extent in its file, sectors."""

@@ -442,9 +442,6 @@ class ZeroExtent:
         pass
 
 
-Part = SparseExtent | FlatExtent | ZeroExtent
-
-
 def read_below(below: Below, buffers: Buffers, offset: int) -> None:
     read_padded(below.disk.backing, buffers, offset + below.offset)
 

@@ -13,18 +13,19 @@ from skep.block.choices import choice, switch
 from skep.block.file import create_file, open_file
 from skep.block.format import SECTOR, BackingName, Can, CheckResult, Image, ImageError, Option
 from skep.block.secrets import NO_SECRETS, Secrets
+from skep.block.sparse import SparseImage
 from skep.block.vmdk.descriptor import MOST_BYTES, NO_PARENT, Descriptor, ExtentLine, cid_place
 from skep.block.vmdk.extent import (
     ESX,
     HOSTED,
     Below,
     FlatExtent,
-    Part,
     SparseExtent,
     SparseHeader,
     ZeroExtent,
     make_sparse,
 )
+from skep.block.vmdk.sesparse import SeSparseExtent
 
 _SPLIT = 2 << 30
 _SPARSE, _FLAT, _SPLIT_SPARSE, _SPLIT_FLAT, _STREAM = (
@@ -34,6 +35,7 @@ _SPARSE, _FLAT, _SPLIT_SPARSE, _SPLIT_FLAT, _STREAM = (
     "twoGbMaxExtentFlat",
     "streamOptimized",
 )
+Part = SparseExtent | SeSparseExtent | FlatExtent | ZeroExtent
 _ADAPTERS = ("ide", "lsilogic", "buslogic", "legacyESX")
 
 
@@ -93,7 +95,7 @@ class VmdkImage(Image):
             if line.kind == "ZERO":
                 self._add(ZeroExtent(line.sectors * SECTOR, self.path))
                 continue
-            if line.kind not in ("FLAT", "VMFS", "SPARSE", "VMFSSPARSE"):
+            if line.kind not in ("FLAT", "VMFS", "SPARSE", "VMFSSPARSE", "SESPARSE"):
                 raise ImageError(f"a VMDK extent of the kind {line.kind} is not supported", self.path)
             file = opener(line.name)
             try:
@@ -107,7 +109,7 @@ class VmdkImage(Image):
         if line.kind in ("FLAT", "VMFS"):
             return FlatExtent(file, line.offset * SECTOR, size)
         start = self._starts[-1] + self._parts[-1].size if self._parts else 0
-        part = SparseExtent(file, Below(self, start))
+        part = (SeSparseExtent if line.kind == "SESPARSE" else SparseExtent)(file, Below(self, start))
         if part.size < size:
             raise ImageError("the sparse extent of the VMDK is shorter than its descriptor says", file.path)
         part.size = size
@@ -210,7 +212,7 @@ class VmdkImage(Image):
 
     @property
     def cluster_size(self) -> int | None:
-        sizes = [part.block_size for part in self._parts if isinstance(part, SparseExtent)]
+        sizes = [part.block_size for part in self._parts if isinstance(part, SparseImage)]
         return sizes[0] if sizes else None
 
     def info(self) -> dict[str, Any]:
@@ -222,7 +224,7 @@ class VmdkImage(Image):
             if isinstance(part, SparseExtent) and part.header.compressed:
                 about["compressed"] = True
             about |= {"virtual-size": part.size, "filename": part.file.path}
-            if isinstance(part, SparseExtent):
+            if isinstance(part, SparseImage):
                 about["cluster-size"] = part.block_size
             extents.append(about | {"format": "" if part.file is self.file else line.kind})
         cids = {"cid": self.descriptor.cid, "parent-cid": self.descriptor.parent_cid}
@@ -237,7 +239,7 @@ class VmdkImage(Image):
             raise ImageError(f"its parent was changed since: {backing.path}", self.path)
 
     def check(self) -> CheckResult:
-        return self._sum(part.check() for part in self._parts if isinstance(part, SparseExtent))
+        return self._sum(part.check() for part in self._parts if isinstance(part, SparseImage))
 
     def repair(self, *, leaks_only: bool = False) -> CheckResult:
         parts = [part for part in self._parts if isinstance(part, SparseExtent)]
