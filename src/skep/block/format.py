@@ -334,6 +334,11 @@ class Image(ABC):
     def backing_name(self) -> BackingName | None:
         return None
 
+    @property
+    def needs_backing(self) -> bool:
+        """It lies over another image, of which it has no name."""
+        return False
+
     def set_backing(self, name: BackingName | None) -> None:
         """Change what the image says is below it. Only the name: the data is the caller's affair."""
         raise self.cannot("lies over no other")

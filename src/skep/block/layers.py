@@ -258,6 +258,9 @@ def _with_chain(image: Image, how: Opening) -> Image:
             if below.backing is not None:
                 break
             above = below
+        if above.needs_backing and above.backing is None:
+            todo = "say backing.driver=..., backing.file.filename=..."
+            raise ImageError("lies over another image, and has no name of it", above.path, todo)
     except BaseException:
         image.close()
         raise
