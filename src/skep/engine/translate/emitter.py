@@ -1,13 +1,13 @@
 """The pieces that every template is made of: addresses, checks, jumps, and an instruction with its operands moved.
 
 Each access to guest memory is a *check*: r10 has the address, and behind the check the operand's host address. The way
-out when the TLB does not match stands behind the block (emission.py), pushes the access descriptor and calls the stub
+out when the TLB does not match stands behind the block (writing_runtime.py), pushes the access descriptor and calls the stub
 ``slow``:
 
 ======  ====================================================
 bits    access descriptor
 ======  ====================================================
-0-11    the instruction's offset in its page (added by emission.py)
+0-11    the instruction's offset in its page (added by writing_runtime.py)
 12-21   operand size in bytes
 22-23   0 read, 1 write, 2 read and write
 24-25   TLB array: supervisor, user, supervisor with AC
