@@ -1,8 +1,8 @@
 """The pieces that every template is made of: addresses, checks, jumps, and an instruction with its operands moved.
 
 Each access to guest memory is a *check*: r10 has the address, and behind the check the operand's host address. The way
-out when the TLB does not match stands behind the block (writing_runtime.py), pushes the access descriptor and calls the stub
-``slow``:
+out when the TLB does not match stands behind the block (writing_runtime.py), pushes the access descriptor and calls the
+stub ``slow``:
 
 ======  ====================================================
 bits    access descriptor

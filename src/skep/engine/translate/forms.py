@@ -1,7 +1,7 @@
 """What is known of instructions: how they end a block, what they do to flags, where registers are, which case they are.
 
-:class:`Form` and :class:`Template` are what lower.py makes; writing_runtime.py puts them together. The tables below name the
-instructions that are not simply copied. Numbers of general registers are those that encode them.
+:class:`Form` and :class:`Template` are what lower.py makes; writing_runtime.py puts them together. The tables below
+name the instructions that are not simply copied. Numbers of general registers are those that encode them.
 """
 
 from __future__ import annotations
