@@ -92,6 +92,8 @@ def packed(kind: int, data: bytes) -> bytes:
             return zlib.compress(data)
         case 0x80000006:
             return bz2.compress(data)
+        case 0x80000007:
+            return b"bvx-" + struct.pack("<I", len(data)) + data + b"bvx$"
         case 0x80000008:
             return lzma.compress(data)
         case 1:
@@ -135,7 +137,7 @@ def dmg(model: bytes, kinds: tuple[int, ...], plist: bool = True) -> bytes:
 
 
 @pytest.mark.parametrize("plist", [True, False])
-@pytest.mark.parametrize("kinds", [(1,), (0x80000005,), (0x80000005, 1, 0x80000004, 0x80000006, 0x80000008)])
+@pytest.mark.parametrize("kinds", [(1,), (0x80000005,), (0x80000005, 1, *range(0x80000006, 0x80000009), 0x80000004)])
 def test_a_dmg(tmp_path: Path, kinds: tuple[int, ...], plist: bool) -> None:
     model = disk(5 * MIB)
     path = tmp_path / "disk.dmg"
@@ -161,7 +163,7 @@ def test_adc() -> None:
         _unpack_adc(bytearray(b"\x80a\x40\x00\x07"), 100)
 
 
-@pytest.mark.parametrize("kind", [0x80000007, 0x80000009])
+@pytest.mark.parametrize("kind", [0x80000003, 0x80000009])
 def test_a_dmg_that_we_cannot_unpack(tmp_path: Path, kind: int) -> None:
     path = tmp_path / "disk.dmg"
     path.write_bytes(dmg(b"x" * MIB, (kind,)))

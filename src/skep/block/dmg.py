@@ -28,7 +28,6 @@ _CHUNK = struct.Struct(">IIQQQQ")
 _ZERO, _RAW, _IGNORE = 0, 1, 2
 _ADC, _ZLIB, _BZIP2, _LZFSE, _LZMA = 0x80000004, 0x80000005, 0x80000006, 0x80000007, 0x80000008
 _COMMENT, _END = 0x7FFFFFFE, 0xFFFFFFFF
-_NAMES = {_LZFSE: "LZFSE"}
 
 _MOST_TABLES = 16 << 20
 """Bytes of the property list, or of the resource fork."""
@@ -112,9 +111,8 @@ class DmgImage(Image):
             raise ImageError("a chunk of the DMG is beyond any disk", self.path)
         if chunk.kind in (_ZERO, _IGNORE):
             return
-        if chunk.kind not in (_RAW, _ADC, _ZLIB, _BZIP2, _LZMA):
-            name = _NAMES.get(chunk.kind, f"method {chunk.kind:#x}")
-            raise ImageError(f"a DMG compressed by {name} is not supported", self.path)
+        if chunk.kind not in (_RAW, _ADC, _ZLIB, _BZIP2, _LZFSE, _LZMA):
+            raise ImageError(f"a DMG compressed by method {chunk.kind:#x} is not supported", self.path)
         if chunk.offset + chunk.length > self.file.size:
             raise ImageError("a chunk of the DMG is beyond the file", self.path)
         if chunk.kind == _RAW:
@@ -213,6 +211,10 @@ def _unpack(kind: int, data: bytearray, size: int) -> bytes:
         return bz2.BZ2Decompressor().decompress(data, size)
     if kind == _LZMA:
         return lzma.LZMADecompressor(memlimit=32 << 20).decompress(data, size)
+    if kind == _LZFSE:
+        from skep.block import lzfse  # some images are
+
+        return lzfse.unpack(data, size)
     return _unpack_adc(data, size)
 
 
