@@ -102,9 +102,7 @@ class Nested:
                     reports = []
                 for said in self._said():
                     if "report" in said and said["report"]["nodeid"] == item.nodeid:
-                        reports.append(
-                            self._config.hook.pytest_report_from_serializable(config=self._config, data=said["report"])
-                        )
+                        reports.append(self._report(said["report"]))
                     elif said.get("finish") == item.nodeid:
                         self._left.remove(item.nodeid)
                         return reports
@@ -119,6 +117,13 @@ class Nested:
                     self._attempts = ATTEMPTS
                 if self._attempts >= ATTEMPTS:
                     return [_failure(item, f"{error}\n\nL1's console:\n{console[-4000:]}")]
+
+    def _report(self, data: dict[str, Any]) -> pytest.TestReport:
+        report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
+        assert isinstance(report, pytest.TestReport)
+        if isinstance(report.longrepr, list):  # why it was skipped: JSON knows no tuples
+            report.longrepr = tuple(report.longrepr)
+        return report
 
     def _start(self) -> None:
         if self._attempts >= ATTEMPTS:

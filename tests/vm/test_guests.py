@@ -46,6 +46,8 @@ GUEST = """
         je another
         cmp al, 'n'
         je nmi
+        cmp al, 'b'
+        je all
         hlt
 
 off:    mov dx, 0x604
@@ -156,6 +158,14 @@ another:                                ; starts the second processor, which pri
         mov dword [rdi + 0x300], 0x4608
         jmp spin
 
+all:                                    ; starts all others, each of which counts itself
+        mov rax, 0xf4700006fff0         ; lock inc word [0x7000]; hlt
+        mov [0x8000], rax
+        mov rdi, 0xfee00000
+        mov dword [rdi + 0x300], 0xc4500
+        mov dword [rdi + 0x300], 0xc4608
+        jmp spin
+
 print:  mov dx, 0x3f8
 more:   mov al, [rsi]
         inc rsi
@@ -196,7 +206,7 @@ Make = Callable[..., Vm]
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = GUEST
-    for letter in "orthseimqan":
+    for letter in "orthseimqanb":
         text = text.replace(f"'{letter}'", str(ord(letter)))
     code = bytes(assemble(text, LOAD + 0x200).code)
     path = tmp_path_factory.mktemp("guest") / "vmlinuz"
@@ -254,9 +264,11 @@ def test_a_reboot_can_be_the_end(make: Make) -> None:
     assert ended(make("r", no_reboot=True)) is End.REBOOTED
 
 
-def test_a_triple_fault_says_where(make: Make) -> None:
+def test_a_triple_fault_says_where(make: Make, request: pytest.FixtureRequest) -> None:
     outcome = make("t").wait(20)
     assert outcome is not None and outcome.end is End.TRIPLE_FAULT and outcome.exit_status == 3
+    if "hardware" in request.node.name and outcome.registers["rip"] == 0xFFF0:
+        pytest.skip("SVM keeps no state at a triple fault")
     assert LOAD < outcome.registers["rip"] < LOAD + 0x2000
     assert outcome.registers["rsp"] == 0x80000 and outcome.registers["idtr"]["limit"] == 0
 
@@ -345,6 +357,19 @@ def test_a_second_processor(make: Make) -> None:
     deadline = time.monotonic() + 20
     while vm.board.memory.load_u64(0x70000) == count:
         assert time.monotonic() < deadline
+    vm.stop()
+    assert ended(vm) is End.STOPPED
+
+
+def test_64_processors_start(make: Make) -> None:
+    vm = make("b", cpus=64)
+    deadline = time.monotonic() + 60
+    while vm.board.memory.load_u16(0x7000) < 63:
+        assert time.monotonic() < deadline, vm.board.memory.load_u16(0x7000)
+        time.sleep(0.01)
+    vm.freeze()
+    vm.thaw()
+    assert vm.board.memory.load_u16(0x7000) == 63
     vm.stop()
     assert ended(vm) is End.STOPPED
 

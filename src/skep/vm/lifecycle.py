@@ -432,11 +432,14 @@ class Vm:
             Processor(self.name, i, board, self._engine_vm, *told, paused=paused, hosted=hosted)
             for i in range(board.cpus)
         ]
-        self._processors[0].begin(state)
         waiting = {"activity": Doing.WAITING.value}
-        for processor, other in zip(self._processors[1:], others or [waiting] * (board.cpus - 1), strict=True):
-            if hosted or other != waiting:
-                processor.begin(other)
+        states = [state, *(others or [waiting] * (board.cpus - 1))]
+        if hosted:
+            for processor, one in zip(self._processors, states, strict=True):
+                processor.prepare(one)
+        for processor, one in zip(self._processors, states, strict=True):
+            if hosted or one != waiting:
+                processor.begin({} if hosted else one)
 
     def _park(self) -> None:
         """No processor runs guest code, and none does anything for it, until :meth:`_unpark`. Twice is once."""

@@ -85,6 +85,14 @@ class Processor:
 
     # From other threads.
 
+    def prepare(self, state: Any) -> None:
+        """Where its local APIC is the engine's: be there, in ``state``, before any processor runs, whose messages would
+        be lost otherwise. ``begin`` follows."""
+        if self._engine_vm is None:
+            raise InternalError("a processor is made after its end")
+        self._vcpu = self._engine_vm.create_vcpu(self.index, self._board.interrupts(self.index))
+        self._vcpu.set_state(state)
+
     def begin(self, state: Any) -> None:
         """Start in ``state``. Ignored unless it waits for that."""
         with self._guard:
@@ -149,6 +157,10 @@ class Processor:
         activity = Activity.RUNNING
         if self._faulted:
             activity = Activity.FAULTED
+        elif registers.get("activity") == Doing.WAITING:
+            activity = Activity.NOT_STARTED
+        elif registers.get("activity") == Doing.HALTED:
+            activity = Activity.IDLE if self._board.hears_interrupts(registers) else Activity.HALTED
         elif self._halted is not None or vcpu.asleep:
             activity = Activity.HALTED if self.hopeless else Activity.IDLE
         elif len(places) == LOOKS and max(places) - min(places) < _SPIN:
@@ -157,13 +169,15 @@ class Processor:
 
     def save(self) -> dict[str, Any]:
         """Its state, while it is parked."""
+        vcpu = self._vcpu
+        if self._hosted and vcpu is not None:
+            return vcpu.get_state()
         if self._next_state is not None:  # started, and did not come to it yet
             return dict(self._next_state)
-        vcpu = self._vcpu
         if vcpu is None or self._held:
             return {"activity": Doing.WAITING.value}
         state = vcpu.get_state()
-        if self._halted is not None:
+        if self._halted is not None or vcpu.asleep:
             state["activity"] = Doing.HALTED.value
         return state
 

@@ -115,6 +115,7 @@ class KvmVm:
         self._model = cpu_model
         self._tsc_offset = tsc_offset
         self._supported = _supported_cpuid(kvm)
+        self._synced = bool(_has(kvm, uapi.CAP_SYNC_REGS) & uapi.SYNC_X86_REGS)
         self._run_size = uapi.ioctl(kvm, uapi.GET_VCPU_MMAP_SIZE)
         self._vcpus: list[KvmVcpu] = []
         self._model_of(0)  # a model that does not exist is told here
@@ -156,7 +157,7 @@ class KvmVm:
         fd = uapi.ioctl(self._fd, uapi.CREATE_VCPU, index)
         model = self._model_of(index)
         hosted = self.local_apics is not None
-        vcpu = KvmVcpu(index, fd, self._run_size, self._io, interrupts, hosted=hosted)
+        vcpu = KvmVcpu(index, fd, self._run_size, self._io, interrupts, hosted=hosted, synced=self._synced)
         try:
             vcpu.set_cpuid(self._cpuid(model))
             vcpu.set_state({"msrs": msrs.mtrr_reset(model.physical_bits)})

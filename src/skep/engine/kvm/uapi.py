@@ -310,14 +310,15 @@ GET_XCRS, SET_XCRS = _ior(0xA6, ctypes.sizeof(Xcrs)), _iow(0xA7, ctypes.sizeof(X
 X86_SET_MSR_FILTER = _iow(0xC6, ctypes.sizeof(MsrFilter))
 SET_DEVICE_ATTR = _iow(0xE1, ctypes.sizeof(DeviceAttr))
 
-_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
-_ioctl.restype = ctypes.c_int
-_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+raw_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+"""ioctl(2), for what is done all the time; ``ctypes.get_errno`` has the error."""
+raw_ioctl.restype = ctypes.c_int
+raw_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
 
 def ioctl(fd: int, request: int, argument: Structure | Array[Any] | int = 0) -> int:
     """Raises OSError. ``argument`` is a number, or a structure passed by address and filled in place."""
-    result: int = _ioctl(fd, request, argument if isinstance(argument, int) else ctypes.addressof(argument))
+    result: int = raw_ioctl(fd, request, argument if isinstance(argument, int) else ctypes.addressof(argument))
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

@@ -25,7 +25,7 @@ from skep.engine.contract import Activity, Exit, ExitReason
 from skep.engine.exits import Exits
 from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.interrupts import Hosted, Injected, KvmApic, Way
-from skep.engine.kvm.uapi import ioctl
+from skep.engine.kvm.uapi import ioctl, raw_ioctl
 from skep.errors import InternalError
 
 KICK_SIGNAL = signal.SIGRTMIN + 5
@@ -51,6 +51,17 @@ _MP_STATE = {
     Activity.WAITING: uapi.MP_STATE_INIT_RECEIVED,
 }
 
+# Where things are in the shared page: bytes, or as many units of the size of what is there.
+_WINDOW, _IMMEDIATE_EXIT = uapi.Run.request_interrupt_window.offset, uapi.Run.immediate_exit.offset
+_REASON = uapi.Run.exit_reason.offset // 4
+_LEFT = uapi.Run.exit.offset
+_IO_DIRECTION, _IO_SIZE = _LEFT + uapi.ExitIo.direction.offset, _LEFT + uapi.ExitIo.size.offset
+_IO_PORT, _IO_COUNT = (_LEFT + uapi.ExitIo.port.offset) // 2, (_LEFT + uapi.ExitIo.count.offset) // 4
+_IO_DATA = (_LEFT + uapi.ExitIo.data_offset.offset) // 8
+_MMIO_ADDRESS, _MMIO_DATA = (_LEFT + uapi.ExitMmio.phys_addr.offset) // 8, _LEFT + uapi.ExitMmio.data.offset
+_MMIO_LENGTH, _MMIO_IS_WRITE = (_LEFT + uapi.ExitMmio.len.offset) // 4, _LEFT + uapi.ExitMmio.is_write.offset
+_SYNCED_RIP = (uapi.Run.s.offset + uapi.Regs.rip.offset) // 8
+
 _S = TypeVar("_S", bound=ctypes.Structure)
 
 
@@ -58,9 +69,17 @@ class KvmVcpu:
     """See :class:`skep.engine.contract.Vcpu`."""
 
     def __init__(
-        self, index: int, fd: int, run_size: int, io: IoSpace, interrupts: LocalInterrupts, *, hosted: bool
+        self,
+        index: int,
+        fd: int,
+        run_size: int,
+        io: IoSpace,
+        interrupts: LocalInterrupts,
+        *,
+        hosted: bool,
+        synced: bool,
     ) -> None:
-        """``hosted``: KVM has its local APIC."""
+        """``hosted``: KVM has its local APIC; ``synced``: it can leave the registers in the shared page."""
         self.index = index
         self._fd = fd
         self._io = io
@@ -74,7 +93,10 @@ class KvmVcpu:
         self._apic = KvmApic(fd)
         self._map = mmap.mmap(fd, run_size)
         self._run = uapi.Run.from_buffer(self._map)
+        # The same page for what is done at every exit: a field of a ctypes structure costs three times as much.
         self._bytes = memoryview(self._map)
+        self._halves, self._words, self._quads = (self._bytes.cast("H"), self._bytes.cast("I"), self._bytes.cast("Q"))
+        self._run.kvm_valid_regs = uapi.SYNC_X86_REGS if synced else 0
         self._guard = threading.Lock()  # of _thread, and of the signal to it
         self._thread: int | None = None
         self._exit_requested = False
@@ -103,20 +125,27 @@ class KvmVcpu:
         with self._guard:
             self._thread = threading.get_ident()
         try:
-            while True:
-                self._run.immediate_exit = 0
-                if self._exit_requested:
-                    self._exit_requested = False
-                    return Exit(ExitReason.KICKED)
-                if not self._way.offer(self._run, self._halted):
-                    return self._halted_exit()
-                self._halted = False
+            left = self._look()
+            while left is None:
                 left = self._enter()
-                if left is not None:
-                    return left
+                # Nothing begins to wait without a kick.
+                if left is None and (self._bytes[_IMMEDIATE_EXIT] or self._bytes[_WINDOW]):
+                    left = self._look()
+            return left
         finally:
             with self._guard:
                 self._thread = None
+
+    def _look(self) -> Exit | None:
+        """What is wanted: to leave, or to offer the guest an interrupt."""
+        self._run.immediate_exit = 0
+        if self._exit_requested:
+            self._exit_requested = False
+            return Exit(ExitReason.KICKED)
+        if not self._way.offer(self._run, self._halted):
+            return self._halted_exit()
+        self._halted = False
+        return None
 
     def kick(self) -> None:
         with self._guard:
@@ -126,7 +155,7 @@ class KvmVcpu:
 
     @property
     def asleep(self) -> bool:
-        return False  # HLT ends ``run``
+        return False  # HLT ends ``run``, or is KVM's, which does not tell
 
     def frozen(self) -> bool:
         return False
@@ -137,17 +166,17 @@ class KvmVcpu:
 
     def _enter(self) -> Exit | None:
         """One KVM_RUN, and what it left for."""
-        run = self._run
-        self._way.entering(run)
-        try:
-            ioctl(self._fd, uapi.RUN)
-        except OSError as error:
-            if error.errno not in (errno.EINTR, errno.EAGAIN):  # kicked; started by another processor
-                return self._failure(f"KVM_RUN: {error.strerror}")
-            reason = uapi.EXIT_INTR
+        if not self._hosted:
+            self._way.entering(self._run)
+        if raw_ioctl(self._fd, uapi.RUN, 0) >= 0:
+            reason = self._words[_REASON]
         else:
-            reason = run.exit_reason
-        self._way.left(run)
+            code = ctypes.get_errno()
+            if code not in (errno.EINTR, errno.EAGAIN):  # kicked; started by another processor
+                return self._failure(f"KVM_RUN: {os.strerror(code)}")
+            reason = uapi.EXIT_INTR
+        if not self._hosted:
+            self._way.left(self._run)
         self.counts[reason] += 1
         handler = self._handlers.get(reason)
         if handler is None:
@@ -155,35 +184,37 @@ class KvmVcpu:
         return handler()
 
     def _port(self) -> None:
-        io = self._run.io
-        size, port = io.size, io.port
-        for at in range(io.data_offset, io.data_offset + io.count * size, size):
-            if io.direction == uapi.EXIT_IO_OUT:
-                value = int.from_bytes(self._bytes[at : at + size], "little")
+        data, port = self._bytes, self._halves[_IO_PORT]
+        size, begin = data[_IO_SIZE], self._quads[_IO_DATA]
+        out = data[_IO_DIRECTION] == uapi.EXIT_IO_OUT
+        for at in range(begin, begin + self._words[_IO_COUNT] * size, size):
+            if out:
+                value = data[at] if size == 1 else int.from_bytes(data[at : at + size], "little")
                 self.exits.note("out", port, size, value)
                 self._io.port_write(port, size, value)
             else:
                 value = self._io.port_read(port, size)
                 self.exits.note("in", port, size, value)
-                self._bytes[at : at + size] = value.to_bytes(size, "little")
+                data[at : at + size] = value.to_bytes(size, "little")
 
     def _mmio(self) -> None:
         """KVM cuts accesses at 8 bytes and at page ends, so ``len`` need not be a power of two; a device's size is."""
-        mmio = self._run.mmio
-        offset = 0
-        while offset < mmio.len:
-            left = mmio.len - offset
-            size = 1 << left.bit_length() - 1
-            gpa = mmio.phys_addr + offset
-            if mmio.is_write:
-                value = int.from_bytes(bytes(mmio.data[offset : offset + size]), "little")
-                self.exits.note("write", gpa, size, value)
+        data, gpa = self._bytes, self._quads[_MMIO_ADDRESS]
+        at, end = _MMIO_DATA, _MMIO_DATA + self._words[_MMIO_LENGTH]
+        write = data[_MMIO_IS_WRITE]
+        rip = self._quads[_SYNCED_RIP] or None
+        while at < end:
+            size = 1 << (end - at).bit_length() - 1
+            if write:
+                value = int.from_bytes(data[at : at + size], "little")
+                self.exits.note("write", gpa, size, value, rip)
                 self._io.mmio_write(gpa, size, value)
             else:
                 value = self._io.mmio_read(gpa, size)
-                self.exits.note("read", gpa, size, value)
-                mmio.data[offset : offset + size] = tuple(value.to_bytes(size, "little"))
-            offset += size
+                self.exits.note("read", gpa, size, value, rip)
+                data[at : at + size] = value.to_bytes(size, "little")
+            at += size
+            gpa += size
 
     def _read_msr(self) -> None:
         msr = self._run.msr
@@ -318,6 +349,8 @@ class KvmVcpu:
                 return
             fd, self._fd = self._fd, -1
             self._run = uapi.Run()
+            for view in (self._halves, self._words, self._quads):
+                view.release()
         self._way.close()
         self._bytes.release()
         self._map.close()

@@ -1,0 +1,73 @@
+"""What an exit costs, beside a C program that does nothing else."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from skep.engine.kvm import KvmEngine
+from skep.memory import GuestMemory
+from tests.engine.tiny import RecordingIo, TestInterrupts
+
+EXITS = 20_000
+MOST = 2.5
+"""Times as much."""
+
+
+class CountingIo(RecordingIo):
+    """Asks the vCPU to leave after so many writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = 0
+        self.done = lambda: None
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        self.left -= 1
+        if not self.left:
+            self.done()
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs gcc")
+    path = tmp_path_factory.mktemp("exits") / "exits"
+    source = Path(__file__).with_name("exits.c")
+    subprocess.run([compiler, "-O2", "-o", path, source], check=True, timeout=60)
+    return path
+
+
+def in_python(kvm: KvmEngine) -> int:
+    """The same in ns."""
+    memory = GuestMemory(1 << 20)
+    memory.write(0x7C00, bytes.fromhex("e680 ebfc"))
+    io = CountingIo()
+    vm = kvm.create_vm(memory, io, 1, "baseline", 0)
+    vcpu = vm.create_vcpu(0, TestInterrupts())
+    try:
+        io.done = vcpu.request_exit
+        code = {"selector": 0, "base": 0, "limit": 0xFFFF, "attributes": 0x9B}
+        vcpu.set_state({"cs": code, "rip": 0x7C00, "rflags": 2})
+        for io.left in (EXITS // 10, EXITS):
+            begin = time.thread_time_ns()
+            vcpu.run()
+        return (time.thread_time_ns() - begin) // EXITS
+    finally:
+        vm.close()
+        memory.close()
+
+
+def test_a_round_trip(kvm: KvmEngine, program: Path) -> None:
+    """The least of several, taken in turns."""
+    times = []
+    for _ in range(4):
+        c = subprocess.run([program, str(EXITS)], check=True, capture_output=True, timeout=60).stdout
+        times.append((int(c), in_python(kvm)))
+    c_least, python_least = map(min, zip(*times, strict=True))
+    assert python_least <= MOST * c_least, times
