@@ -214,7 +214,10 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["translate", "kvm", "kvm alone", pytest.param("kvm on hardware", marks=pytest.mark.hardware)])
+ON_HARDWARE = pytest.param("kvm on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
+
+
+@pytest.fixture(params=["translate", "kvm", "kvm alone", ON_HARDWARE])
 def make(request: pytest.FixtureRequest, kernel: Path) -> Iterator[Make]:
     """``make(command)``: a VM with the small guest; everything it took is given back. "kvm alone" has no local APIC."""
     engine, *how = request.param.split()
