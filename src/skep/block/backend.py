@@ -162,15 +162,15 @@ def split(buffers: Buffers, n: int) -> tuple[list[memoryview], list[memoryview]]
     return list(buffers), []
 
 
-_PIECE = 1 << 20
-_ZEROES = memoryview(bytes(_PIECE))
+ZEROES = memoryview(bytes(2 << 20))
+"""As many as the largest cluster of any format has."""
 
 
 def fill_zeroes(buffers: Buffers) -> None:
     for buffer in buffers:
-        for at in range(0, len(buffer), _PIECE):
-            n = min(_PIECE, len(buffer) - at)
-            buffer[at : at + n] = _ZEROES[:n]
+        for at in range(0, len(buffer), len(ZEROES)):
+            n = min(len(ZEROES), len(buffer) - at)
+            buffer[at : at + n] = ZEROES[:n]
 
 
 def read_padded(storage: BlockBackend | None, buffers: Buffers, offset: int) -> None:
@@ -183,5 +183,5 @@ def read_padded(storage: BlockBackend | None, buffers: Buffers, offset: int) -> 
 
 def write_zeroes_as_data(storage: BlockBackend, offset: int, length: int) -> None:
     end = offset + length
-    for at in range(offset, end, _PIECE):
-        storage.pwritev([_ZEROES[: end - at]], at)
+    for at in range(offset, end, len(ZEROES)):
+        storage.pwritev([ZEROES[: end - at]], at)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _UNPACKED_BYTES = 1 << 20
 """Of compressed clusters that are kept unpacked."""
-ZEROES = bytes(2 << 20)
 
 
 class Kind(IntEnum):

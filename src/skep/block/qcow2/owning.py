@@ -8,10 +8,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 
-from skep.block.backend import File, read_at, write_at
+from skep.block.backend import ZEROES, File, read_at, write_at
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import Incompatible
-from skep.block.qcow2.mapping import ZEROES, Mapped
+from skep.block.qcow2.mapping import Mapped
 from skep.block.qcow2.refcounts import Refcounts
 from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET, Slice
 from skep.locks import Lock, Order
@@ -81,7 +81,7 @@ class Owning(Mapped):
                 write_at(self.file, new, read_at(self.file, old, self._cluster))
                 self._free(old >> self._bits, 1)
             elif not fresh:
-                write_at(self.file, new, memoryview(ZEROES)[: self._cluster])
+                write_at(self.file, new, ZEROES[: self._cluster])
             self._tables.forget(new)
             self._tables.set_l1(l1_index, new | COPIED)
         found = self._tables.find(index)

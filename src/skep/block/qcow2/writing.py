@@ -6,12 +6,12 @@ import errno
 import threading
 from array import array
 
-from skep.block.backend import Buffers, File, split, write_at
+from skep.block.backend import ZEROES, Buffers, File, split, write_at
 from skep.block.format import DamagedImage, ImageError
 from skep.block.qcow2.bitmaps import Tracker
 from skep.block.qcow2.compression import compress
 from skep.block.qcow2.header import Incompatible
-from skep.block.qcow2.mapping import ZEROES, Kind
+from skep.block.qcow2.mapping import Kind
 from skep.block.qcow2.owning import Owning
 from skep.block.qcow2.tables import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET, ZERO, Slice
 
@@ -317,7 +317,7 @@ class Written(Owning):
                 runs = self._map(offset, stop)
             for run in runs:
                 if run.kind in (Kind.DATA, Kind.COMPRESSED) or (run.kind is Kind.NONE and self.backing_name()):
-                    self._write([memoryview(ZEROES)[: run.length]], offset)
+                    self._write([ZEROES[: run.length]], offset)
                 offset += run.length
 
     def _zero_subclusters(self, index: int, start: int, end: int) -> None:
@@ -337,7 +337,7 @@ class Written(Owning):
                         self._tables.change(found, word, (bits | now << 32) & ~now)
                         return
             if event is None:
-                self._write([memoryview(ZEROES)[: end - start]], start)
+                self._write([ZEROES[: end - start]], start)
                 return
             event.wait()
 
