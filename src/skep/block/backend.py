@@ -92,12 +92,14 @@ class Extent(NamedTuple):
     zero: bool = False
     """They read as zeros."""
     host: int | None = None
-    """Where in the layer's own file they are; None: nowhere, or not as they are."""
+    """Where in the layer's own file, or ``file``, they are; None: nowhere, or not as they are."""
     depth: int = 0
     """How many backing files down the chain they were found."""
     present: bool = True
     """Some layer says what they are; False: none in the chain does, so they are zeros."""
     compressed: bool = False
+    file: str | None = None
+    """Another file of the layer's, by its path."""
 
 
 class Storage(BlockBackend, Protocol):

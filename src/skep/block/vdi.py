@@ -97,7 +97,7 @@ class VdiImage(SparseImage):
     format = "vdi"
     can = Can.WRITE | Can.DISCARD | Can.CHECK | Can.REPAIR | Can.BACKING
     create_options: ClassVar = {
-        "static": Option("VDI static (pre-allocated) image", "off"),
+        "static": Option("VDI static (pre-allocated) image", "off", told=True),
         "preallocation": Option("Preallocation mode (allowed values: off, metadata)", "off"),
     }
 

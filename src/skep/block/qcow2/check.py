@@ -195,6 +195,7 @@ class Checker:
     def _table(self, offset: int, times: int, active: bool) -> None:
         """What an L2 table refers to, as often as it counts."""
         image, cluster, result = self.image, self._cluster, self.result
+        self._next = 0
         words = from_big_endian(read_at(image.file, offset, cluster))
         step = 2 if image.header.extended_l2 else 1
         bad = []

@@ -82,22 +82,27 @@ class Qcow2Image(Written):
         if header.version < 3:
             found: dict[str, Any] = {"compat": "0.10", "compression-type": "zlib", "refcount-bits": 16, **encrypt}
             return found
+        marks = [
+            {"flags": list(one.flags), "name": one.name, "granularity": one.granularity} for one in self.bitmaps()
+        ]
         found = {
             "compat": "1.1",
             "compression-type": Compression(header.compression_type).name.lower(),
             "lazy-refcounts": bool(header.compatible & 1),
+            **({"bitmaps": marks} if marks else {}),
             "refcount-bits": 1 << header.refcount_order,
             **encrypt,
+            **self._data_info(),
             "corrupt": self.corrupted,
             "extended-l2": header.extended_l2,
         }
-        if self._data_name is not None:
-            found["data-file"] = self._data_name.decode(errors="surrogateescape")
-            found["data-file-raw"] = bool(header.autoclear & Autoclear.DATA_FILE_RAW)
-        marks = [
-            {"flags": list(one.flags), "name": one.name, "granularity": one.granularity} for one in self.bitmaps()
-        ]
-        return {**found, "bitmaps": marks} if marks else found
+        return found
+
+    def _data_info(self) -> dict[str, Any]:
+        if self._data_name is None:
+            return {}
+        name = self._data_name.decode(errors="surrogateescape")
+        return {"data-file": name, "data-file-raw": bool(self.header.autoclear & Autoclear.DATA_FILE_RAW)}
 
     def set_backing(self, name: BackingName | None) -> None:
         self.header.backing_name = None if name is None else name.name

@@ -296,6 +296,7 @@ class Mapped(Image):
                     host=host,
                     present=run.kind is not Kind.NONE,
                     compressed=run.kind is Kind.COMPRESSED,
+                    file=self._data.path if self._apart and host is not None else None,
                 )
                 offset += run.length
 

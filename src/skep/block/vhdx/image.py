@@ -41,9 +41,11 @@ class VhdxImage(SectorImage):
     most_significant_first = False
     can = Can.WRITE | Can.DISCARD | Can.ZERO | Can.CHECK | Can.REPAIR | Can.BACKING
     create_options: ClassVar = {
+        "log_size": Option("Log size; min 1MB.", "1048576", told=True),
+        "block_size": Option(
+            "Block Size; min 1MB, max 256MB. 0 means auto-calculate based on image size.", "0", told=True
+        ),
         "subformat": Option("VHDX format type, can be either 'dynamic' or 'fixed'. Default is 'dynamic'.", "dynamic"),
-        "block_size": Option("Block Size; min 1MB, max 256MB. 0 means auto-calculate based on image size.", "0"),
-        "log_size": Option("Log size; min 1MB.", "1048576"),
         "block_state_zero": Option("Accepted, and always off: a new image's blocks are not present.", "off"),
     }
 

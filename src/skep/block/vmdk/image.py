@@ -45,15 +45,15 @@ class VmdkImage(Image):
     format = "vmdk"
     can = Can.WRITE | Can.DISCARD | Can.ZERO | Can.COMPRESS | Can.CHECK | Can.REPAIR | Can.BACKING
     create_options: ClassVar = {
+        "adapter_type": Option("Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX"),
+        "compat6": Option("VMDK version 6 image", "off", told=True),
+        "hwversion": Option("VMDK hardware version", "undefined", told=True),
+        "toolsversion": Option("VMware guest tools version"),
         "subformat": Option(
             "VMDK flat extent format, can be one of {monolithicSparse (default) | monolithicFlat | "
             "twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} ",
             _SPARSE,
         ),
-        "adapter_type": Option("Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX"),
-        "hwversion": Option("VMDK hardware version"),
-        "toolsversion": Option("VMware guest tools version"),
-        "compat6": Option("VMDK version 6 image", "off"),
         "zeroed_grain": Option("Enable efficient zero writes using the zeroed-grain GTE feature", "off"),
     }
 
@@ -203,11 +203,16 @@ class VmdkImage(Image):
 
     # As a whole.
 
+    def allocated(self) -> int:
+        files = {id(self.file): self.file}
+        files |= {id(part.file): part.file for part in self._parts if not isinstance(part, ZeroExtent)}
+        return sum(file.allocated() for file in files.values())
+
     def layer(self, offset: int, length: int) -> Iterator[Extent]:
         for part, start, n in self._split(offset, length):
             for extent in part.layer(start, n):
-                host = extent.host if not isinstance(part, ZeroExtent) and part.file is self.file else None
-                yield extent._replace(offset=offset + extent.offset - start, host=host)
+                elsewhere = None if isinstance(part, ZeroExtent) or part.file is self.file else part.file.path
+                yield extent._replace(offset=offset + extent.offset - start, file=elsewhere)
             offset += n
 
     @property

@@ -23,14 +23,18 @@ from skep.block.qcow2.image import Qcow2Image
 from skep.block.registry import format_named
 from skep.block.tree import nested
 from skep.block.words import words
-from skep.cli.image.printing import Meter, describe, print_info, print_json, print_snapshots
+from skep.cli.image.printing import Meter, c_hex, describe, print_info, print_json, print_snapshots
 from skep.cli.opening import How, described, open_by
 from skep.errors import UserError
 
-_TOLD_FIRST = (
-    *("cluster_size", "extended_l2", "preallocation", "compression_type"),
-    *("size", "compat", "backing_file", "backing_fmt"),
-)
+_TOLD_FIRST = {
+    "qcow2": (
+        *("cluster_size", "extended_l2", "preallocation", "compression_type"),
+        *("size", "compat", "backing_file", "backing_fmt"),
+    )
+}
+"""Of formats where it is not the size."""
+_SIZES = ("cluster_size", "block_size", "log_size")
 _BACKING_OPTIONS = ("backing_file", "backing_fmt", "size")
 
 
@@ -192,7 +196,8 @@ def map_(arguments: Namespace) -> int:
             if one.data and not one.zero:
                 if one.host is None:
                     raise ImageError("File contains external, encrypted or compressed clusters.")
-                print(f"{one.offset:<#16x}{one.length:<#16x}{one.host:<#16x}{files[one.depth]}")
+                where = one.file or files[one.depth]
+                print(f"{c_hex(one.offset):<16}{c_hex(one.length):<16}{c_hex(one.host):<16}{where}")
         return 0
 
 
@@ -299,16 +304,21 @@ def create(arguments: Namespace) -> int:
     )
     if not arguments.quiet:
         with open_by(arguments.file, replace(_how(arguments, backing=False), may_stay_locked=True)) as image:
-            _say(arguments, f"Formatting '{arguments.file}', fmt={image.format} {_creation(kind, image, own, below)}")
+            told = _creation(kind, image, size, own, below)
+            _say(arguments, f"Formatting '{arguments.file}', fmt={image.format} {told}")
     return 0
 
 
-def _creation(kind: type[Image], image: Image, options: dict[str, str], below: BackingName | None) -> str:
+def _creation(
+    kind: type[Image], image: Image, size: int | None, options: dict[str, str], below: BackingName | None
+) -> str:
+    """The options as `create` tells them; the size is the one that was asked for, if one was."""
     words = {name: str(one.default) for name, one in kind.create_options.items() if one.told} | options
-    words |= {"size": str(image.size)}
+    words |= {name: str(parse_size(words[name])) for name in _SIZES if name in words}
+    words |= {"size": str(image.size if size is None else size)}
     if below is not None:
         words |= {"backing_file": below.name, "backing_fmt": below.format or ""}
-    order = [*_TOLD_FIRST, *kind.create_options]
+    order = [*_TOLD_FIRST.get(kind.format, ("size", "backing_file", "backing_fmt")), *kind.create_options]
     return " ".join(f"{name}={words[name]}" for name in sorted(words, key=order.index))
 
 
@@ -516,7 +526,7 @@ def resize(arguments: Namespace) -> int:
 def snapshot(arguments: Namespace) -> int:
     changes = arguments.make or arguments.apply or arguments.delete
     with _open(arguments.file, arguments, _how(arguments, write=bool(changes))) as image:
-        if Can.SNAPSHOT not in image.can:
+        if changes and Can.SNAPSHOT not in image.can:
             raise image.cannot("has no snapshots")
         if arguments.make:
             image.snapshot_create(arguments.make)

@@ -25,6 +25,11 @@ def _three_digits(number: float) -> str:
     return f"{number:.3g}"
 
 
+def c_hex(number: int) -> str:
+    """As C's ``%#x``, to which zero has no prefix."""
+    return f"{number:#x}" if number else "0"
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=4))
 
