@@ -20,7 +20,8 @@ from typing import ClassVar
 
 import pytest
 
-from skep.block.backend import read_at, write_at
+from skep.block.backend import Extent, read_at, write_at
+from skep.block.file import open_file
 from skep.block.format import Can, Image
 from skep.block.image import create_image, open_image
 from skep.block.record import Kind, RecordedFile, Replay, mark, read_log
@@ -233,12 +234,16 @@ class ImageConformance:
             if extent.zero:
                 assert not any(data), extent
             if extent.host is not None and extent.data and not extent.compressed:
-                assert self.stored(image, extent.host, extent.length) == data, extent
+                assert self.stored(image, extent) == data, extent
         assert at == image.size
 
-    def stored(self, image: Image, host: int, length: int) -> bytes | bytearray:
-        """What is at a host offset that an extent gave."""
-        return read_at(image.file, host, length)
+    def stored(self, image: Image, extent: Extent) -> bytes | bytearray:
+        """What is where an extent says."""
+        host, length = extent.host or 0, extent.length
+        if extent.file is None:
+            return read_at(image.file, host, length)
+        with open_file(extent.file, read_only=True, lock=False) as file:
+            return read_at(file, host, length)
 
     def judge(self, model: bytes | bytearray) -> None:
         """QEMU's tools find the image right, and the same in it; so does our own check."""
