@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 MODULES = (
-    "asm", "blocks", "catalog", "codemap", "drafting", "emission", "emitter", "forms", "lower", "narrow", "plain",
+    "asm", "blocks", "catalog", "codemap", "emission", "emitter", "forms", "lower", "narrow", "plain",
     "reading", "segment", "sharing", "special", "store",
 )  # fmt: skip
 """Of skep.engine.translate: what runs for each instruction, block or template."""

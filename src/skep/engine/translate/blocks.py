@@ -253,7 +253,8 @@ class Cache:
             self._make(pa, mode, next_page)
         if len(self.world.blocks) > 1:
             self._fence()
-        pa2 = self.blocks.block(first).pa2 if second == NONE else second
+        block = self.blocks.block(first)
+        pa2 = block.pa2 if second == NONE else second
         if map_.wmapped[pa >> 12] or (pa2 is not None and map_.wmapped[pa2 >> 12]) or changes is not map_.changes:
             with self.world.stopped():
                 for frame in (pa >> 12,) if pa2 is None else (pa >> 12, pa2 >> 12):
@@ -262,8 +263,8 @@ class Cache:
                 state[NEXT >> 3], state[POS >> 3] = first, pos
                 adopted = 0
                 self._make(pa, mode, next_page)
+                block = self.blocks.block(first)
         self._publish(self.blocks.address, first, adopted or 1)
-        block = self.blocks.block(first)
         if not adopted and self.store.keeps:
             self.store.note(pa >> 12, self._composer.record(first))
         self._relax()

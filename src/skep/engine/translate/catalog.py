@@ -10,12 +10,14 @@ from skep.engine.translate.forms import HOMES, NOTHING_OPEN, Form, Legality, Ope
 from skep.engine.translate.layout import Mode
 from skep.engine.translate.lower import Lowering
 from skep.engine.translate.narrow import Narrow
-from skep.engine.translate.plain import Kind, Kinds, Plain, PlainForm
-from skep.engine.translate.reading import RELATIVE, Read
+from skep.engine.translate.plain import Kinds, Plain, PlainForm
+from skep.engine.translate.reading import RELATIVE
 
 MAX_SHAPES = 1 << 15
 """Instructions with their constants blanked out that are remembered: what a guest can make us keep has a bound."""
 MAX_MODES = 64
+LONGEST = 15
+"""Bytes of an instruction (SDM 2, 2.3.11)"""
 
 
 class How(Enum):
@@ -62,17 +64,44 @@ class Catalog:
             return Lowering(mode)
         return Plain(mode, self._kinds)
 
-    def form(self, seen: Seen, key: bytes, ins: Instruction, decoder: Decoder) -> tuple[Form, int]:
-        """The form of a valid instruction, just decoded from ``key``, and how many of its bytes decide that."""
-        lowering = seen.lowering
+    def _make_room(self, seen: Seen) -> None:
         if max(len(seen.shapes), len(self._general)) >= MAX_SHAPES:
             for one in self._modes.values():
                 one.shapes.clear()
             self._general.clear()
-        if isinstance(lowering, Plain):
-            plain = lowering.plain(key)
-            if plain is not None:
-                return self._plain(seen, lowering, key, *plain)
+
+    def plain(self, seen: Seen, data: bytes) -> tuple[Form, int, int] | None:
+        """The form of the plain instruction that 15 bytes begin with, how many of them decide that, and how many it
+        has; None: it is not plain, or not one."""
+        lowering = seen.lowering
+        if not isinstance(lowering, Plain) or len(data) < LONGEST:
+            return None
+        found = lowering.plain(data)
+        if found is None:
+            return None
+        self._make_room(seen)
+        read, kind, open_, length = found
+        disp, imm = read.disp, read.imm
+        head = imm if open_.imm_size else length
+        shape = data[:head]
+        if open_.disp_size or read.where == RELATIVE:
+            shape = shape[:disp] + shape[imm:]
+            if head == imm:
+                head = disp
+        name = (shape, open_)
+        form = seen.shapes.get(name)
+        if form is None:
+            general = (name, lowering.shape)
+            form = self._general.get(general)
+            if form is None:
+                form = self._general[general] = lowering.plain_form(read, kind, open_, length)
+            seen.shapes[name] = form
+        return form, head, length
+
+    def form(self, seen: Seen, key: bytes, ins: Instruction, decoder: Decoder) -> tuple[Form, int]:
+        """The form of a valid instruction, just decoded from ``key``, and how many of its bytes decide that."""
+        lowering = seen.lowering
+        self._make_room(seen)
         where = decoder.get_constant_offsets(ins)
         target = near_branch(ins)
         relative = ins.is_ip_rel_memory_operand
@@ -112,27 +141,6 @@ class Catalog:
             )
             if not 0 < head < end == len(key):  # a register may stand behind them (VBLENDVPS)
                 head = len(key)
-        return form, head
-
-    def _plain(self, seen: Seen, lowering: Plain, key: bytes, read: Read, kind: Kind, open_: Open) -> tuple[Form, int]:
-        """The same of a plain instruction, and how many of its bytes decide its form."""
-        disp, imm = read.disp, read.imm
-        shape = key[:imm] if open_.imm_size else key
-        head = len(shape)
-        if open_.disp_size or read.where == RELATIVE:
-            if head == imm:
-                head = disp
-            shape = shape[:disp] + shape[imm:]
-        elif disp < imm:
-            head = len(key)
-        name = (shape, open_)
-        form = seen.shapes.get(name)
-        if form is None:
-            general = (name, lowering.shape)
-            form = self._general.get(general)
-            if form is None:
-                form = self._general[general] = lowering.plain_form(read, kind, open_, len(key))
-            seen.shapes[name] = form
         return form, head
 
     def template(

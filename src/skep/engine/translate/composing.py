@@ -238,7 +238,9 @@ class Composer:
                 | (sh.STEPS if form.step is not None else 0) | (sh.MINUS if sign < 0 else 0)
                 | (sh.NARROW_BRANCH if form.narrow else 0) | (sh.MOVES if form.uses & _IN_STATE else 0)
             )  # fmt: skip
-            spoils = sum(1 << n for n in form.spoils)
+            spoils = 0
+            for n in form.spoils:
+                spoils |= 1 << n
             o = form.open
             _FORM.pack_into(
                 self._table, number * sh.FORM_SIZE, form.keeps, form.reads, form.ends, form.cond, flags, form.behind,
@@ -300,6 +302,11 @@ class Composer:
         at, room = words[sh.WANT_AT >> 3], words[sh.WANT_OF >> 3]
         data = ctypes.string_at(words[sh.WANT_BYTES >> 3], min(room, 15))
         seen = self._catalog.mode(mode)
+        plain = self._catalog.plain(seen, data)
+        if plain is not None:
+            form, head, length = plain
+            self._leaf(mode, data[:head], length, form, sh.RELATIVE if form.relative else 0)
+            return
         decoder = Decoder(seen.lowering.bits, data, ip=at)
         ins = self._ins
         decoder.decode_out(ins)

@@ -82,6 +82,9 @@ class Kind:
 
     form: Form
     """Of the instruction with the registers 13 to 15, which stand for those of others."""
+    open_disp: bool
+    open_imm: bool
+    imm_size: int
     uses: int
     """Form.uses without those."""
     copied: bool
@@ -156,8 +159,9 @@ class Plain(Lowering):
         self._addresses = kinds.addresses
         self._opens = kinds.opens
 
-    def plain(self, data: bytes) -> tuple[Read, Kind, Open] | None:
-        """What a valid instruction says, and which of its constants templates leave open; None: it is not plain."""
+    def plain(self, data: bytes) -> tuple[Read, Kind, Open, int] | None:
+        """What the instruction says that 15 bytes begin with, which of its constants templates leave open, and its
+        length; None: it is not plain, or not one."""
         known = read(data)
         if known is None:
             return None
@@ -169,16 +173,18 @@ class Plain(Lowering):
             kind = self._kinds[known.kind] = self._find(known, data)
         if kind is None:
             return None
-        disp = disp_size = imm = imm_size = 0
-        if known.disp_size and kind.form.open.disp_size:
+        disp = disp_size = 0
+        if known.disp_size and kind.open_disp:
             disp, disp_size = known.disp, known.disp_size
-        if kind.form.open.imm_size:
-            imm = known.imm
-            imm_size = len(data) - imm
-        open_ = self._opens.get((disp, disp_size, imm, imm_size))
+        length = known.imm + kind.imm_size
+        imm = imm_size = 0
+        if kind.open_imm:
+            imm, imm_size = known.imm, kind.imm_size
+        name = (disp, disp_size, imm, imm_size)
+        open_ = self._opens.get(name)
         if open_ is None:
-            open_ = self._opens[disp, disp_size, imm, imm_size] = Open(disp, disp_size, imm, imm_size)
-        return known, kind, open_
+            open_ = self._opens[name] = Open(*name)
+        return known, kind, open_, length
 
     def _find(self, known: Read, data: bytes) -> Kind | None:
         """The kind of an instruction, from one with other registers."""
@@ -195,11 +201,13 @@ class Plain(Lowering):
             modrm |= _REG & 7
         prefix = bytes((known.prefix,)) if known.prefix else b""
         opcode = bytes((known.opcode,)) if known.opcode < 0x100 else bytes((0x0F, known.opcode & 0xFF))
-        alike = prefix + bytes((rex,)) + opcode + bytes((modrm,)) + operand + data[known.imm :]
+        alike = prefix + bytes((rex,)) + opcode + bytes((modrm,)) + operand
+        imm = len(alike)
+        alike += data[known.imm :]
         decoder = Decoder(64, alike)
         ins = decoder.decode()
         m = ins.mnemonic
-        if m not in INTEGER or ins.len != len(alike):
+        if m not in INTEGER:
             return None
         open_ = self.opens(ins, decoder.get_constant_offsets(ins))
         form = self.form(ins, known.where == RELATIVE, open_)
@@ -212,6 +220,9 @@ class Plain(Lowering):
         info = self.info.info(ins)
         return Kind(
             form,
+            open_.disp_size > 0,
+            open_.imm_size > 0,
+            ins.len - imm,
             form.uses & ~(1 << _REG | 1 << _RM | 1 << _INDEX),
             copied,
             m == Mnemonic.LEA,

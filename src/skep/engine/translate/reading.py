@@ -26,8 +26,10 @@ RELATIVE: Final = 6
 """at an address relative to RIP."""
 NONE: Final = 16
 """The number of no register."""
-OPERAND_SIZE, LOCK, FS, GS = 0x66, 0xF0, 0x64, 0x65
-_PREFIXES = (GS, OPERAND_SIZE, LOCK, FS)
+OPERAND_SIZE, LOCK, DS, FS, GS = 0x66, 0xF0, 0x3E, 0x64, 0x65
+"""Prefixes. DS changes nothing; Linux puts it in LOCK's place where there is one CPU."""
+_PREFIXES = (GS, OPERAND_SIZE, DS, LOCK, FS)
+_SEGMENTS = (DS, FS, GS)
 # What is said of an opcode:
 _GROUP: Final = 1  # ModRM.reg is part of the opcode, or nothing
 _BYTE: Final = 2  # all operands have 8 bits
@@ -103,7 +105,8 @@ class Read(NamedTuple):
 
 
 def read(data: bytes) -> Read | None:
-    """What a valid instruction of 64-bit code says, None if it is not plain."""
+    """What the instruction of 64-bit code that begins here says, if it is a valid one; None if it is not plain.
+    ``data`` are 15 bytes, or end with the instruction."""
     at = prefix = rex = 0
     opcode = data[0]
     if opcode in _PREFIXES:
@@ -142,7 +145,7 @@ def read(data: bytes) -> Read | None:
     disp = at
     size = scale = 0
     if mod == 3:
-        if (rm > 3 and not rex and how & (_BYTE | _BYTE_SOURCE)) or prefix in (FS, GS):
+        if (rm > 3 and not rex and how & (_BYTE | _BYTE_SOURCE)) or prefix in _SEGMENTS:
             return None
         rm |= (rex & 1) << 3
         where = SAME if rm == reg else REGISTER
@@ -166,7 +169,7 @@ def read(data: bytes) -> Read | None:
         else:
             rm |= (rex & 1) << 3
     if how & _COUNT:
-        kind |= data[-1] << 27
+        kind |= data[disp + size] << 27
     address = where | rm << 3 | index << 8 | scale << 13 | size << 15
     if prefix == GS or prefix == FS:
         address |= prefix << 18
