@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import socket
 import struct
@@ -17,9 +18,11 @@ import pytest
 
 from skep.block.backend import read_at, write_at
 from skep.block.converting import Conversion, convert
+from skep.block.format import BackingName
 from skep.block.image import create_image, open_image, open_layers
 from skep.block.nbd.address import Address, parse
 from skep.block.nbd.client import NbdFile
+from skep.cli import main
 from skep.errors import UserError
 from tests.block.conformance import run
 
@@ -359,3 +362,22 @@ def test_a_status_beyond_what_was_asked() -> None:
     talk = answer(lambda k, at, n: chunk(k, 5, struct.pack(">III", 7, (1 << 32) - 1, 3)))
     with scripted(talk) as address, NbdFile(address) as file:
         assert [(one.offset, one.length, one.zero) for one in file.extents(512, MIB)] == [(512, MIB - 512, True)]
+
+
+def test_what_info_and_map_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As qemu-img: of an export, and of images here over one there."""
+    (tmp_path / "disk").write_bytes(b"x" * MIB)
+    with server(tmp_path / "socket", *QEMU, tmp_path / "disk") as name:
+        create_image(tmp_path / "over", "qcow2", MIB, backing=BackingName(name, "raw"), check_backing=False)
+        told = json.dumps({"driver": "raw", "file": {"driver": "file", "filename": str(tmp_path / "disk")}})
+        create_image(tmp_path / "json", "qcow2", MIB, backing=BackingName(f"json:{told}", "raw"), check_backing=False)
+        for command in (
+            ("info", "-f", "raw", name),
+            ("info", tmp_path / "over"),
+            ("info", "--backing-chain", tmp_path / "over"),
+            ("info", tmp_path / "json"),
+            ("map", tmp_path / "over"),
+            ("map", "--output=json", tmp_path / "over"),
+        ):
+            assert main(["image", *map(str, command)]) == 0
+            assert capsys.readouterr().out == run("qemu-img", *command), command

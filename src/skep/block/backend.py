@@ -130,8 +130,8 @@ class File(Storage, Protocol):
     def allocate(self, offset: int, length: int) -> None:
         """Reserve space, so that a write there cannot run out of it."""
 
-    def allocated(self) -> int:
-        """Bytes of the host's that it takes."""
+    def allocated(self) -> int | None:
+        """Bytes of the host\'s that it takes; None: nobody here knows."""
 
     def __enter__(self) -> Self: ...
 

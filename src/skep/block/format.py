@@ -287,7 +287,7 @@ class Image(ABC):
             else:
                 yield from _through(self.backing, extent)
 
-    def allocated(self) -> int:
+    def allocated(self) -> int | None:
         """Bytes of the host's that its files take."""
         return self.file.allocated()
 

@@ -268,9 +268,9 @@ def _with_chain(image: Image, how: Opening) -> Image:
 
 
 def _open_backing(above: Image, name: BackingName, seen: set[str], how: Opening) -> Image:
-    if how.inside is None and name.name.startswith("json:"):
-        return open_tree(parse_layers(name.name), how)
     place = place_of(above.path, name.name, how.inside)
+    if place.startswith("json:"):
+        return open_tree(parse_layers(place), how)
     real = _identity(place)
     if real in seen or len(seen) >= MOST_LAYERS:
         what = "a loop" if real in seen else f"more than {MOST_LAYERS} images"

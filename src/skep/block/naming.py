@@ -39,9 +39,9 @@ def _is_path(name: str) -> bool:
 
 def place_of(overlay: str, name: str, inside: Sequence[str] | None) -> str:
     """What is to be opened for ``name`` in the image ``overlay``: a file's path, or where everything is allowed, the
-    address of an NBD export. Raises UserError."""
+    address of an NBD export or ``json:{...}``. Raises UserError."""
     if inside is None:
-        return name if scheme_of(name) in REMOTE else backing_path(overlay, name)
+        return name if scheme_of(name) in (*REMOTE, "json") else backing_path(overlay, name)
     path = backing_path(overlay, name)
     real = os.path.realpath(path)
     for one in map(os.path.realpath, inside):

@@ -73,7 +73,7 @@ class Over:
     def allocate(self, offset: int, length: int) -> None:
         self.below.allocate(offset, length)
 
-    def allocated(self) -> int:
+    def allocated(self) -> int | None:
         return self.below.allocated()
 
     def close(self) -> None:

@@ -218,9 +218,8 @@ class NbdFile:
     def allocate(self, offset: int, length: int) -> None:
         self.write_zeroes(offset, length, False)
 
-    def allocated(self) -> int:
-        """Nothing of this host's."""
-        return 0
+    def allocated(self) -> int | None:
+        return None
 
     @property
     def is_open(self) -> bool:

@@ -17,7 +17,7 @@ from skep.block import converting, copying, resuming
 from skep.block.backend import Extent, read_at, write_at
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.block.image import create_image, open_image
-from skep.block.naming import backing_path
+from skep.block.naming import backing_path, place_of
 from skep.block.qcow2.create import parse_size
 from skep.block.qcow2.image import Qcow2Image
 from skep.block.registry import format_named
@@ -96,7 +96,7 @@ def info(arguments: Namespace) -> int:
         seen.add(real)
         if not arguments.backing_chain or below is None:
             break
-        path, how = backing_path(path, below.name), replace(how, format=below.format, layers=None)
+        path, how = place_of(path, below.name, None), replace(how, format=below.format, layers=None)
     if arguments.output == "json":
         everything = [one for one, _ in found]
         print_json(everything if arguments.backing_chain else everything[0])
@@ -184,7 +184,7 @@ def map_(arguments: Namespace) -> int:
         files = [image.path]
         below: Image | None = image
         while below is not None and (name := below.backing_name()) is not None:
-            files.append(backing_path(files[-1], name.name))
+            files.append(place_of(files[-1], name.name, None))
             below = below.backing
         found = _merged(image.extents(start, length))
         if arguments.output == "json":

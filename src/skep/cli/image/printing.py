@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 from skep.block.format import Image, Snapshot
-from skep.block.naming import backing_path
+from skep.block.naming import place_of
 
 
 def human_size(size: int) -> str:
@@ -47,13 +47,14 @@ def describe(image: Image, path: str) -> dict[str, Any]:
     if image.cluster_size is not None:
         found["cluster-size"] = image.cluster_size
     found["format"] = image.format
-    found["actual-size"] = image.allocated()
-    if image.encrypted:
-        found["encrypted"] = True
+    if (taken_of_host := image.allocated()) is not None:
+        found["actual-size"] = taken_of_host
     if special := image.info():
         found["format-specific"] = {"type": image.format, "data": special}
+    if image.encrypted:
+        found["encrypted"] = True
     if below is not None:
-        found["full-backing-filename"] = backing_path(path, below.name)
+        found["full-backing-filename"] = place_of(path, below.name, None)
         found["backing-filename"] = below.name
     found["dirty-flag"] = image.dirty
     return found
@@ -78,7 +79,7 @@ def print_info(found: dict[str, Any], snapshots: Iterable[Snapshot]) -> None:
     print(f"image: {found['filename']}")
     print(f"file format: {found['format']}")
     print(f"virtual size: {human_size(found['virtual-size'])} ({found['virtual-size']} bytes)")
-    print(f"disk size: {human_size(found['actual-size'])}")
+    print(f"disk size: {human_size(found['actual-size']) if 'actual-size' in found else 'unavailable'}")
     if found.get("encrypted"):
         print("encrypted: yes")
     if "cluster-size" in found:
