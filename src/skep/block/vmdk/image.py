@@ -206,7 +206,7 @@ class VmdkImage(Image):
     def allocated(self) -> int:
         files = {id(self.file): self.file}
         files |= {id(part.file): part.file for part in self._parts if not isinstance(part, ZeroExtent)}
-        return sum(file.allocated() for file in files.values())
+        return sum(file.allocated() or 0 for file in files.values())
 
     def layer(self, offset: int, length: int) -> Iterator[Extent]:
         for part, start, n in self._split(offset, length):
