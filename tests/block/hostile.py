@@ -163,7 +163,7 @@ def use(path: Path, format: str, rng: random.Random) -> str:
     try:
         with opened(path, format) as image:
             exercise(image, rng, True)
-            attempt(image.repair)
+            attempt(lambda: mend(image))
             exercise(image, rng, True)
     except UserError:
         return "refused for writing"
@@ -192,6 +192,13 @@ def exercise(image: Image, rng: random.Random, write: bool) -> None:
         do = rng.choice((image.snapshot_delete, image.snapshot_apply, image.snapshot_create))
         attempt(lambda: do("first"))
     image.info()
+
+
+def mend(image: Image) -> None:
+    found = image.repair()
+    if not found.errors and found.corruptions_fixed >= found.corruptions:
+        left = image.check()
+        assert not left.corruptions and not left.errors, ("it said that it is mended", found, left)
 
 
 @contextmanager

@@ -329,3 +329,45 @@ def test_an_l1_table_behind_the_end_of_the_file_is_made_anew(tmp_path: Path, whe
         assert read_at(image, 0, 65536) == (b"x" if where == "its end" else b"\0") * 65536
         write_at(image, 32 * MIB, b"new" * 512)
     run("qemu-img", "check", path)
+
+
+def damaged(path: Path, where: int, data: bytes) -> Path:
+    """A disk of 1 MiB, all of it data but for its end, with other bytes at an offset of the file."""
+    create_image(path, "qcow2", MIB, options={"cluster_size": "4096"})
+    with open_image(path) as image:
+        write_at(image, 0, b"data" * (MIB // 8))
+        image.snapshot_create("first")
+    with path.open("r+b") as file:
+        file.seek(where)
+        file.write(data)
+    return path
+
+
+def place_of(path: Path, field: int) -> int:
+    return int.from_bytes(path.read_bytes()[field : field + 8], "big")
+
+
+REFCOUNT_TABLE = 48
+"""Where the header has its offset."""
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_counts_that_are_gone_cost_no_data(tmp_path: Path, far: bool) -> None:
+    """Everything counts as free then, the header too: to mend that takes nothing, and no write does."""
+    path = damaged(tmp_path / "disk", 0, b"QFI")
+    if far:
+        damaged(path, REFCOUNT_TABLE, (1 << 24).to_bytes(8, "big"))
+    else:
+        damaged(path, place_of(path, REFCOUNT_TABLE), bytes(8))
+    with open_image(path) as image, pytest.raises(OSError):
+        for at in range(MIB // 2, MIB, 65536):
+            write_at(image, at, b"x" * 4096)
+            image.flush()
+    assert path.read_bytes()[:4] == b"QFI\xfb"
+    with open_image(path) as image:
+        found = image.repair()
+        assert found.corruptions_fixed == found.corruptions > 0
+        assert not image.check().corruptions
+    run("qemu-img", "check", "-q", path)
+    with open_image(path) as image:
+        assert read_at(image, 0, MIB // 2) == b"data" * (MIB // 8)

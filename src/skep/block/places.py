@@ -21,6 +21,8 @@ _WORD = 512
 _FULL = (1 << _WORD) - 1
 _MOST_WORDS = 1 << 17
 """About 30 MiB."""
+_PAGE = 4096
+"""Of a host's file: it gives back no less."""
 _LONG = 16
 """Words of one owner that are remembered as a run."""
 
@@ -209,7 +211,8 @@ def _mark(
 
 
 def _leak(file: File, result: CheckResult, start: int, end: int, unit: int, mend: bool) -> None:
-    taken = sum(extent.length for extent in file.extents(start, end - start) if extent.data)
+    start, end = -(-start // _PAGE) * _PAGE, end // _PAGE * _PAGE
+    taken = sum(extent.length for extent in file.extents(start, max(0, end - start)) if extent.data)
     if not taken:
         return
     count = -(-taken // unit)

@@ -96,6 +96,8 @@ class Checker:
         """How many L1 tables lead to an L2 table, by where that is; each is looked at once."""
         self._active: set[int] = set()
         """Those that the disk itself uses."""
+        self._bad: dict[int, list[int]] = {}
+        """Entries of L2 tables that lead nowhere, by where the table is."""
         self.blocks: dict[int, int] = {}
         """Where the sound refcount blocks are, by number."""
         self._next = 0
@@ -119,10 +121,14 @@ class Checker:
             self.result.corrupt(str(error))
         if counts:
             table = image.refcounts.table
-            self._span(image.refcounts.table_offset, len(table) * 8, "refcount table")
+            self.broken = not self._span(image.refcounts.table_offset, len(table) * 8, "refcount table", alone=True)
             for number, offset in enumerate(table):
                 if offset:
                     self._refcount_block(number, offset)
+            # Clusters that count as free would be taken, those of the header first.
+            self.broken = self.broken or not self.tally.spans(image.refcounts.per_block) <= self.blocks.keys()
+        if self._fix:
+            self._drop_bad()
         self.result.clusters = -(-image.size // self._cluster)
         self.result.end = self._cluster * max(self.tally.end, self._counted_end())
 
@@ -131,13 +137,9 @@ class Checker:
         if odd or index >= self._end:
             self.result.corrupt(f"refcount block {number} is at {offset:#x}")
             self.broken = True
-            if self._fix:
-                self.result.corruptions_fixed += 1
         elif self.tally.add(index) > 1:
             self.result.corrupt(f"refcount block {number} at {offset:#x} lies over something else")
             self.broken = True
-            if self._fix:
-                self.result.corruptions_fixed += 1
         else:
             self.blocks[number] = offset
 
@@ -157,10 +159,18 @@ class Checker:
             l1 = read_words(image.file, entry.l1_offset, entry.l1_size)
             self._tree(l1, active=False)
 
-    def _span(self, offset: int, size: int, what: str) -> None:
-        if size:
-            first = offset // self._cluster
-            self._refer(first, -(-(offset + size) // self._cluster) - first, what)
+    def _span(self, offset: int, size: int, what: str, *, alone: bool = False) -> bool:
+        """False: it cannot be there, or, if it has to be ``alone``, something else is."""
+        if not size:
+            return True
+        first = offset // self._cluster
+        count = -(-(offset + size) // self._cluster) - first
+        if not self._refer(first, count, what):
+            return False
+        if alone and any(self.tally[index] > 1 for index in range(first, first + count)):
+            self.result.corrupt(f"{what} at {offset:#x} lies over something else")
+            return False
+        return True
 
     def _refer(self, first: int, count: int, what: str, times: int = 1) -> bool:
         if first + count > self._end + (1 if what == "data cluster" else 0):
@@ -190,7 +200,6 @@ class Checker:
     def _drop_l1(self, index: int, active: bool) -> None:
         if self._fix and active:
             self.image.change_l1(index, 0)
-            self.result.corruptions_fixed += 1
 
     def _table(self, offset: int, times: int, active: bool) -> None:
         """What an L2 table refers to, as often as it counts."""
@@ -236,11 +245,17 @@ class Checker:
             elif step == 2 and words[at + 1] & 0xFFFF_FFFF:
                 result.corrupt(f"subclusters {words[at + 1]:#x} of no cluster")
                 bad.append(at)
-        if bad and self._fix and active:
-            for at in bad:
-                write_at(image.file, offset + at * 8, bytes(8 * step))
-            image.file.flush()
-            result.corruptions_fixed += len(bad)
+        if bad:
+            self._bad[offset] = bad
+
+    def _drop_bad(self) -> None:
+        """But for those of a table that is something else too."""
+        step = 2 if self.image.header.extended_l2 else 1
+        for offset, bad in self._bad.items():
+            if self.tally[offset // self._cluster] == self._tables[offset]:
+                for at in bad:
+                    write_at(self.image.file, offset + at * 8, bytes(8 * step))
+        self.image.file.flush()
 
     def _counted_end(self) -> int:
         """Behind the last cluster that has a count."""
@@ -326,12 +341,12 @@ def repair(image: Qcow2Image, leaks_only: bool) -> CheckResult:
     if image.read_only:
         raise ImageError("an image that is only read cannot be repaired", image.path)
     before = check(image)
-    if leaks_only and (before.corruptions or before.errors):
+    if leaks_only and before.corruptions:
         checker = Checker(image)
         checker.look()
-        if not checker.broken:
+        if not checker.broken and snapshots.sound(image)[1]:
             _set(image, [(i, found) for i, count, found in checker.differences() if count > found])
-        before.leaks_fixed = before.leaks
+            before.leaks_fixed = before.leaks
         return before
     if before.corruptions or before.leaks:
         if before.corruptions:
@@ -346,7 +361,11 @@ def repair(image: Qcow2Image, leaks_only: bool) -> CheckResult:
             _set(image, [(i, found) for i, _, found in checker.differences()])
         snapshots.set_flags(image)
         image.settle()
-        before.corruptions_fixed, before.leaks_fixed = before.corruptions, before.leaks
+        after = check(image)
+        before.corruptions_fixed = max(0, before.corruptions - after.corruptions)
+        before.leaks_fixed = max(0, before.leaks - after.leaks)
+        if after.corruptions or after.errors:
+            return before
     marks = Incompatible.DIRTY | Incompatible.CORRUPT
     if image.header.incompatible & marks:
         image.header.incompatible &= ~marks

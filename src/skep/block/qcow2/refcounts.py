@@ -120,6 +120,7 @@ class Refcounts:
     def __init__(self, file: File, header: Header, cache: int = DEFAULT_REFCOUNT_CACHE) -> None:
         """``cache``: bytes of blocks that are kept in memory, four blocks at least."""
         self._file = file
+        self._header = header
         self._bits = header.cluster_bits
         self._cluster = header.cluster_size
         self._packing = Packing(1 << header.refcount_order)
@@ -209,6 +210,7 @@ class Refcounts:
         count = 1
         while count < most and at + count < len(block.values) and block.values[at + count] == 0:
             count += 1
+        self._guard(first, count)
         block.values[at : at + count] = self._packing.several(1, count)
         block.touch(at, at + count)
         self._free = first + count
@@ -230,8 +232,20 @@ class Refcounts:
                     self._make_block(max(first, number * self.per_block))
             # A new block may have taken one of them.
             if all(self._is_free(index) for index in range(first, first + count)):
+                self._guard(first, count)
                 self.add(first, count, 1)
                 return first
+
+    def _guard(self, first: int, count: int) -> None:
+        """Nobody gets what the image cannot do without, whatever its counts say. Raises DamagedImage."""
+        header = self._header
+        for what, offset, size in (
+            ("header", 0, self._cluster),
+            ("refcount table", self.table_offset, len(self.table) * 8),
+            ("L1 table", header.l1_table_offset, header.l1_size * 8),
+        ):
+            if offset < first + count << self._bits and first << self._bits < offset + size:
+                raise DamagedImage(self._file.path, f"the {what} is where clusters count as free")
 
     def _is_free(self, index: int) -> bool:
         return self.get(index) == 0
@@ -288,6 +302,7 @@ class Refcounts:
         if number >= len(self.table) or home >= len(self.table):
             self._grow_table(max(number, home) + 1)
             return self._block(number) or self._make_block(index)
+        self._guard(place, 1)
         block = _Block(self._packing.several(0, self.per_block))
         block.touch(0, self.per_block)
         self.table[number] = place << self._bits
