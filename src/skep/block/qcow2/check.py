@@ -182,8 +182,8 @@ class Checker:
 
     def _tree(self, l1: array[int], *, active: bool) -> None:
         seen = set()
-        for i, entry in enumerate(l1):
-            offset = entry & OFFSET
+        for i in _in_use(l1, 1):
+            offset = l1[i] & OFFSET
             if not offset:
                 continue
             if offset % self._cluster or offset in seen:
@@ -300,7 +300,9 @@ class Checker:
     def flags(self) -> None:
         """COPIED is to say that a cluster has one reference."""
         image = self.image
-        for i, entry in enumerate(image.l1()):
+        l1 = image.l1()
+        for i in _in_use(l1, 1):
+            entry = l1[i]
             table = entry & OFFSET
             if table not in self._active:
                 continue
@@ -423,20 +425,23 @@ def _rebuild(image: Qcow2Image, order: int) -> None:
     fresh = Checker(image)
     fresh.look(counts=False)
     tally, start = fresh.tally, max(fresh.tally.end, -(-image.file.size // cluster))
-    blocks = table = 0
+    used = tally.spans(per_block)
+    """Blocks with a count that is not zero: a file may be long, and have little in it."""
+    blocks, table = len(used), 0
     while True:
         end = start + blocks + table
-        needed = -(-end // per_block)
-        needed_table = -(-needed * 8 // cluster)
-        if (needed, needed_table) == (blocks, table):
+        wanted = used | set(range(start // per_block, -(-end // per_block)))
+        needed_table = -(-(max(wanted, default=0) + 1) * 8 // cluster)
+        if (len(wanted), needed_table) == (blocks, table):
             break
-        blocks, table = needed, needed_table
+        blocks, table = len(wanted), needed_table
     if table * cluster > MOST_REFCOUNT_TABLE_BYTES:
         raise ImageError("the image is too large for its refcounts to be made anew", image.path)
     for index in range(start, end):
         tally.add(index)
-    entries = array("Q", [(start + table + i) * cluster for i in range(blocks)])
-    for i in range(blocks):
+    entries = array("Q", bytes(table * cluster))
+    for place, i in enumerate(sorted(wanted), start + table):
+        entries[i] = place * cluster
         values = packing.several(0, per_block)
         for index in tally.numbers(i * per_block, (i + 1) * per_block):
             if tally[index] > packing.most and order != header.refcount_order:
@@ -444,7 +449,7 @@ def _rebuild(image: Qcow2Image, order: int) -> None:
                 raise ImageError(what, image.path)
             values[index - i * per_block] = min(tally[index], packing.most)
         write_at(image.file, entries[i], packing.pack(values))
-    write_at(image.file, start * cluster, to_big_endian(entries).ljust(table * cluster, b"\0"))
+    write_at(image.file, start * cluster, to_big_endian(entries))
     image.file.flush()
     header.refcount_table_offset, header.refcount_table_clusters = start * cluster, table
     header.refcount_order = order
