@@ -19,10 +19,12 @@ import pytest
 from skep.block.backend import read_at, write_at
 from skep.block.converting import Conversion, convert
 from skep.block.format import BackingName
-from skep.block.image import create_image, open_image, open_layers
+from skep.block.image import create_image, open_disk, open_image, open_layers
 from skep.block.nbd.address import Address, parse
 from skep.block.nbd.client import NbdFile
+from skep.block.options import BlockOptions
 from skep.cli import main
+from skep.config.tree import Tree
 from skep.errors import UserError
 from tests.block.conformance import run
 
@@ -381,3 +383,20 @@ def test_what_info_and_map_say(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ):
             assert main(["image", *map(str, command)]) == 0
             assert capsys.readouterr().out == run("qemu-img", *command), command
+
+
+def test_a_vms_disk(tmp_path: Path) -> None:
+    """By its address, or by layers; and the requests of a device, many at once."""
+    (tmp_path / "disk").write_bytes(bytes(MIB))
+    with server(tmp_path / "socket", *QEMU, tmp_path / "disk") as name:
+        disk = open_disk(BlockOptions(path=name))
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda i: write_at(disk, i * 4096, bytes([i]) * 4096), range(256)))
+        disk.flush()
+        disk.close()
+        keys = {"layers.driver": "raw", "layers.file.driver": "nbd", "layers.file.path": str(tmp_path / "socket")}
+        tree = Tree({f"pci.0.3.0.{key}": value for key, value in {**keys, "layers.file.export": "disk"}.items()})
+        disk = open_disk(BlockOptions.from_node(tree.node("pci.0.3.0")))
+        for i in range(256):
+            assert read_at(disk, i * 4096, 4096) == bytes([i]) * 4096
+        disk.close()

@@ -201,3 +201,24 @@ def test_what_is_preallocated_is_zeros(tmp_path: Path, preallocation: str) -> No
     with open_image(path, options=KEY, secrets=SECRETS) as image:
         assert not any(read_at(image, 0, MIB)) and image.new_is_zeros
         assert all(extent.data for extent in image.extents())
+
+
+def test_repair_keeps_the_header_of_luks(tmp_path: Path) -> None:
+    """Its clusters are counted like all others, and found again where the counts are lost."""
+    path = tmp_path / "disk.qcow2"
+    create_image(path, "qcow2", MIB, options=LUKS, secrets=SECRETS)
+    with open_image(path, options=KEY, secrets=SECRETS) as image:
+        write_at(image, 0, b"x" * 65536)
+        assert isinstance(image, Qcow2Image)
+        block = image.refcounts.table[0]
+    with open(path, "r+b") as file:
+        file.seek(block)
+        file.write(bytes(200))
+    with open_image(path, options=KEY, secrets=SECRETS) as image:
+        assert image.check().corruptions
+        assert not image.repair().errors
+        write_at(image, MIB // 2, b"y" * 65536)
+    with open_image(path, options=KEY, secrets=SECRETS) as image:
+        assert image.check().clean
+        assert read_at(image, 0, 65536) == b"x" * 65536 and read_at(image, MIB // 2, 65536) == b"y" * 65536
+    run("qemu-img", "check", *qemu(path))
