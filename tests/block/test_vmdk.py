@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 from array import array
@@ -236,3 +237,23 @@ def test_a_bad_sesparse_entry(tmp_path: Path, entry: int) -> None:
         with pytest.raises(OSError, match="damaged"):
             read_at(image, 5 * 4096, 512)
         assert image.check().corruptions == 1
+
+
+def test_grains_that_qemu_forgot_are_given_back(tmp_path: Path) -> None:
+    """QEMU notes zeros, and forgets the grain that was there; the first shares a block of the host's with tables."""
+    path = tmp_path / "disk.vmdk"
+    run("qemu-img", "create", "-q", "-f", "vmdk", "-o", "zeroed_grain=on", path, str(9 * MIB))
+    for command in ("write -P 1 1M 64k", "write -P 2 2M 64k", "write -z 1M 64k"):
+        run("qemu-io", "-f", "vmdk", "-c", command, path)
+    for offset, size in ((0x3E00, 0x10200), (0x20000, 0x10000)):
+        fd = os.open(path, os.O_RDWR)
+        try:
+            os.posix_fallocate(fd, offset, size)
+        finally:
+            os.close(fd)
+    with open_image(path) as image:
+        assert image.check().leaks
+        image.repair()
+        assert image.check().clean
+        assert not any(read_at(image, MIB, 65536)) and set(read_at(image, 2 * MIB, 65536)) == {2}
+    run("qemu-img", "check", path)
