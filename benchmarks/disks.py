@@ -12,6 +12,7 @@ import random
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -148,8 +149,9 @@ def _median(samples: list[list[float]], which: int) -> float:
 
 
 def _do(place: Path, command: list[str]) -> Sample:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}  # of another directory
     begun = time.monotonic()
-    child = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.monotonic() - begun
     child.returncode = os.waitstatus_to_exitcode(status)

@@ -77,17 +77,17 @@ class HostFile:
         if self.alignment > 1 and not self._aligned(buffers, offset):
             self._bounced(buffers, offset, self._read_bounced)
         else:
-            _transfer(os.preadv, self._fd, buffers, offset)
+            _transfer(os.preadv, self._fd, buffers, offset, sum(map(len, buffers)))
 
     def pwritev(self, buffers: Buffers, offset: int) -> None:
+        length = sum(map(len, buffers))
         if self.alignment > 1 and not self._aligned(buffers, offset):
             with self._lock:
                 self._bounced(buffers, offset, self._write_bounced)
         else:
-            _transfer(os.pwritev, self._fd, buffers, offset)
-        end = offset + sum(map(len, buffers))
-        if end > self.size:
-            self._grown(end)
+            _transfer(os.pwritev, self._fd, buffers, offset, length)
+        if offset + length > self.size:
+            self._grown(offset + length)
 
     def _grown(self, end: int) -> None:
         with self._lock:
@@ -112,9 +112,10 @@ class HostFile:
         begun = time.monotonic_ns()
         if begun < self._slow_until:
             return False
-        _transfer(os.pwritev, self._fd, buffers, offset)
-        if (end := offset + sum(map(len, buffers))) > self.size:
-            self._grown(end)
+        length = sum(map(len, buffers))
+        _transfer(os.pwritev, self._fd, buffers, offset, length)
+        if offset + length > self.size:
+            self._grown(offset + length)
         ended = time.monotonic_ns()
         if ended - begun > _SLOW_NS:
             self._slow_until = ended + _WARY_NS
@@ -252,7 +253,7 @@ class HostFile:
         for buffer in buffers:
             bounce[at : at + len(buffer)] = buffer
             at += len(buffer)
-        _transfer(os.pwritev, self._fd, [bounce], start)
+        _transfer(os.pwritev, self._fd, [bounce], start, len(bounce))
 
     def _fill(self, bounce: memoryview, offset: int, needed: int) -> None:
         """Read whole blocks, of which the file may end before the last is full; at least ``needed`` bytes."""
@@ -389,12 +390,17 @@ def _is_tmpfs(fd: int) -> bool:
     return mount is not None and re.search(rf"^{mount[1]} .* - tmpfs ", mounts, re.MULTILINE) is not None
 
 
-def _transfer(move: Callable[[int, Buffers, int], int], fd: int, buffers: Buffers, offset: int) -> None:
-    """All of it: the kernel may stop early, at 2 GiB or at a signal, and takes 1024 buffers at most."""
+def _transfer(
+    move: Callable[[int, Buffers, int], int], fd: int, buffers: Buffers, offset: int, length: int
+) -> None:
+    """All the ``length`` bytes: the kernel may stop early, at 2 GiB or at a signal, and takes 1024 buffers at most."""
     rest = buffers
-    while rest:
+    while length:
         n = move(fd, rest if len(rest) <= _IOV_MAX else rest[:_IOV_MAX], offset)
+        if n == length:
+            return
         if n == 0:
             raise OSError(errno.EIO, _SHORT)
         rest = split(rest, n)[1]
         offset += n
+        length -= n

@@ -101,6 +101,8 @@ class _Ring:
         self._vectors = [Vector(room) for room in rooms]
         self._dones = [partial(self._done, which) for which in range(len(rooms))]
         self._ended: list[int] = []
+        self._least = max(1, len(rooms) // 8)
+        """What is handed over in one go."""
         self._error: Exception | None = None
 
     def start(self, which: int, offset: int) -> None:
@@ -116,8 +118,9 @@ class _Ring:
         self._error = self._error or error
 
     def wait(self) -> list[int]:
+        """Not for the first of many, since each handing over costs as much as several requests."""
         if not self._ended:
-            self._transfers.wait()
+            self._transfers.wait(min(self._least, len(self._transfers)))
         if self._error is not None:
             raise self._error
         ended, self._ended = self._ended, []

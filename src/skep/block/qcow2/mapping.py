@@ -234,8 +234,16 @@ class Mapped(Image):
         he draws the number by which :meth:`_flush` knows which transfers may have seen the old one. Who calls this has
         his own number already.
         """
-        first, host = offset >> self._bits, None
-        for index in range(first, ((offset + length - 1) >> self._bits) + 1):
+        first, last, host = offset >> self._bits, (offset + length - 1) >> self._bits, None
+        if first == last and self._tables.words == 1:  # most are
+            if (found := self._tables.cached(first)) is None:
+                return None
+            word = found[0].words[found[1]]
+            place = word & OFFSET
+            if word & self._unusual or not place or word & flags != flags:
+                return None
+            return place + (offset & (self._cluster - 1))
+        for index in range(first, last + 1):
             found = self._tables.cached(index)
             if found is None:
                 return None

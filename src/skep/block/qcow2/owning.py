@@ -58,15 +58,13 @@ class Owning(Mapped):
         )
 
     def _over_tables(self, host: int, length: int) -> bool:
-        header = self.header
-        tables = (
-            (0, self._cluster),
-            (header.l1_table_offset, header.l1_size * 8),
-            (self._refcounts.table_offset, len(self._refcounts.table) * 8),
-            (header.snapshots_offset, 8 if header.nb_snapshots else 0),
+        header, counts, end = self.header, self._refcounts, host + length
+        return (  # in full, since every write asks
+            host < self._cluster
+            or header.l1_table_offset - length < host < header.l1_table_offset + header.l1_size * 8
+            or counts.table_offset - length < host < counts.table_offset + len(counts.table) * 8
+            or (header.nb_snapshots > 0 and end > header.snapshots_offset and host < header.snapshots_offset + 8)
         )
-        end = host + length
-        return any(end > at and host < at + n for at, n in tables)
 
     def _l2_to_change(self, index: int) -> tuple[Slice, int]:
         """The entry of a cluster, in an L2 table that is this disk's alone; it is made if there is none. With the

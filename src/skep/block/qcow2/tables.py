@@ -41,7 +41,8 @@ class Tables:
         self._file = file
         self._cluster = header.cluster_size
         self.entries = header.l2_entries
-        """Of an L2 table."""
+        """Of an L2 table; a power of 2."""
+        self._bits, self._mask = self.entries.bit_length() - 1, self.entries - 1
         self.words = 2 if header.extended_l2 else 1
         """Of an entry."""
         self._slice = min(_SLICE, self._cluster)
@@ -83,8 +84,8 @@ class Tables:
 
     def cached(self, index: int) -> tuple[Slice, int] | None:
         """The same without reading, so None may also mean that it is not known."""
-        entry = self.l1[index // self.entries] & OFFSET
-        found = self._slices.get(entry + (index % self.entries >> self._slice_bits) * self._slice)
+        entry = self.l1[index >> self._bits] & OFFSET
+        found = self._slices.get(entry + ((index & self._mask) >> self._slice_bits) * self._slice)
         return None if found is None else (found, (index & (self._per_slice - 1)) * self.words)
 
     def _load(self, offset: int) -> Slice:

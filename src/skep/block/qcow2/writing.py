@@ -15,6 +15,7 @@ from skep.block.qcow2.mapping import Kind
 from skep.block.qcow2.owning import Owning
 from skep.block.qcow2.tables import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET, ZERO, Slice
 
+_CORRUPT = int(Incompatible.CORRUPT)  # every write asks, and flags are slow
 _STEP = 4096
 """Clusters that one turn with the lock may clear."""
 
@@ -95,7 +96,7 @@ class Written(Owning):
             raise OSError(errno.EROFS, "the image is open for reading", self.path)
         if self._lost is not None:
             raise self._lost
-        if self.header.incompatible & Incompatible.CORRUPT:
+        if self.header.incompatible & _CORRUPT:
             raise DamagedImage(self.path, "it is marked as corrupt; skep image check -r all mends it")
 
     def _after_write(self) -> None:
