@@ -101,7 +101,7 @@ class _Ring:
         self._vectors = [Vector(room) for room in rooms]
         self._dones = [partial(self._done, which) for which in range(len(rooms))]
         self._ended: list[int] = []
-        self._least = max(1, len(rooms) // 8)
+        self._least = max(1, len(rooms) // 4)
         """What is handed over in one go."""
         self._error: Exception | None = None
 
