@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from skep.block.backend import read_at, write_at
 from skep.block.format import BackingName, Image, ImageError
 from skep.block.image import create_image, open_image
+from skep.block.qcow2 import check
 from skep.block.qcow2.header import Incompatible
 from skep.block.qcow2.image import Qcow2Image
 from skep.errors import UserError
@@ -371,3 +373,21 @@ def test_counts_that_are_gone_cost_no_data(tmp_path: Path, far: bool) -> None:
     run("qemu-img", "check", "-q", path)
     with open_image(path) as image:
         assert read_at(image, 0, MIB // 2) == b"data" * (MIB // 8)
+
+
+def test_a_file_of_512_tib_is_too_large_for_new_counts(tmp_path: Path) -> None:
+    """And that is found out before a list of them is made (it was found by damaging images at random)."""
+    path = tmp_path / "disk.qcow2"
+    create_image(path, "qcow2", 3 << 20, options={"cluster_size": "512", "refcount_bits": "64"})
+    with open_image(path) as image:
+        assert isinstance(image, Qcow2Image)
+        at = -(-image.file.size // 512) * 512
+        image.file.size = 1 << 49  # no host's file system need have such files
+        tracemalloc.start()
+        try:
+            with pytest.raises(ImageError, match="too large"):
+                check.change_refcounts(image, 4)
+            assert tracemalloc.get_traced_memory()[1] < 16 * MIB
+        finally:
+            tracemalloc.stop()
+            image.file.size = at

@@ -432,11 +432,11 @@ def _rebuild(image: Qcow2Image, order: int) -> None:
         end = start + blocks + table
         wanted = used | set(range(start // per_block, -(-end // per_block)))
         needed_table = -(-(max(wanted, default=0) + 1) * 8 // cluster)
+        if needed_table * cluster > MOST_REFCOUNT_TABLE_BYTES:
+            raise ImageError("the image is too large for its refcounts to be made anew", image.path)
         if (len(wanted), needed_table) == (blocks, table):
             break
         blocks, table = len(wanted), needed_table
-    if table * cluster > MOST_REFCOUNT_TABLE_BYTES:
-        raise ImageError("the image is too large for its refcounts to be made anew", image.path)
     for index in range(start, end):
         tally.add(index)
     entries = array("Q", bytes(table * cluster))
