@@ -371,7 +371,8 @@ def startup_state(vector: int) -> CpuState:
 def choose_engine(wanted: str, code_cache: str, code_size: int, kvm_irqchip: str) -> tuple[Engine, str]:
     """See :func:`skep.machine.choose_engine`."""
     if wanted == "kvm":
-        return _kvm(kvm_irqchip), "as configured"
+        why = why_not_kvm()
+        return _kvm(kvm_irqchip), "as configured" if why is None else f"as configured, though {why}"
     if wanted == "translate":
         return _translate(code_cache, code_size), "as configured"
     why = why_not_kvm()
@@ -395,6 +396,10 @@ def why_not_kvm() -> str | None:
         return "the CPU has neither vmx nor svm"
     try:
         open("/dev/kvm", "r+b", buffering=0).close()
+    except PermissionError:
+        from skep.engine.kvm.failures import group_of
+
+        return f"/dev/kvm is for the group {group_of('/dev/kvm')} only"
     except OSError as error:
         return f"/dev/kvm does not open: {(error.strerror or str(error)).lower()}"
     return None

@@ -24,7 +24,7 @@ _EMULATION_FLAG_INSTRUCTION_BYTES = 1
 def not_opened(device: str, error: OSError) -> HostError:
     """/dev/kvm does not open."""
     if error.errno in (errno.EACCES, errno.EPERM):
-        todo = f"be a member of the group {_group_of(device)}, or {TODO}"
+        todo = f"be a member of the group {group_of(device)}, or {TODO}"
         return HostError(f"KVM cannot be used: {error.strerror}", device, todo)
     if error.errno == errno.ENOENT:
         what = "KVM cannot be used: there is no such device; its module (kvm_intel, kvm_amd) is not loaded"
@@ -32,7 +32,8 @@ def not_opened(device: str, error: OSError) -> HostError:
     return HostError(f"KVM cannot be used: {error.strerror}", device, TODO)
 
 
-def _group_of(device: str) -> str:
+def group_of(device: str) -> str:
+    """The name, or the number, of those who may open it."""
     gid = os.stat(device).st_gid
     try:
         return grp.getgrgid(gid).gr_name
