@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 
 MODULES = (
-    "asm", "blocks", "catalog", "codemap", "emission", "emitter", "forms", "lower", "narrow", "plain",
-    "reading", "segment", "sharing", "special", "store",
+    "asm", "blocks", "catalog", "codemap", "composing", "emission", "emitter", "forms", "lower", "narrow", "plain",
+    "reading", "segment", "special", "store",
 )  # fmt: skip
 """Of skep.engine.translate: what runs for each instruction, block or template."""
 ROOT = Path(__file__).resolve().parents[2]

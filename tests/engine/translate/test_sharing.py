@@ -8,7 +8,7 @@ from skep.engine.amd64.registers import Pte
 from skep.engine.translate import TranslateEngine
 from skep.engine.translate.blocks import PIECES
 from skep.engine.translate.layout import TWINS, TWINS_MASK, Kind, Mode
-from skep.engine.translate.sharing import REACH
+from skep.engine.translate.sharing_runtime import REACH
 from tests.engine.assemble import assemble
 from tests.engine.place import PAGE
 from tests.engine.tiny import MMIO, Tiny

@@ -12,7 +12,7 @@ from skep.engine.translate.compiler import copy8, ld16, ld64, st16, st32, st64
 from skep.engine.translate.drafting_runtime import DRAFTING_ROUTINES, STUCK, draft, needs
 from skep.engine.translate.layout import SLOTS, Mode
 from skep.engine.translate.recording_runtime import RECORDING_ROUTINES
-from skep.engine.translate.sharing import SHARING_ROUTINES, shares
+from skep.engine.translate.sharing_runtime import SHARING_ROUTINES, shares
 from skep.engine.translate.sheet import Want
 from skep.engine.translate.writing_runtime import WRITING_ROUTINES, write
 

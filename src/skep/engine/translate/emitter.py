@@ -14,7 +14,7 @@ bits    access descriptor
 26-27   which access of the instruction this is
 28      it belongs to a REP string instruction
 29      an operand that is not aligned is #GP, before any page fault
-30      of a range that several operands share (sharing.py); with 29: of a table, the size in words of 8 bytes
+30      of a range that several operands share (sharing_runtime.py); with 29: of a table, the size in words of 8 bytes
 ======  ====================================================
 """
 

@@ -3,7 +3,7 @@
 A table here is what a loop's body (renaming.py) reads at a base register that the body does not change, plus a byte
 from another register times a scale, plus a constant: all 256 places lie in one range. It is checked where the loop is
 entered, and its host address kept in a slot of the state block, which stays good as long as the vCPU is in the block
-(sharing.py): while it goes round in the body, too, for there is no way back into the body but from its end.
+(sharing_runtime.py): while it goes round in the body, too, for there is no way back into the body but from its end.
 
 That a table could be reached as a whole says nothing about what the guest will read, so only reads are taken together,
 and what fails is not reported: then the block's plain twin does each check when its access comes. A table on two pages

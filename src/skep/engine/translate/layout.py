@@ -42,7 +42,7 @@ _FIELDS = (
     "host_mxcsr",
     "t0", "t1", "t2", "t6", "t7",  # temporaries of one instruction
     "swap0", "swap1", "swap2",  # registers that make room in a loop (renaming.py)
-    *(f"slot{i}" for i in range(SLOTS)),  # host addresses of a block's checked ranges (sharing.py)
+    *(f"slot{i}" for i in range(SLOTS)),  # host addresses of a block's checked ranges (sharing_runtime.py)
     *(f"{s}_sel" for s in SEGMENTS),
     *(f"{s}_base" for s in SEGMENTS),
     *(f"{s}_limit" for s in SEGMENTS),  # in bytes, granularity applied
@@ -138,7 +138,7 @@ LARGE_PAGES = 0x64000  # a byte per hashed 2 MiB region: some TLB entry may come
 LARGE_PAGES_SIZE = 0x1000
 IDENTITY = 0x65000  # CPUID's leaves (identity.py)
 IDENTITY_SIZE = 0x1000
-TWINS = 0x66000  # by return address: {where a range's check failed, the plain twin's entry there} (sharing.py)
+TWINS = 0x66000  # by return address: {where a range's check failed, the plain twin's entry there} (sharing_runtime.py)
 TWINS_MASK = 0x3FF0
 WAKES = 0x6A000  # host addresses of state blocks whose vCPUs the stub is to wake; as many as there can be vCPUs
 TAKEN = 0x6A800  # what take_posted found (apic_runtime.py), four words
@@ -189,7 +189,7 @@ class Mode:
     SEGMENTED: Final = 16  # CS, DS, ES or SS is not flat: bases are added, limits checked. All 16-bit code is taken so
     STACK16: Final = 32  # SS.B is clear
     REAL: Final = 64  # real or virtual-8086 mode: a selector is a paragraph's number
-    PLAIN: Final = 128  # only in a block's key: no checks are shared (sharing.py)
+    PLAIN: Final = 128  # only in a block's key: no checks are shared (sharing_runtime.py)
     SHAPE: Final = 0xFF
     CLASS_SHIFT: Final = 8
     BITS: Final = 16  # a block's key is its physical address above its mode

@@ -144,7 +144,7 @@ class Lowering(Special):
         return form
 
     def _describe(self, form: Form, ins: Instruction) -> None:
-        """What sharing.py wants to know."""
+        """What sharing_runtime.py wants to know."""
         m = ins.mnemonic
         info = self.info.info(ins)
         full = {RegisterExt.full_register(used.register) for used in info.used_registers() if used.access in WRITES}

@@ -150,8 +150,8 @@ def fill(va: int, desc: int) -> int:
 
 
 def fill_range(va: int, size: int, write: int, array: int, rip: int) -> int:
-    """As fill, for a range that several operands share (sharing.py); what is not plain RAM on one page is left to the
-    block's plain twin."""
+    """As fill, for a range that several operands share (sharing_runtime.py); what is not plain RAM on one page is left
+    to the block's plain twin."""
     if (va & 4095) + size <= 4096 and walk(va, write, array) == 0:
         gpa = st.w_pa
         if is_ram(gpa) and (st.watch == 0 or watched(va, size, write) == 0):
