@@ -430,10 +430,10 @@ def _rebuild(image: Qcow2Image, order: int) -> None:
     blocks, table = len(used), 0
     while True:
         end = start + blocks + table
-        wanted = used | set(range(start // per_block, -(-end // per_block)))
-        needed_table = -(-(max(wanted, default=0) + 1) * 8 // cluster)
+        needed_table = -(-max(max(used, default=0) + 1, -(-end // per_block)) * 8 // cluster)
         if needed_table * cluster > MOST_REFCOUNT_TABLE_BYTES:
             raise ImageError("the image is too large for its refcounts to be made anew", image.path)
+        wanted = used | set(range(start // per_block, -(-end // per_block)))
         if (len(wanted), needed_table) == (blocks, table):
             break
         blocks, table = len(wanted), needed_table
