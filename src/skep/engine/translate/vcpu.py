@@ -146,7 +146,7 @@ class TranslateVcpu(Alone):
 
     def observe(self) -> None:
         """Keep what costs time to keep, from now on."""
-        self.watch = Watch()
+        self.watch = Watch(lambda: self.st.slept)
         self._enter = self.watch.entering(self._enter)
 
     def run(self) -> Exit:

@@ -9,17 +9,22 @@ from collections.abc import Callable
 from time import perf_counter_ns
 from typing import Any
 
+from skep.engine.amd64.tsc import tsc_hz
 from skep.errors import UserError
 
 
 class Watch:
     """Where one vCPU's time goes, in nanoseconds, and which rare instructions it meets."""
 
-    def __init__(self) -> None:
+    def __init__(self, slept: Callable[[], int]) -> None:
+        """``slept``: ticks of the host's counter that the vCPU has slept in machine code after HLT."""
+        self._slept = slept
+        self._nanoseconds = 1e9 / tsc_hz()
+        """In a tick."""
         self.python = 0
         """In ``run``, but for guest code; halts are not in it."""
         self.guest = 0
-        """In guest code and what it calls in machine code; a stay in which the vCPU is frozen counts when it ends."""
+        """In guest code and what it calls in machine code, but for halts; a stay counts when it ends."""
         self._since = 0
         """When it came to Python."""
         self.rare: Counter[int] = Counter()
@@ -29,11 +34,12 @@ class Watch:
         """``enter``, with a clock."""
 
         def timed() -> None:
-            start = perf_counter_ns()
+            start, slept = perf_counter_ns(), self._slept()
             self.python += start - self._since
             enter()
             self._since = perf_counter_ns()
-            self.guest += self._since - start
+            halted = (self._slept() - slept) * self._nanoseconds
+            self.guest += max(self._since - start - int(halted), 0)
 
         return timed
 
