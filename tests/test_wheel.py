@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from skep.engine.translate import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,3 +63,21 @@ def test_compiled(tmp_path: Path) -> None:
     engine = [f"tests/engine/translate/{name}" for name in names.split()]
     options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "-o", f"pythonpath={installed} ."]
     _python(installed, "-m", "pytest", *options, *engine, "tests/engine/test_differential.py")
+
+
+def test_the_compiled_language_stays_python() -> None:
+    """Our own compiler reads the source of its functions, which what mypyc makes of them has not."""
+    sys.path.insert(0, str(ROOT / "tools/build"))
+    try:
+        names = importlib.import_module("compiled").MODULES
+    finally:
+        sys.path.pop(0)
+    lists = (
+        blocks.ROUTINES, blocks.STRING_ROUTINES, blocks.NARROW_ROUTINES, blocks.SYSTEM_ROUTINES, blocks.COMPOSE_ROUTINES
+    )  # fmt: skip
+    routines = {routine.__module__ for list_ in lists for routine in list_}
+    for name in names:
+        module = importlib.import_module(f"skep.engine.translate.{name}")
+        assert module.__name__ not in routines
+        own = [f for f in vars(module).values() if getattr(f, "__module__", "") == module.__name__]
+        assert not [f for f in own if getattr(f, "_skep_inline", False)]
