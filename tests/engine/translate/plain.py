@@ -139,6 +139,9 @@ class PlainCpu:
             self.memory[pa : pa + n] = data[at : at + n]
             at += n
 
+    def change(self, va: int, *, to_set: int = 0, to_clear: int = 0) -> None:
+        self.write(va, bytes((self.read(va, 1, True)[0] & ~to_clear | to_set,)), True)
+
     def check_write(self, va: int, size: int, supervisor: bool = False) -> None:
         self._parts(va, size, PfError.W, supervisor)
 
