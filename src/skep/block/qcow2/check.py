@@ -386,9 +386,11 @@ def _move_lost_tables(image: Qcow2Image) -> None:
     if not lost and whole:
         return
     if lost:
-        data = to_big_endian(image.l1())
-        write_at(file, at, data)
-        header.l1_table_offset, at = at, at + -(-len(data) // cluster) * cluster
+        size = len(image.l1()) * 8
+        for start in range(0, size // 8, _PIECE):
+            write_at(file, at + start * 8, to_big_endian(image.l1()[start : start + _PIECE]))
+        header.l1_table_offset, at = at, at + -(-size // cluster) * cluster
+        image.moved_l1(header.l1_table_offset)
     if not whole:
         table = snapshots.pack_table(kept)
         write_at(file, at, table)
@@ -396,7 +398,6 @@ def _move_lost_tables(image: Qcow2Image) -> None:
     file.flush()
     write_at(file, 0, header.pack())
     file.flush()
-    image.reload()
 
 
 def _set(image: Qcow2Image, wanted: list[tuple[int, int]]) -> None:

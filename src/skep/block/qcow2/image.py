@@ -169,6 +169,10 @@ class Qcow2Image(Written):
             self._tables.change(found, 0, 0 if self._tables.words == 2 else None)
             self._free_entry(word)
 
+    def moved_l1(self, offset: int) -> None:
+        """The L1 table, as it is, was written to another place."""
+        self._tables.l1_offset = offset
+
     def forget_zeroes(self) -> None:
         """Clusters that are noted to be zeros are nowhere instead: the same to an image over no other."""
         self._may_write()
