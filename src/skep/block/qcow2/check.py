@@ -456,4 +456,4 @@ def _rebuild(image: Qcow2Image, order: int) -> None:
     header.refcount_order = order
     write_at(image.file, 0, header.pack())
     image.file.flush()
-    image.reload()
+    image.reload_counts()

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 from skep.block.backend import Buffers, File, fill_zeroes, split, write_zeroes_as_data
 from skep.block.format import BackingName, Bitmap, Can, CheckResult, ImageError, Option, Snapshot
 from skep.block.qcow2 import amend, bitmaps, check, create, snapshots
-from skep.block.qcow2.header import MOST_L1_BYTES, Autoclear, Compression, Extension, Incompatible, read_header
-from skep.block.qcow2.refcounts import DEFAULT_REFCOUNT_CACHE, write_words
+from skep.block.qcow2.header import MOST_L1_BYTES, Autoclear, Compression, Extension, Incompatible
+from skep.block.qcow2.refcounts import DEFAULT_REFCOUNT_CACHE, Refcounts, write_words
 from skep.block.qcow2.tables import DEFAULT_CACHE
 from skep.block.qcow2.writing import Written
 from skep.block.secrets import NO_SECRETS, Secrets, secret_named
@@ -286,11 +286,10 @@ class Qcow2Image(Written):
         self.flush()
         self._tables.forget_all()
 
-    def reload(self) -> None:
-        """Tables were changed behind our back."""
-        self.header = read_header(self.file)
-        self.size = self.header.size
-        self._load()
+    def reload_counts(self) -> None:
+        """They are in other places now, as the header says. All else is as it was."""
+        self._refcounts = Refcounts(self.file, self.header)
+        self._highest = -(-self.file.size // self._cluster)
 
     def snapshots(self) -> Sequence[Snapshot]:
         return [one.snapshot for one in snapshots.read(self)]
