@@ -300,7 +300,10 @@ class Qcow2Image(Written):
 
     def snapshot_apply(self, name: str) -> None:
         self._may_write()
-        snapshots.apply(self, name)
+        try:
+            snapshots.apply(self, name)
+        finally:
+            self._tracked.resize()  # to the size that the disk had then
 
     def show_snapshot(self, name: str) -> None:
         entry = snapshots.find(self, name)
