@@ -221,7 +221,7 @@ ON_HARDWARE = pytest.param("kvm on hardware", marks=(pytest.mark.hardware, pytes
 def make(request: pytest.FixtureRequest, kernel: Path) -> Iterator[Make]:
     """``make(command)``: a VM with the small guest; everything it took is given back. "kvm alone" has no local APIC."""
     engine, *how = request.param.split()
-    config = {"kvm.irqchip": "off"} if how == ["alone"] else {}
+    config = {"kvm.irqchip": "off" if how == ["alone"] else "split"}
     try:
         choose_engine(engine, "off")
         if engine == "kvm":

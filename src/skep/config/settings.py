@@ -44,9 +44,10 @@ class Settings:
     )
     kvm_irqchip: str = option(
         values.choice("split", "off"),
-        "split",
+        "off",
         key="kvm.irqchip",
-        doc="under KVM, who has the local APICs: the host's kernel (split) or Skep (off)",
+        doc="under KVM, who has the local APICs: Skep (off), or the host's kernel, which does not tell of a guest that"
+        " halts for good (split)",
     )
     cpu_model: str = option(
         values.choice("baseline", "host"),

@@ -99,3 +99,23 @@ def test_a_jump_to_a_block_that_went_before_its_piece() -> None:
             cache._next_piece()
         assert run("other", 3) == (0, 48)
         assert run("caller") == (0x22, 1)
+
+
+@pytest.mark.parametrize("address", [(1 << 63) - 1, 0x7F00_0000_0000_4000 + 8190, 1 << 63, 0xDEAD_BEEF_0000_0000])
+def test_a_jump_to_no_address_finds_no_empty_way(address: int) -> None:
+    """It was found by random sequences: an empty way of the jump cache had the tag of an address that a guest may well
+    jump to, and led to whatever block it had led to before."""
+    with Tiny(TranslateEngine(), "start: mov rax, cr3\nmov cr3, rax\njmp rcx") as guest:
+        # Jumps that fill each set that such an address may belong in, both ways of it.
+        for number in (8189, 8190, 8191, 0, 1):
+            for page in (0x140000, 0x150000):
+                at = page + (number - (page >> 14) - 1 & 8191)
+                at += number - ((at >> 14) + at & 8191)
+                guest.memory.write(at, b"\xf4")
+                guest.set(rip=guest.program["start"], rcx=at)
+                guest.run()
+                assert guest.exception is None and guest.reg("rip") == at + 1
+        guest.set(rip=guest.program["start"], rcx=address)
+        guest.run(3.0)
+        frame = guest.exception
+        assert frame is not None and frame.vector == 13

@@ -172,7 +172,9 @@ HALTED = 3
 """In ``parked``: asleep after HLT."""
 NO_STACK = 0xD15E_A5ED_0000_0000
 """In place of a stack's page: no canonical address is there, and what takes it for one faults."""
-EMPTY_JC = 1 << 63 | 1  # the negative of no guest address
+EMPTY_JC = -0x7F00_0000_0000_4000 & (1 << 64) - 1
+"""Less the number of its set: what an empty way of the jump cache holds. It is the negative of an address that belongs
+in the next set, so nothing that is looked for here can match, wherever a guest jumps."""
 
 
 class Mode:

@@ -581,8 +581,13 @@ class Stubs:
             # The checked entry of a block that is no more: forget the way that led there.
             self._begin(f"dead{array}")
             a.push(RAX)
-            a.mov(RAX, EMPTY_JC)
+            a.push(RCX)
+            a.pext(RAX, R11, field("pdep_mask"))  # the number of its set; no flag changes here
+            a.not_(RAX)
+            a.mov(RCX, EMPTY_JC + 1)
+            a.lea(RAX, Mem(RAX, RCX))
             a.mov(Mem(R11, disp=JC + array * JC_ARRAY, gs=True), RAX)
+            a.pop(RCX)
             a.pop(RAX)
             a.jmp(miss)
             # Its plain entry: the offset in the page is on the stack.

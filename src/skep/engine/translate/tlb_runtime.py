@@ -170,15 +170,28 @@ def flush_tlb(everything: int) -> int:
     return 0
 
 
+@inline
+def empty_set(jc: int, empty: int) -> int:
+    """Forget a set of the jump cache, in all three arrays."""
+    st64(jc, empty)
+    st64(jc + 16, empty)
+    st64(jc + JC_ARRAY, empty)
+    st64(jc + JC_ARRAY + 16, empty)
+    st64(jc + 2 * JC_ARRAY, empty)
+    st64(jc + 2 * JC_ARRAY + 16, empty)
+    return 0
+
+
 def flush_jumps() -> int:
     """Forget every jump target."""
     st.kept = 0
     jc = st.self_ + JC
-    end = jc + 3 * JC_ARRAY
+    end = jc + JC_ARRAY
+    empty = EMPTY_JC
     while jc < end:
-        st64(jc, EMPTY_JC)
-        st64(jc + 16, EMPTY_JC)
+        empty_set(jc, empty)
         jc = jc + JC_SET
+        empty = empty - 1
     set64(st.self_ + JC_PAGES, 0, JC_PAGES_SIZE // 8)
     set64(st.self_ + JC_LISTED, 0, 3 * JC_SETS // 8)
     st.jl_count = 0
@@ -215,12 +228,7 @@ def invalidate(va: int) -> int:
             left = 4096
             while left != 0:
                 jc = me + JC + number * JC_SET
-                st64(jc, EMPTY_JC)
-                st64(jc + 16, EMPTY_JC)
-                st64(jc + JC_ARRAY, EMPTY_JC)
-                st64(jc + JC_ARRAY + 16, EMPTY_JC)
-                st64(jc + 2 * JC_ARRAY, EMPTY_JC)
-                st64(jc + 2 * JC_ARRAY + 16, EMPTY_JC)
+                empty_set(jc, EMPTY_JC - number)
                 number = (number + 1) & (JC_SETS - 1)
                 left = left - 1
     return 0
@@ -269,7 +277,7 @@ def leave_space(slot: int, pcid: int) -> int:
                     st64(to + 8, tag)
                     st64(to + 16, ld64(way + 8))
                     number = number + 1
-                st64(way, EMPTY_JC)
+                st64(way, EMPTY_JC - (place & (JC_ARRAY - 1)) // JC_SET)
             place = place + 16
         i = i + 1
     st.jl_count = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -27,8 +28,10 @@ class World:
         self._stop: _Roster = prototype(stubs["stop_all"])
         self._go: _Roster = prototype(stubs["go_all"])
         self._ways = [
-            (EMPTY_JC.to_bytes(8, "little") + stubs[f"second{array}"].to_bytes(8, "little")) * (2 * JC_SETS)
-            for array in range(3)
+            struct.pack(
+                f"<{4 * JC_SETS}Q", *(word for n in range(JC_SETS) for word in (EMPTY_JC - n, second) * 2)
+            )
+            for second in (stubs[f"second{array}"] for array in range(3))
         ]
         self.lock = Lock("translations", Order.ENGINE)
         self.blocks: list[StateBlock] = []
