@@ -75,6 +75,7 @@ class Qcow2Image(Written):
         if self._apart:
             self._data.close()
         super().close()
+        self._tables.close()
 
     def info(self) -> dict[str, Any]:
         header = self.header

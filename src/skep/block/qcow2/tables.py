@@ -56,6 +56,10 @@ class Tables:
         self._dirty = 0
         self._room = max(8, cache // (self._slice + 128))
 
+    def close(self) -> None:
+        """The image is closed: up to 32 MiB, which should not wait until somebody collects circles of references."""
+        self.l1 = array("Q")
+
     def __len__(self) -> int:
         return len(self._slices)
 
