@@ -34,7 +34,7 @@ from skep.engine.translate.segment import (
     read_whole,
     write_whole,
 )
-from skep.engine.translate.tables import COPY, RECORD, RUN, RUN_MASKED, WHICH
+from skep.engine.translate.tables import RECORD, RUN, RUN_MASKED, WHICH
 
 LIMIT = 256 << 20
 """Bytes of all segments; beyond, those that were not used longest go."""
@@ -51,11 +51,9 @@ SEEN_BITS = 17
 Group = tuple[int, int]
 """The number of a segment, and of a group in it."""
 
-_HEAD = struct.Struct("<I17Hxx")
 _RUN = struct.Struct("<HHHxx")
-_COPY = struct.Struct("<HHH")
 _WHICH = struct.Struct("<HH").unpack_from
-assert (_HEAD.size, _RUN.size, _COPY.size) == (RECORD, RUN, COPY)
+assert _RUN.size == RUN
 _ENDBR = b"\xf3\x0f\x1e\xfa"
 _IMMEDIATE = frozenset(bytes((b,)) for b in (0x05, 0x0D, 0x25, 0x2D, 0x35, 0x3D, 0x68, 0xA9, *range(0xB8, 0xC0)))
 

@@ -146,12 +146,6 @@ class Tables:
         number = self.number(key)
         return self.block(number) if number else None
 
-    def entry(self, key: int) -> int:
-        """Where the plain entry of the block is that has a key, or 0."""
-        number = self.number(key)
-        at: int = _START.unpack_from(self._descriptions, number * DESCRIPTION + ENTRY)[0] if number else 0
-        return at
-
     def block(self, number: int) -> Block:
         """As it is described, dead (key 0) or alive."""
         fields = _DESCRIPTION.unpack_from(self._descriptions, number * DESCRIPTION)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import struct
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -27,12 +27,12 @@ class World:
         prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)
         self._stop: _Roster = prototype(stubs["stop_all"])
         self._go: _Roster = prototype(stubs["go_all"])
-        self._ways = [
-            struct.pack(
-                f"<{4 * JC_SETS}Q", *(word for n in range(JC_SETS) for word in (EMPTY_JC - n, second) * 2)
-            )
-            for second in (stubs[f"second{array}"] for array in range(3))
-        ]
+        empty = array("Q", range(EMPTY_JC, EMPTY_JC - JC_SETS, -1))
+        self._ways = []
+        for i in range(3):
+            ways = array("Q", [stubs[f"second{i}"]]) * (4 * JC_SETS)
+            ways[0::4] = ways[2::4] = empty
+            self._ways.append(ways.tobytes())
         self.lock = Lock("translations", Order.ENGINE)
         self.blocks: list[StateBlock] = []
         self._roster = (ctypes.c_uint64 * 0)()
@@ -110,8 +110,8 @@ class World:
         """A jump cache without targets, and none put away: every way leads to the stub that tries the next one. Nor do
         failing checks know a way."""
         st.kept = 0
-        for array, ways in enumerate(self._ways):
-            at = JC + array * JC_ARRAY
+        for i, ways in enumerate(self._ways):
+            at = JC + i * JC_ARRAY
             st.bytes[at : at + JC_ARRAY] = ways
         st.bytes[TWINS : TWINS + TWINS_MASK + 16] = bytes(TWINS_MASK + 16)
 
