@@ -24,7 +24,7 @@ from skep.block.backend import Extent, read_at, write_at
 from skep.block.file import open_file
 from skep.block.format import Can, Image
 from skep.block.image import create_image, open_image
-from skep.block.record import Kind, RecordedFile, Replay, mark, read_log
+from skep.block.record import Kind, Recorder, Replay, mark, read_log
 from skep.block.registry import format_named
 from skep.errors import UserError
 
@@ -301,7 +301,7 @@ class ImageConformance:
             path.unlink()
 
     def recorded(self, path: Path, log: Path) -> Image:
-        file = RecordedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), str(path), path.stat().st_size, str(log))
+        file = Recorder(open_file(str(path), lock=False), str(log))
         return format_named(self.format)(file)  # type: ignore[call-arg]
 
     def survived(self, cut: Path, allowed: list[bytes]) -> None:

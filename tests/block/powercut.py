@@ -27,9 +27,10 @@ from pathlib import Path
 
 import skep
 from skep.block.backend import read_at, write_at
+from skep.block.file import open_file
 from skep.block.format import Can, Image
 from skep.block.image import create_image, open_image
-from skep.block.record import Entry, Kind, RecordedFile, Replay, mark, read_log
+from skep.block.record import Entry, Kind, Recorder, Replay, mark, read_log
 from skep.block.registry import format_named
 from skep.chardev.console import Console
 from skep.devices.virtio.blk import VirtioBlk
@@ -177,7 +178,7 @@ def record(
 
 
 def _recorded(path: Path, format: str, log: Path) -> Image:
-    file = RecordedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), str(path), path.stat().st_size, str(log))
+    file = Recorder(open_file(str(path), lock=False), str(log))
     return format_named(format)(file)  # type: ignore[call-arg]  # every format is made from a file
 
 

@@ -22,9 +22,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from skep.block.backend import Buffers, read_at, split, write_at
+from skep.block.file import open_file
 from skep.block.format import BackingName, Can, Image
 from skep.block.image import create_image, open_image
-from skep.block.record import RecordedFile, Replay, read_log
+from skep.block.record import Recorder, Replay, read_log
 from skep.block.registry import format_named
 from tests.block.powercut import QEMU_CHECKS
 
@@ -65,13 +66,14 @@ class Fault:
         return self.first <= number < self.first + self.count
 
 
-class FailingFile(RecordedFile):
+class FailingFile(Recorder):
     """A host's file on a bad disk, or a full one."""
 
     fault: Fault | None = None
 
-    def __init__(self, fd: int, path: str, size: int, log: str) -> None:
-        super().__init__(fd, path, size, log)
+    def __init__(self, path: str, log: str) -> None:
+        self.host = open_file(path, lock=False)
+        super().__init__(self.host, log)
         self.requests = 0
 
     def met(self, first: int) -> bool:
@@ -122,13 +124,13 @@ class FailingFile(RecordedFile):
 
     def flush(self) -> None:
         fault = self._next()
-        if fault is not None and fault.flushes and self._lost is None:
-            self._lost = OSError(errno.EIO, "what was written is gone")
+        if fault is not None and fault.flushes and self.host._lost is None:
+            self.host._lost = OSError(errno.EIO, "what was written is gone")
         super().flush()
 
     @property
     def lost(self) -> bool:
-        return self._lost is not None
+        return self.host._lost is not None
 
 
 class Disk:
@@ -212,7 +214,7 @@ def session(pristine: Path, format: str, over: bool, fault: Fault, rng: random.R
     """Traffic; then the image is closed, or the power goes; then it is looked at."""
     path, log = pristine.with_name(f"disk.{format}"), pristine.with_name("log")
     shutil.copyfile(pristine, path)
-    file = FailingFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), str(path), path.stat().st_size, str(log))
+    file = FailingFile(str(path), str(log))
     image: Image = format_named(format)(file)  # type: ignore[call-arg]  # every format is made from a file
     if over:
         image.backing = open_image(pristine.with_name(f"below.{format}"), format=format, read_only=True, lock=False)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from skep.block.backend import Buffers, File, Located
-from skep.block.file import HostFile
 from skep.block.format import SECTOR
 from skep.block.over import Over
 from skep.errors import UserError
@@ -86,7 +85,7 @@ class Log:
 
 
 class Recorder(Over):
-    """A layer over a file, or over an image. A request completes when both what is below and the log have it.
+    """A layer over a file (below a format, or above one). A request completes when what is below has it, and the log.
 
     What a guest discards is logged as zeros, which is what our backends leave there.
     """
@@ -134,54 +133,6 @@ class Recorder(Over):
 
     def close(self) -> None:
         self.below.close()
-        self._log.close()
-
-
-class RecordedFile(HostFile):
-    """The same below a format: a file that logs what the format does to it."""
-
-    def __init__(self, fd: int, path: str, size: int, log: str) -> None:
-        super().__init__(fd, path, size, read_only=False, write_cache=True)
-        self._log = Log(log, write_cache=True)
-
-    def pwritev(self, buffers: Buffers, offset: int) -> None:
-        data = b"".join(buffers)
-        super().pwritev([memoryview(data)], offset)
-        self._log.write(offset, data)
-
-    def write_now(self, buffers: Buffers, offset: int) -> bool:
-        return False
-
-    def locate(self, offset: int, length: int, write: bool) -> Located | None:
-        return None if write else super().locate(offset, length, write)
-
-    def discard(self, offset: int, length: int) -> None:
-        super().discard(offset, length)
-        self._log.zeroes(offset, length)
-
-    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        super().write_zeroes(offset, length, unmap)
-        self._log.zeroes(offset, length)
-
-    def resize(self, size: int) -> None:
-        grows = size > self.size
-        super().resize(size)
-        if grows:  # the new length is as durable as a write of the last byte
-            self._log.write(size - 1, b"\0")
-
-    def allocate(self, offset: int, length: int) -> None:
-        grows = offset + length > self.size
-        super().allocate(offset, length)
-        if grows:
-            self._log.write(offset + length - 1, b"\0")
-
-    def flush(self) -> None:
-        covered = self._log.writes
-        super().flush()
-        self._log.flushed(covered)
-
-    def close(self) -> None:
-        super().close()
         self._log.close()
 
 
