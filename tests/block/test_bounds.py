@@ -36,6 +36,9 @@ with open_image(path, format=format, options=told, secrets=secrets) as image:
         write_at(image, at, b"x" * 512)
         assert read_at(image, at, 512) == b"x" * 512
     image.flush()
+    if Can.SNAPSHOT in image.can:
+        image.snapshot_create("s")
+        image.snapshot_apply("s")
     if Can.CHECK in image.can:
         assert not image.check().corruptions
 with open("/proc/self/status") as status:

@@ -320,7 +320,7 @@ def test_an_l1_table_behind_the_end_of_the_file_is_made_anew(tmp_path: Path, whe
         write_at(image, 0, b"x" * 65536)
         assert isinstance(image, Qcow2Image)
         image.settle()
-        image.replace_l1(image.l1(), image.size)  # behind the data
+        image.replace_l1([image.l1()], len(image.l1()), image.size)  # behind the data
         offset = image.header.l1_table_offset
     if where == "its end":
         os.truncate(path, offset + 512)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from skep.block.backend import read_at, write_zeroes_as_data
@@ -108,7 +109,7 @@ def _downgrade(image: Qcow2Image) -> None:
 
 
 def _has_zeroes(image: Qcow2Image, entry: snapshots.Entry) -> bool:
-    for l1_entry in snapshots.l1_of(image, entry):
+    for l1_entry in chain.from_iterable(snapshots.l1_in_parts(image, entry)):
         if l1_entry & OFFSET:
             words = from_big_endian(read_at(image.file, l1_entry & OFFSET, image.cluster_size))
             if any(word & ZERO and not word & COMPRESSED for word in words):

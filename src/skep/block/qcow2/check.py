@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from skep.block.backend import read_at, write_at
 from skep.block.format import CheckResult, DamagedImage, ImageError
 from skep.block.qcow2 import snapshots
 from skep.block.qcow2.header import MOST_REFCOUNT_TABLE_BYTES, Incompatible
-from skep.block.qcow2.refcounts import Packing, from_big_endian, read_words, to_big_endian
+from skep.block.qcow2.refcounts import Packing, from_big_endian, to_big_endian
 from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET, ZERO
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Checker:
         self._span(header.l1_table_offset, header.l1_size * 8, "L1 table")
         if image.encryption is not None:
             self._span(image.encryption.offset, image.encryption.length, "LUKS header")
-        self._tree(image.l1(), active=True)
+        self._tree([image.l1()], active=True)
         if header.nb_snapshots:
             self._snapshots()
         for offset, times in self._tables.items():
@@ -156,8 +156,7 @@ class Checker:
         self._span(image.header.snapshots_offset, size, "snapshot table")
         for entry in entries:
             self._span(entry.l1_offset, entry.l1_size * 8, f"L1 table of snapshot {entry.snapshot.id}")
-            l1 = read_words(image.file, entry.l1_offset, entry.l1_size)
-            self._tree(l1, active=False)
+            self._tree(snapshots.l1_in_parts(image, entry), active=False)
 
     def _span(self, offset: int, size: int, what: str, *, alone: bool = False) -> bool:
         """False: it cannot be there, or, if it has to be ``alone``, something else is."""
@@ -180,10 +179,11 @@ class Checker:
             self.tally.add(index, times)
         return True
 
-    def _tree(self, l1: array[int], *, active: bool) -> None:
+    def _tree(self, parts: Iterable[array[int]], *, active: bool) -> None:
+        """Under an L1 table."""
         seen = set()
-        for i in _in_use(l1, 1):
-            offset = l1[i] & OFFSET
+        for i, entry in _numbered(parts):
+            offset = entry & OFFSET
             if not offset:
                 continue
             if offset % self._cluster or offset in seen:
@@ -318,6 +318,15 @@ class Checker:
                     continue
                 if bool(word & COPIED) != (image.count_of(host // self._cluster) == 1):
                     self.result.corrupt(f"OFLAG_COPIED data cluster: l2_entry={word:x}")
+
+
+def _numbered(parts: Iterable[array[int]]) -> Iterator[tuple[int, int]]:
+    """The words of a table with their numbers, but for long rows of zeros."""
+    first = 0
+    for words in parts:
+        for i in _in_use(words, 1):
+            yield first + i, words[i]
+        first += len(words)
 
 
 def _in_use(words: array[int], step: int) -> Iterator[int]:

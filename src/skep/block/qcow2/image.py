@@ -5,15 +5,14 @@ from __future__ import annotations
 import errno
 import threading
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from skep.block.backend import Buffers, File, fill_zeroes, split, write_zeroes_as_data
 from skep.block.format import BackingName, Bitmap, Can, CheckResult, ImageError, Option, Snapshot
 from skep.block.qcow2 import amend, bitmaps, check, create, snapshots
 from skep.block.qcow2.header import MOST_L1_BYTES, Autoclear, Compression, Extension, Incompatible
-from skep.block.qcow2.refcounts import DEFAULT_REFCOUNT_CACHE, Refcounts, write_words
-from skep.block.qcow2.tables import DEFAULT_CACHE
+from skep.block.qcow2.refcounts import Refcounts, write_words
 from skep.block.qcow2.writing import Written
 from skep.block.secrets import NO_SECRETS, Secrets, secret_named
 
@@ -40,7 +39,7 @@ class Qcow2Image(Written):
         | Can.BACKING
     )
 
-    def __init__(self, file: File, *, cache: int = DEFAULT_CACHE, refcount_cache: int = DEFAULT_REFCOUNT_CACHE) -> None:
+    def __init__(self, file: File, *, cache: int | None = None, refcount_cache: int | None = None) -> None:
         """``cache``: bytes of L2 tables that are kept in memory; the other one of refcount blocks."""
         super().__init__(file, cache, refcount_cache)
         self._tracked = bitmaps.Tracker(self)
@@ -49,8 +48,8 @@ class Qcow2Image(Written):
 
     @classmethod
     def open(cls, file: File, options: Mapping[str, str], secrets: Secrets) -> Self:
-        cache = _cache_size(file, options, "l2-cache-size", DEFAULT_CACHE)
-        refcount_cache = _cache_size(file, options, "refcount-cache-size", DEFAULT_REFCOUNT_CACHE)
+        cache = _cache_size(file, options, "l2-cache-size")
+        refcount_cache = _cache_size(file, options, "refcount-cache-size")
         image = cls(file, cache=cache, refcount_cache=refcount_cache)
         secret = options.get(image.key_option)
         if secret is not None and image.encrypted:
@@ -131,7 +130,7 @@ class Qcow2Image(Written):
             self.settle()
             entries = -(-size // (self._tables.entries << self._bits))
             if entries > len(self._tables.l1):
-                self.replace_l1(self._longer_l1(entries), size)
+                self.replace_l1([self._tables.l1], entries, size)
             else:
                 self._set_size(size)
             if self._apart:
@@ -190,24 +189,21 @@ class Qcow2Image(Written):
         self._cut(0, -(-self.size // self._cluster))
         self.settle()
 
-    def _longer_l1(self, entries: int) -> array[int]:
-        words = array("Q", bytes(8)) * entries
-        words[: len(self._tables.l1)] = self._tables.l1
-        return words
-
-    def replace_l1(self, words: array[int], size: int) -> None:
-        """Another L1 table, of a disk of another size. Everything has been flushed; the old table's tree is the
-        caller's affair."""
+    def replace_l1(self, parts: Iterable[array[int]], entries: int, size: int) -> None:
+        """Another L1 table of so many entries, zeros behind ``parts``, of a disk of another size. Everything has been
+        flushed; the old table's tree is the caller's affair."""
         old = (self._tables.l1_offset >> self._bits, -(-len(self._tables.l1) * 8 // self._cluster))
         with self._lock:
-            clusters = max(1, -(-len(words) * 8 // self._cluster))
-            offset = self.take_row(clusters) << self._bits
-        write_words(self.file, offset, words, clusters << self._bits)
+            clusters = max(1, -(-entries * 8 // self._cluster))
+            at = offset = self.take_row(clusters) << self._bits
+        for words in parts:
+            write_words(self.file, at, words, len(words) * 8)
+            at += len(words) * 8
+        write_zeroes_as_data(self.file, at, offset + (clusters << self._bits) - at)
         self.flush()
-        self.header.l1_table_offset, self.header.l1_size = offset, len(words)
+        self.header.l1_table_offset, self.header.l1_size = offset, entries
         self._set_size(size)
-        self._tables.forget_all()
-        self._tables.l1, self._tables.l1_offset = words, offset
+        self._tables.load_l1(offset, entries)
         self.give_back(range(old[0], old[0] + old[1]))
 
     def reserve(self, start: int, mode: str) -> None:
@@ -261,7 +257,7 @@ class Qcow2Image(Written):
             if entries * 8 > MOST_L1_BYTES:
                 raise OSError(errno.EFBIG, "the VM's state is too large", self.path)
             self.settle()
-            self.replace_l1(self._longer_l1(entries), self.size)
+            self.replace_l1([self._tables.l1], entries, self.size)
         self._write(buffers, at)
         self._after_write()
 
@@ -308,9 +304,9 @@ class Qcow2Image(Written):
 
     def show_snapshot(self, name: str) -> None:
         entry = snapshots.find(self, name)
+        length = snapshots.length_of_l1(self, entry)
         self.size = entry.snapshot.size
-        self._tables.forget_all()
-        self._tables.l1 = snapshots.l1_of(self, entry)
+        self._tables.load_l1(entry.l1_offset, length, entry.l1_size)
         self._unpacked.clear()
 
     def snapshot_delete(self, name: str) -> None:
@@ -336,8 +332,10 @@ class Qcow2Image(Written):
         return create.measure(size, data, options)
 
 
-def _cache_size(file: File, options: Mapping[str, str], name: str, default: int) -> int:
-    size = create.parse_size(options[name]) if name in options else default
+def _cache_size(file: File, options: Mapping[str, str], name: str) -> int | None:
+    if name not in options:
+        return None
+    size = create.parse_size(options[name])
     if size is None or size > _MOST_CACHE:
         raise ImageError(f"{options[name]!r} will not do for {name}", file.path, "a size up to 1G")
     return size

@@ -47,7 +47,7 @@ class Mapped(Image):
     format = "qcow2"
     key_option = "encrypt.key-secret"
 
-    def __init__(self, file: File, cache: int, refcount_cache: int) -> None:
+    def __init__(self, file: File, cache: int | None, refcount_cache: int | None) -> None:
         self.file = self._data = self._stored = file
         """``_data`` has the disk's clusters, through the cipher where there is one, ``_stored`` as they are kept."""
         self._apart = False

@@ -12,7 +12,7 @@ from skep.block.backend import ZEROES, File, read_at, write_at
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import Incompatible
 from skep.block.qcow2.mapping import Mapped
-from skep.block.qcow2.refcounts import Refcounts
+from skep.block.qcow2.refcounts import Refcounts, write_words
 from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET, Slice
 from skep.locks import Lock, Order
 
@@ -20,7 +20,7 @@ from skep.locks import Lock, Order
 class Owning(Mapped):
     """An image whose clusters can be taken, linked and given back."""
 
-    def __init__(self, file: File, cache: int, refcount_cache: int) -> None:
+    def __init__(self, file: File, cache: int | None, refcount_cache: int | None) -> None:
         super().__init__(file, cache, refcount_cache)
         self._gate = Lock(f"qcow2 flush {self.path}", Order.IMAGE_FLUSH)
         self._lost: OSError | None = None
@@ -220,6 +220,14 @@ class Owning(Mapped):
         with self._lock:
             offset = self.take_row(-(-len(data) // self._cluster)) << self._bits
         write_at(self.file, offset, data.ljust(-(-len(data) // self._cluster) * self._cluster, b"\0"))
+        return offset
+
+    def place_words(self, words: array[int]) -> int:
+        """The same of a table that may be as long as an L1 table."""
+        clusters = -(-len(words) * 8 // self._cluster)
+        with self._lock:
+            offset = self.take_row(clusters) << self._bits
+        write_words(self.file, offset, words, clusters << self._bits)
         return offset
 
     def set_copied_flags(self, l1_index: int) -> None:

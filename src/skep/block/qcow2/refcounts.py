@@ -10,13 +10,15 @@ import errno
 import sys
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from skep.block.backend import File, read_at, write_at, write_zeroes_as_data
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import MOST_REFCOUNT_TABLE_BYTES, Header
 
-DEFAULT_REFCOUNT_CACHE = 2 << 20
+_CACHE = 2 << 20
+"""Bytes of blocks that are kept unless told otherwise."""
 _OFFSET = 0xFFFF_FFFF_FFFF_FE00  # of a refcount table's entry; the other bits are reserved
 _TYPES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
@@ -53,6 +55,13 @@ def read_words(file: File, offset: int, count: int) -> array[int]:
     if sys.byteorder == "little":
         words.byteswap()
     return words
+
+
+def words_in(file: File, offset: int, count: int) -> Iterator[array[int]]:
+    """The same a part at a time."""
+    step = _PIECE // 8
+    for first in range(0, count, step):
+        yield read_words(file, offset + first * 8, min(step, count - first))
 
 
 def write_words(file: File, offset: int, words: array[int], length: int) -> None:
@@ -117,7 +126,7 @@ class Changes(NamedTuple):
 
 
 class Refcounts:
-    def __init__(self, file: File, header: Header, cache: int = DEFAULT_REFCOUNT_CACHE) -> None:
+    def __init__(self, file: File, header: Header, cache: int | None = None) -> None:
         """``cache``: bytes of blocks that are kept in memory, four blocks at least."""
         self._file = file
         self._header = header
@@ -138,7 +147,7 @@ class Refcounts:
         self._moved: tuple[int, int] | None = None
         self._blocks: OrderedDict[int, _Block] = OrderedDict()
         self._writing: set[int] = set()
-        self._room = max(4, cache // self._cluster)
+        self._room = max(4, (_CACHE if cache is None else cache) // self._cluster)
         self._free = 0
         """No cluster before this one is free."""
         self.freed_table: tuple[int, int] | None = None

@@ -9,15 +9,16 @@ from __future__ import annotations
 import struct
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from skep.block.backend import read_at
 from skep.block.format import DamagedImage, ImageError, Snapshot
 from skep.block.qcow2.header import MOST_L1_BYTES, MOST_SNAPSHOTS, Incompatible
-from skep.block.qcow2.refcounts import from_big_endian, read_words, to_big_endian
+from skep.block.qcow2.refcounts import from_big_endian, words_in
 from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def sound(image: Qcow2Image) -> tuple[list[Entry], bool]:
         for entry, _ in _read(image):
             total += entry.l1_size * 8
             try:
-                l1_of(image, entry)
+                length_of_l1(image, entry)
             except DamagedImage:
                 whole = False
                 continue
@@ -145,21 +146,21 @@ def create(image: Qcow2Image, name: str) -> None:
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
     taken = Snapshot(str(max(ids, default=0) + 1), name, image.size, 0, seconds & 0xFFFF_FFFF, nanoseconds, 0, 0)
     with _uncertain(image):
-        l1 = array("Q", image.l1())
+        l1 = image.l1()
         _count(image, l1, 1)
         set_flags(image)
         image.settle()
-        offset = image.place_table(to_big_endian(l1)) if l1 else 0
+        offset = image.place_words(l1) if l1 else 0
         _write(image, [*entries, Entry(taken, offset, len(l1))])
 
 
 def delete(image: Qcow2Image, name: str) -> None:
     image.settle()
     gone = find(image, name)
-    l1 = l1_of(image, gone)
+    length_of_l1(image, gone)
     with _uncertain(image):
         _write(image, [one for one in read(image) if one != gone])
-        _count(image, l1, -1)
+        _count(image, chain.from_iterable(l1_in_parts(image, gone)), -1)
         image.give_back(_row(image, gone.l1_offset, gone.l1_size * 8))
         image.settle()
         set_flags(image)
@@ -168,15 +169,13 @@ def delete(image: Qcow2Image, name: str) -> None:
 def apply(image: Qcow2Image, name: str) -> None:
     image.settle()
     wanted = find(image, name)
-    old = array("Q", image.l1())
-    new = l1_of(image, wanted)
+    old = array("Q", filter(None, image.l1()))  # an image may have room for far more tables than there are
+    length = length_of_l1(image, wanted)
     with _uncertain(image):
-        _count(image, new, 1)
+        _count(image, chain.from_iterable(l1_in_parts(image, wanted)), 1)
         image.flush()
-        for i, entry in enumerate(new):
-            if entry & COPIED:
-                new[i] = entry & ~COPIED
-        image.replace_l1(new, wanted.snapshot.size)
+        shared = (array("Q", (entry & ~COPIED for entry in part)) for part in l1_in_parts(image, wanted))
+        image.replace_l1(shared, length, wanted.snapshot.size)
         image.settle()
         _count(image, old, -1)
         image.settle()
@@ -197,7 +196,7 @@ def _clusters_of(image: Qcow2Image, l1_entry: int) -> list[int]:
     return found
 
 
-def _count(image: Qcow2Image, l1: array[int], change: int) -> None:
+def _count(image: Qcow2Image, l1: Iterable[int], change: int) -> None:
     """References of the tree under an L1 table, which is all in the file: one more, or one fewer, of each."""
     seen = set()
     for entry in l1:
@@ -220,14 +219,17 @@ def set_flags(image: Qcow2Image) -> None:
         image.set_copied_flags(i)
 
 
-def l1_of(image: Qcow2Image, entry: Entry) -> array[int]:
-    """The L1 table of a snapshot, long enough for its disk. Raises DamagedImage."""
+def length_of_l1(image: Qcow2Image, entry: Entry) -> int:
+    """How many entries a snapshot's L1 table needs for its disk, or has. Raises DamagedImage."""
     least = -(-entry.snapshot.size // (image.header.l2_entries * image.cluster_size))
     if entry.snapshot.size % 512 or least * 8 > MOST_L1_BYTES:
         raise DamagedImage(image.path, f"a snapshot of {entry.snapshot.size} bytes")
-    l1 = read_words(image.file, entry.l1_offset, entry.l1_size)
-    l1.extend([0] * (least - len(l1)))
-    return l1
+    return max(least, entry.l1_size)
+
+
+def l1_in_parts(image: Qcow2Image, entry: Entry) -> Iterator[array[int]]:
+    """A snapshot's L1 table, as far as it is in the file: whole, it may be as large as the image's own."""
+    return words_in(image.file, entry.l1_offset, entry.l1_size)
 
 
 def _write(image: Qcow2Image, entries: list[Entry]) -> None:

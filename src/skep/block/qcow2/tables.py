@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from itertools import repeat
 
 from skep.block.backend import File, read_at
 from skep.block.format import DamagedImage
@@ -21,7 +22,8 @@ OFFSET = 0x00FF_FFFF_FFFF_FE00
 ALL_SUBCLUSTERS = 0xFFFF_FFFF
 
 _SLICE = 4096
-DEFAULT_CACHE = 16 << 20
+_CACHE, _LEAST_CACHE = 16 << 20, 4 << 20
+"""Bytes that are kept unless told otherwise: half as many fewer as a long L1 table takes, but as few."""
 
 
 class Slice:
@@ -37,7 +39,8 @@ class Slice:
 
 
 class Tables:
-    def __init__(self, file: File, header: Header, cache: int = DEFAULT_CACHE) -> None:
+    def __init__(self, file: File, header: Header, cache: int | None = None) -> None:
+        """``cache``: bytes of L2 tables that are kept in memory."""
         self._file = file
         self._cluster = header.cluster_size
         self.entries = header.l2_entries
@@ -54,6 +57,8 @@ class Tables:
         self._slices: OrderedDict[int, Slice] = OrderedDict()
         self._writing: set[int] = set()
         self._dirty = 0
+        if cache is None:
+            cache = max(_LEAST_CACHE, _CACHE - len(self.l1) * 8 // 2)
         self._room = max(8, cache // (self._slice + 128))
 
     def close(self) -> None:
@@ -140,6 +145,14 @@ class Tables:
         self._slices.clear()
         self._l1_changed.clear()
         self._dirty = 0
+
+    def load_l1(self, offset: int, length: int, there: int | None = None) -> None:
+        """Another L1 table; of its ``length`` entries ``there`` are in the file, and the rest are zeros."""
+        self.forget_all()
+        self.l1 = array("Q")  # two may be more than there is room for
+        self.l1 = read_words(self._file, offset, length if there is None else there)
+        self.l1.extend(repeat(0, length - len(self.l1)))
+        self.l1_offset = offset
 
     def collect(self) -> list[Write]:
         """What is to be written; :meth:`written` follows when it was."""

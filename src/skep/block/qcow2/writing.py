@@ -50,7 +50,7 @@ class Written(Owning):
 
     _tracked: Tracker
 
-    def __init__(self, file: File, cache: int, refcount_cache: int) -> None:
+    def __init__(self, file: File, cache: int | None, refcount_cache: int | None) -> None:
         super().__init__(file, cache, refcount_cache)
         self._busy: dict[int, Plan] = {}
         """Clusters of the disk that somebody is giving a place."""
