@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.processors:
         result["processors"] = processors.run(kernel, guest.obtain(), options.processors, options.rounds, say)
     if options.boots:
-        payload = Payload(kernel, initrd, options.boot_cmdline)
+        payload = Payload(kernel, initrd, options.boot_cmdline, options.boot_engine)
         qemu = result["host"]["qemu"] is not None
         result["boot"] = boots.run(payload, options.boots, options.boot_timeout, qemu, say)
     return result
@@ -118,6 +118,9 @@ def main() -> int:
     )
     parser.add_argument("--boots", type=int, default=9, metavar="N", help="of each (default %(default)s; 0: none)")
     parser.add_argument("--boot-cmdline", default=BOOT_CMDLINE, metavar="TEXT", help="default: %(default)s")
+    parser.add_argument(
+        "--boot-engine", choices=["translate", "kvm"], default="translate", help="kvm: QEMU with -accel kvm, too"
+    )
     parser.add_argument("--boot-timeout", type=float, default=120, metavar="S", help="for one (default %(default)g)")
     parser.add_argument(
         "--disks", type=lambda text: [Path(name) for name in text.split(",")], default=[], metavar="DIRECTORY,...",

@@ -16,10 +16,10 @@ from benchmarks.peers import Payload, qemu_command, skep_command
 def run(payload: Payload, count: int, timeout: float, qemu: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """``count`` boots of each; the result is what is saved as JSON.
 
-    A cold boot has a cache directory of its own. Warm ones share one, which a boot that is not counted has filled.
+    A cold boot has a cache directory of its own. Warm ones share one, which a boot that is not counted has filled. KVM
+    keeps nothing, and all its boots are warm.
     """
     with tempfile.TemporaryDirectory(prefix="skep-bench-") as shared:
-
         code = str(Path(shared, "bytecode"))
 
         def cold(watch: bool = False) -> Boot:
@@ -27,6 +27,8 @@ def run(payload: Payload, count: int, timeout: float, qemu: bool, say: Callable[
                 return _skep(payload, timeout, cache, code, watch)
 
         ways: dict[str, Callable[[], Boot]] = {"cold": cold, "warm": lambda: _skep(payload, timeout, shared, code)}
+        if payload.engine == "kvm":
+            del ways["cold"]
         if qemu:
             ways["qemu"] = lambda: boot(qemu_command(payload), timeout)
         boots: dict[str, list[Boot]] = {name: [] for name in ways}

@@ -17,6 +17,8 @@ class Payload:
     kernel: Path
     initrd: Path
     cmdline: str
+    engine: str = "translate"
+    """Or "kvm", beside which QEMU runs with -accel kvm."""
 
 
 def skep_program() -> list[str]:
@@ -28,14 +30,15 @@ def skep_program() -> list[str]:
 def skep_command(payload: Payload, options: Sequence[str] = (), cpus: int = 1) -> list[str]:
     return [
         *skep_program(), "run", "--kernel", str(payload.kernel), "--initrd", str(payload.initrd),
-        "--cmdline", payload.cmdline, "--memory", f"{MEMORY_MIB}M", "--cpus", str(cpus), "--engine", "translate",
+        "--cmdline", payload.cmdline, "--memory", f"{MEMORY_MIB}M", "--cpus", str(cpus), "--engine", payload.engine,
         "--no-reboot", *options,
     ]  # fmt: skip
 
 
 def qemu_command(payload: Payload, cpus: int = 1) -> list[str]:
+    accelerator = "kvm" if payload.engine == "kvm" else "tcg,thread=multi"
     return [
-        "qemu-system-x86_64", "-M", "q35", "-nodefaults", "-accel", "tcg,thread=multi", "-cpu", "max",
+        "qemu-system-x86_64", "-M", "q35", "-nodefaults", "-accel", accelerator, "-cpu", "max",
         "-m", str(MEMORY_MIB), "-smp", str(cpus), "-nographic", "-serial", "stdio", "-no-reboot",
         "-kernel", str(payload.kernel), "-initrd", str(payload.initrd), "-append", payload.cmdline,
     ]  # fmt: skip

@@ -1,10 +1,11 @@
-"""Runs KVM-unit-tests, built elsewhere, under Skep's translator and under QEMU's TCG, side by side.
+"""Runs KVM-unit-tests, built elsewhere, under Skep's translator and under QEMU's TCG, or both on KVM, side by side.
 
-    python3 -m tests.kvm_unit_tests --x86-64 DIR --i386 DIR [--only PATTERN] [--who skep,qemu] [--save FILE]
+    python3 -m tests.kvm_unit_tests --x86-64 DIR --i386 DIR [--engine kvm] [--only PATTERN] [--who skep,qemu]
 
 DIR is a source tree of theirs after ``./configure --arch=x86_64 && make`` (or ``--arch=i386``). What is run, with how
 many processors and with which words, is what their ``x86/unittests.cfg`` says; a processor that QEMU's TCG cannot have
-(``-cpu host``) becomes its ``max``. A test ends by the test device's exit port, or breaks off.
+(``-cpu host``) becomes its ``max``. A test ends by the test device's exit port, or breaks off. Of DIR, the files
+``x86/unittests.cfg`` and ``x86/*.flat`` are enough.
 """
 
 from __future__ import annotations
@@ -87,22 +88,24 @@ def _memory(case: Case) -> int:
     return MEMORY if found is None else int(found[1]) << (10 if found[2] else 0)
 
 
-def skep(case: Case, scratch: Path, model: str) -> list[str]:
+def skep(case: Case, scratch: Path, model: str, engine: str) -> list[str]:
     """What a loader has to tell, the number of processors above all, stands in the environment: the module."""
     environment = scratch / "environment"
     environment.write_text(f"NR_CPUS={case.cpus}\nMEMLIMIT={_memory(case)}\nTEST_DEVICE=1\nBOOTLOADER=0\n")
     return [
         sys.executable, "-m", "skep.cli", "run", "--multiboot", str(case.kernel), "--initrd", str(environment),
         "--cmdline", case.words, "--cpus", str(case.cpus), "--memory", f"{_memory(case)}M", "--no-reboot",
-        "--engine", "translate", "-o", "lpc.pc-testdev=on", "-o", "control=off", "-o", f"cpu.model={model}",
+        "--engine", engine, "-o", "lpc.pc-testdev=on", "-o", "control=off", "-o", f"cpu.model={model}",
     ]  # fmt: skip
 
 
-def qemu(case: Case, program: str) -> list[str]:
-    words = shlex.split(re.sub(r"-enable-kvm|,kernel-irqchip=split", "", case.qemu))
-    for i, word in enumerate(words):
-        if words[i - 1] == "-cpu" and word.startswith("host"):
-            words[i] = "max"
+def qemu(case: Case, program: str, engine: str) -> list[str]:
+    words = shlex.split(case.qemu)
+    if engine != "kvm":
+        words = shlex.split(re.sub(r"-enable-kvm|,kernel-irqchip=split", "", case.qemu))
+        for i, word in enumerate(words):
+            if words[i - 1] == "-cpu" and word.startswith("host"):
+                words[i] = "max"
     if "-cpu" not in words:
         words += ["-cpu", "max"]
     if "-m" not in words:
@@ -110,8 +113,8 @@ def qemu(case: Case, program: str) -> list[str]:
     return [
         program, "--no-reboot", "-nodefaults", "-device", "pc-testdev", "-device",
         "isa-debug-exit,iobase=0xf4,iosize=0x4", "-display", "none", "-serial", "stdio", "-device", "pci-testdev",
-        "-accel", "tcg,thread=multi", "-kernel", str(case.kernel), "-smp", str(case.cpus), *words,
-        *(["-append", case.words] if case.words else []),
+        "-accel", "kvm" if engine == "kvm" else "tcg,thread=multi", "-kernel", str(case.kernel), "-smp",
+        str(case.cpus), *words, *(["-append", case.words] if case.words else []),
     ]  # fmt: skip
 
 
@@ -142,6 +145,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="*", metavar="PATTERNS", help="tests whose name matches one of them")
     parser.add_argument("--patience", type=float, default=PATIENCE, help="how many times their limits are waited")
     parser.add_argument("--who", default="skep,qemu", help="which of the two")
+    parser.add_argument("--engine", choices=("translate", "kvm"), default="translate", help="kvm: QEMU's too")
     parser.add_argument("--peer", default="qemu-system-x86_64", metavar="PROGRAM", help="the QEMU")
     parser.add_argument("--model", default="host", help="Skep's cpu.model")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write all results, with their output, as JSON")
@@ -154,8 +158,8 @@ def main(arguments: list[str]) -> int:
                 if not any(fnmatch.fnmatch(case.name, pattern) for pattern in options.only.split(",")):
                     continue
                 commands = {
-                    "skep": skep(case, Path(scratch), options.model),
-                    "qemu": qemu(case, options.peer),
+                    "skep": skep(case, Path(scratch), options.model, options.engine),
+                    "qemu": qemu(case, options.peer, options.engine),
                 }
                 row = [run(case, who, commands[who], case.timeout * options.patience) for who in options.who.split(",")]
                 results += row

@@ -4,7 +4,8 @@ QEMU's TCG emulates AMD's SVM with nested paging, so that inside of it Linux's K
 kernel and the root that ``skep guest debian --root`` makes, never written to; a second image, made anew for each run,
 has what is to be run: the working tree, the packages that the tests import, a guest. Nothing is mounted on this host.
 
-L1 says what happens on its second serial port, a line each, which is QEMU's standard output.
+L1 says what happens on its second serial port, a line each, which is QEMU's standard output; on the third it says every
+five seconds that it lives.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import queue
+import re
 import shutil
 import subprocess
 import threading
@@ -34,6 +36,8 @@ PACKAGES = (
 CPUS = 2
 MEMORY = "2048"
 """Of L1, in MiB."""
+QEMU_FIRMWARE = ("bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin", "multiboot_dma.bin", "pvh.bin")
+"""What ``-M q35 -nodefaults -kernel`` asks for."""
 TOOLS = ("qemu-system-x86_64", "mke2fs", "setpriv")
 
 _KERNEL = (
@@ -41,6 +45,9 @@ _KERNEL = (
     ' init=/bin/sh -- -c "mount -t proc proc /proc; mount -t devtmpfs dev /dev; mount -t ext4 -o ro /dev/nvme0n2 /mnt;'
     ' exec sh /mnt/run.sh"'
 )
+_QEMU = """#!/bin/sh
+exec /mnt/qemu/lib/ld-linux-x86-64.so.2 --library-path /mnt/qemu/lib /mnt/qemu/program -L /mnt/qemu/firmware "$@"
+"""
 _RUN = """
 mount -t sysfs sys /sys
 mount -t tmpfs tmp /tmp
@@ -51,9 +58,10 @@ mount -t tmpfs shm /dev/shm
 ip link set lo up
 modprobe kvm_amd
 stty -F /dev/ttyS1 -opost 2> /dev/null
-# A VM that exists from the beginning to the end: where hundreds come and go and each is the last, KVM switches SVM off
-# and on again with it, and L1 froze.
-sleep inf 3< /dev/kvm &
+# A VM that exists from the beginning to the end: KVM switches SVM on with the first VM and off with the last, and
+# where VMs come and go one by one, L1 froze within some dozens.
+perl -e 'open K, "+<", "/dev/kvm" or die; ioctl K, 0xAE01, 0 or die; fork and exit; sleep'
+(while sleep 5; do echo; done) > /dev/ttyS2 &
 mkdir -p /tmp/cache/skep
 ln -s /mnt/guest /tmp/cache/skep/guest
 export HOME=/root XDG_CACHE_HOME=/tmp/cache XDG_RUNTIME_DIR=/run PYTHONPATH=/mnt/tree/src:/mnt/packages:/mnt/tree
@@ -65,8 +73,12 @@ sleep 100
 """
 
 
+SILENCE = 90.0
+"""Seconds without a sign of life after which L1 is dead: however busy the host is, it gives one every few seconds."""
+
+
 class Silent(Exception):
-    """L1 said nothing for too long, or ended before its time."""
+    """L1 is dead, said nothing for too long, or ended before its time."""
 
 
 def missing() -> str | None:
@@ -80,7 +92,7 @@ def _path() -> str:
 
 
 class Payload:
-    """The second image. ``files`` are put into its root besides: names, and where they are or what is in them."""
+    """The second image, which L1 has at /mnt."""
 
     def __init__(self, directory: Path) -> None:
         self.image = directory / "payload.img"
@@ -100,8 +112,28 @@ class Payload:
         _copy(guest.kernel.parent, self._staged / "guest" / guest.kernel.parent.name)
         (self._staged / "run.sh").write_text(_RUN)
 
+    def put(self, path: Path) -> None:
+        """A file or a directory, at ``/mnt/put/NAME``."""
+        _copy(path, self._staged / "put" / path.name)
+
+    def put_qemu(self) -> None:
+        """This host's, for ``-accel kvm`` there: ``/mnt/qemu/qemu-system-x86_64``, with its libraries and firmware."""
+        program = Path(shutil.which("qemu-system-x86_64") or "")
+        home = self._staged / "qemu"
+        _copy(program.resolve(), home / "program")
+        listed = subprocess.run(("ldd", program), check=True, capture_output=True, text=True).stdout
+        for name in re.findall(r"(/\S+) \(0x", listed):
+            _copy(Path(name).resolve(), home / "lib" / Path(name).name)
+        places = subprocess.run((program, "-L", "help"), check=True, capture_output=True, text=True).stdout.split()
+        for name in QEMU_FIRMWARE:
+            where = next(Path(place, name) for place in places if Path(place, name).exists())
+            _copy(where.resolve(), home / "firmware" / name)
+        (home / program.name).write_text(_QEMU)
+        (home / program.name).chmod(0o755)
+
     def build(self, command: str, files: Iterable[tuple[str, str]] = ()) -> Path:
-        """The image, whose L1 runs ``command``, a piece of shell, in the working tree."""
+        """The image, whose L1 runs ``command``, a piece of shell, in the working tree. ``files`` are put into its root
+        besides: names, and what is in them."""
         for name, text in (("command", command), *files):
             (self._staged / name).write_text(text)
         used = int(subprocess.run(("du", "-sm", self._staged), check=True, capture_output=True).stdout.split()[0])
@@ -123,15 +155,18 @@ def _copy(source: Path, target: Path) -> None:
 class Machine:
     """L1, running. A context manager: behind it, its process is gone."""
 
-    def __init__(self, payload: Path, console: Path) -> None:
-        """``console`` is a file that gets what L1's kernel and programs say, and QEMU's complaints."""
+    def __init__(self, payload: Path, console: Path, taken: Path | None = None) -> None:
+        """``console`` is a file that gets what L1's kernel and programs say, and QEMU's complaints. ``taken`` is a file
+        that L1 has as the disk /dev/nvme0n3."""
         self._console = console
+        self._beats = console.with_suffix(".beats")
         root = debian_root.obtain()
+        images = [(root.image, "on"), (payload, "on"), *([(taken, "off")] if taken is not None else [])]
         drives = [
             part
-            for number, image in enumerate((root.image, payload), 1)
+            for number, (image, snapshot) in enumerate(images, 1)
             for part in (
-                "-drive", f"file={image},if=none,id=d{number},format=raw,snapshot=on",
+                "-drive", f"file={image},if=none,id=d{number},format=raw,snapshot={snapshot}",
                 "-device", f"nvme-ns,drive=d{number},nsid={number}",
             )
         ]  # fmt: skip
@@ -139,8 +174,8 @@ class Machine:
             "setpriv", "--pdeathsig", "KILL",
             "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm,+npt",
             "-smp", str(CPUS), "-m", MEMORY, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-serial", f"file:{console}", "-serial", "stdio", "-kernel", root.kernel, "-append", _KERNEL,
-            "-device", "nvme,serial=l1", *drives,
+            "-serial", f"file:{console}", "-serial", "stdio", "-serial", f"file:{self._beats}",
+            "-kernel", root.kernel, "-append", _KERNEL, "-device", "nvme,serial=l1", *drives,
         ]  # fmt: skip
         with (console.parent / "qemu").open("wb") as complaints:
             self._process = subprocess.Popen(
@@ -156,17 +191,30 @@ class Machine:
             self._lines.put(line.decode(errors="replace"))
         self._lines.put(None)
 
-    def line(self, silence: float) -> str:
-        """The next one from L1. Raises Silent where none comes for ``silence`` seconds, or it is over."""
-        end = time.monotonic() + silence
-        try:
-            line = self._lines.get(timeout=max(end - time.monotonic(), 0))
-        except queue.Empty:
-            raise Silent(f"L1 said nothing for {silence:g} seconds") from None
+    def line(self, patience: float) -> str:
+        """The next one from L1. Raises Silent where none comes for ``patience`` seconds, or L1 is dead or over."""
+        end = time.monotonic() + patience
+        beats, dead = self._lived(), time.monotonic() + SILENCE
+        while True:
+            try:
+                line = self._lines.get(timeout=1)
+                break
+            except queue.Empty:
+                now = time.monotonic()
+                if (lived := self._lived()) != beats:
+                    beats, dead = lived, now + SILENCE
+                if now > dead:
+                    raise Silent(f"L1 gave no sign of life for {SILENCE:g} seconds") from None
+                if now > end:
+                    raise Silent(f"L1 lives, and said nothing for {patience:g} seconds") from None
         if line is None:
             self._lines.put(None)
             raise Silent("L1 is over")
         return line
+
+    def _lived(self) -> int:
+        """How many signs of life there were."""
+        return self._beats.stat().st_size if self._beats.exists() else 0
 
     def console(self) -> str:
         """What L1 said elsewhere so far."""

@@ -20,8 +20,8 @@ from skep.machine.amd64 import why_not_kvm
 from tests.nested.laboratory import Machine, Payload, Silent, missing
 
 MARKER = "hardware"
-SILENCE = 300.0
-"""Seconds after which an L1 that says nothing is given up: longer than a test takes there on a busy host."""
+PATIENCE = 600.0
+"""Seconds for a test in an L1 that lives: longer than any takes there on a busy host."""
 ATTEMPTS = 2
 
 _COMMAND = """
@@ -143,7 +143,7 @@ class Nested:
         """The lines of L1, each an object, as long as it lives."""
         assert self._machine is not None
         while True:
-            line = self._machine.line(SILENCE)
+            line = self._machine.line(PATIENCE)
             try:
                 said = json.loads(line)
             except ValueError:  # QEMU's, or the BIOS's
