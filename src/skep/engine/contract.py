@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import LocalApics, LocalInterrupts
 from skep.contracts.io import Doorbells, IoSpace
+from skep.engine.debug import Debug
 from skep.engine.exits import Exits
 from skep.memory import GuestMemory
 
@@ -38,6 +39,10 @@ class ExitReason(enum.Enum):
     """HLT was executed; ``detail["interrupts"]`` is RFLAGS.IF. Run again when something is pending."""
     SHUTDOWN = "shutdown"
     """Triple fault; what led to it is in :attr:`Vcpu.exits`."""
+    DEBUG = "debug"
+    """What :meth:`Vcpu.set_debug` asked for came: ``detail["places"]`` are the numbers of those hit; ``detail["step"]``
+    and ``detail["instruction"]`` are true where that was it. The next run passes a place for execution where this one
+    stopped."""
     FAILED = "failed"
     """The engine could not go on; ``detail["message"]`` says why. Ours, not the guest's."""
 
@@ -79,6 +84,11 @@ class Vcpu(Protocol):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes any subset of what ``get_state`` gives."""
+
+    def set_debug(self, debug: Debug) -> None:
+        """Leave guest code for this from the next run on, in place of what was said before. ``get_state`` and
+        ``set_state``, and guest memory, are then the debugger's; a place that the guest's hardware cannot watch raises
+        skep.errors.HostError."""
 
     def close(self) -> None: ...
 

@@ -14,6 +14,7 @@ from skep.engine.kvm import uapi
 STRUCTURES = {
     uapi.CpuidEntry: "kvm_cpuid_entry2", uapi.Debugregs: "kvm_debugregs", uapi.DeviceAttr: "kvm_device_attr",
     uapi.Dtable: "kvm_dtable", uapi.EnableCap: "kvm_enable_cap", uapi.Ioeventfd: "kvm_ioeventfd",
+    uapi.GuestDebug: "kvm_guest_debug",
     uapi.IrqRoutingEntry: "kvm_irq_routing_entry", uapi.IrqRoutingMsi: "kvm_irq_routing_msi",
     uapi.LapicState: "kvm_lapic_state", uapi.MpState: "kvm_mp_state", uapi.Msi: "kvm_msi",
     uapi.MsrEntry: "kvm_msr_entry", uapi.MsrFilter: "kvm_msr_filter", uapi.MsrFilterRange: "kvm_msr_filter_range",
@@ -24,7 +25,7 @@ STRUCTURES = {
 }  # fmt: skip
 EXITS = {
     uapi.ExitIo: "io", uapi.ExitMmio: "mmio", uapi.ExitFailEntry: "fail_entry", uapi.ExitInternal: "internal",
-    uapi.ExitMsr: "msr", uapi.ExitEoi: "eoi",
+    uapi.ExitMsr: "msr", uapi.ExitEoi: "eoi", uapi.ExitDebug: "debug.arch",
 }  # fmt: skip
 """Members of the union in kvm_run, whose structures have no names."""
 PARTS = {uapi.ExitUnion, uapi.IrqRoutingUnion, uapi.SyncUnion}
@@ -37,6 +38,7 @@ OTHERWISE = {
     "VcpuEvents.interrupt_shadow": "interrupt.shadow", "VcpuEvents.nmi_injected": "nmi.injected",
     "VcpuEvents.nmi_pending": "nmi.pending", "VcpuEvents.nmi_masked": "nmi.masked", "VcpuEvents.nmi_pad": "nmi.pad",
     "VcpuEvents.rest": "smi", "Run.exit": "io", "IrqRoutingEntry.u": "u", "CpuidEntry.eax": "eax",
+    "GuestDebug.debugreg": "arch.debugreg",
 }  # fmt: skip
 NAMES = {
     "CPUID_FLAG_SIGNIFICANT_INDEX": "KVM_CPUID_FLAG_SIGNIFCANT_INDEX", "IRQ_ROUTING_MSI": "KVM_IRQ_ROUTING_MSI",

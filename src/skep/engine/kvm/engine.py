@@ -32,6 +32,7 @@ TSS_PAGES = 0xFFFB_D000
 
 REASONS = {
     uapi.EXIT_IO: "ports",
+    uapi.EXIT_DEBUG: "the debugger",
     uapi.EXIT_HLT: "HLT",
     uapi.EXIT_IOAPIC_EOI: "ends of interrupts",
     uapi.EXIT_MMIO: "devices' memory",
@@ -116,6 +117,10 @@ class KvmVm:
         self._tsc_offset = tsc_offset
         self._supported = _supported_cpuid(kvm)
         self._synced = bool(_has(kvm, uapi.CAP_SYNC_REGS) & uapi.SYNC_X86_REGS)
+        self._guest_debug = _has(kvm, uapi.CAP_SET_GUEST_DEBUG2)
+        if not self._guest_debug and _has(kvm, uapi.CAP_SET_GUEST_DEBUG):  # before Linux 5.9: none that came later
+            self._guest_debug = uapi.GUESTDBG_ENABLE | uapi.GUESTDBG_SINGLESTEP
+            self._guest_debug |= uapi.GUESTDBG_USE_SW_BP | uapi.GUESTDBG_USE_HW_BP
         self._run_size = uapi.ioctl(kvm, uapi.GET_VCPU_MMAP_SIZE)
         self._vcpus: list[KvmVcpu] = []
         self._model_of(0)  # a model that does not exist is told here
@@ -157,7 +162,8 @@ class KvmVm:
         fd = uapi.ioctl(self._fd, uapi.CREATE_VCPU, index)
         model = self._model_of(index)
         hosted = self.local_apics is not None
-        vcpu = KvmVcpu(index, fd, self._run_size, self._io, interrupts, hosted=hosted, synced=self._synced)
+        given = self._run_size, self._io, interrupts
+        vcpu = KvmVcpu(index, fd, *given, hosted=hosted, synced=self._synced, guest_debug=self._guest_debug)
         try:
             vcpu.set_cpuid(self._cpuid(model))
             vcpu.set_state({"msrs": msrs.mtrr_reset(model.physical_bits)})

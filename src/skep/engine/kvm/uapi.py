@@ -14,6 +14,7 @@ API_VERSION = 12
 
 CAP_USER_MEMORY = 3
 CAP_NR_MEMSLOTS = 10
+CAP_SET_GUEST_DEBUG = 23
 CAP_IRQ_ROUTING = 25
 CAP_MAX_VCPUS = 66
 CAP_TSC_DEADLINE_TIMER = 72
@@ -25,8 +26,10 @@ CAP_X2APIC_API = 129
 CAP_IMMEDIATE_EXIT = 136
 CAP_X86_USER_SPACE_MSR = 188
 CAP_X86_MSR_FILTER = 189
+CAP_SET_GUEST_DEBUG2 = 195
 
 EXIT_IO = 2
+EXIT_DEBUG = 4
 EXIT_HLT = 5
 EXIT_MMIO = 6
 EXIT_IRQ_WINDOW_OPEN = 7
@@ -50,6 +53,8 @@ IRQ_ROUTING_MSI = 2
 MP_STATE_RUNNABLE, MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED, MP_STATE_HALTED, MP_STATE_SIPI_RECEIVED = range(5)
 IOEVENTFD_FLAG_DEASSIGN = 4
 SYNC_X86_REGS = 1
+GUESTDBG_ENABLE, GUESTDBG_SINGLESTEP, GUESTDBG_USE_SW_BP, GUESTDBG_USE_HW_BP = 1, 2, 0x10000, 0x20000
+GUESTDBG_INJECT_DB, GUESTDBG_BLOCKIRQ = 0x40000, 0x100000
 LAPIC_SIZE = 1024
 
 
@@ -110,6 +115,12 @@ class Debugregs(Structure):
     _fields_ = (
         ("db", c_uint64 * 4), ("dr6", c_uint64), ("dr7", c_uint64), ("flags", c_uint64), ("reserved", c_uint64 * 9),
     )  # fmt: skip
+
+
+class GuestDebug(Structure):
+    """``debugreg`` 0 to 3 and 7 count, in place of the guest's, with GUESTDBG_USE_HW_BP."""
+
+    _fields_ = (("control", c_uint32), ("pad", c_uint32), ("debugreg", c_uint64 * 8))
 
 
 class Xcr(Structure):
@@ -206,6 +217,12 @@ class ExitInternal(Structure):
     _fields_ = (("suberror", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16))
 
 
+class ExitDebug(Structure):
+    """``pc`` is linear."""
+
+    _fields_ = (("exception", c_uint32), ("pad", c_uint32), ("pc", c_uint64), ("dr6", c_uint64), ("dr7", c_uint64))
+
+
 class ExitEoi(Structure):
     _fields_ = (("vector", c_uint8),)
 
@@ -219,7 +236,7 @@ class ExitMsr(Structure):
 class ExitUnion(Union):
     _fields_ = (
         ("io", ExitIo), ("mmio", ExitMmio), ("fail_entry", ExitFailEntry), ("internal", ExitInternal), ("msr", ExitMsr),
-        ("eoi", ExitEoi), ("padding", c_uint8 * 256),
+        ("eoi", ExitEoi), ("debug", ExitDebug), ("padding", c_uint8 * 256),
     )  # fmt: skip
 
 
@@ -303,6 +320,7 @@ GET_MP_STATE, SET_MP_STATE = _ior(0x98, 4), _iow(0x99, 4)
 NMI = _io(0x9A)
 GET_VCPU_EVENTS, SET_VCPU_EVENTS = _ior(0x9F, ctypes.sizeof(VcpuEvents)), _iow(0xA0, ctypes.sizeof(VcpuEvents))
 GET_DEBUGREGS, SET_DEBUGREGS = _ior(0xA1, ctypes.sizeof(Debugregs)), _iow(0xA2, ctypes.sizeof(Debugregs))
+SET_GUEST_DEBUG = _iow(0x9B, ctypes.sizeof(GuestDebug))
 ENABLE_CAP = _iow(0xA3, ctypes.sizeof(EnableCap))
 SIGNAL_MSI = _iow(0xA5, ctypes.sizeof(Msi))
 GET_XSAVE, SET_XSAVE = _ior(0xA4, ctypes.sizeof(Xsave)), _iow(0xA5, ctypes.sizeof(Xsave))

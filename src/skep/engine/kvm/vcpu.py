@@ -22,8 +22,10 @@ from skep.engine.amd64 import msrs
 from skep.engine.amd64.cpuid import AVX_OFFSET, AVX_SIZE
 from skep.engine.amd64.registers import SEGMENTS, Rflags
 from skep.engine.contract import Activity, Exit, ExitReason
+from skep.engine.debug import Debug
 from skep.engine.exits import Exits
 from skep.engine.kvm import failures, uapi
+from skep.engine.kvm.debugger import Debugger
 from skep.engine.kvm.interrupts import Hosted, Injected, KvmApic, Way
 from skep.engine.kvm.uapi import ioctl, raw_ioctl
 from skep.errors import InternalError
@@ -78,8 +80,10 @@ class KvmVcpu:
         *,
         hosted: bool,
         synced: bool,
+        guest_debug: int,
     ) -> None:
-        """``hosted``: KVM has its local APIC; ``synced``: it can leave the registers in the shared page."""
+        """``hosted``: KVM has its local APIC; ``synced``: it can leave the registers in the shared page;
+        ``guest_debug``: what it can do for a debugger."""
         self.index = index
         self._fd = fd
         self._io = io
@@ -91,6 +95,7 @@ class KvmVcpu:
                 raise InternalError("a board that has the local APICs, with an engine that has them")
             self._way = Hosted(fd, interrupts)
         self._apic = KvmApic(fd)
+        self._debugger = Debugger(fd, guest_debug)
         self._map = mmap.mmap(fd, run_size)
         self._run = uapi.Run.from_buffer(self._map)
         # The same page for what is done at every exit: a field of a ctypes structure costs three times as much.
@@ -109,6 +114,7 @@ class KvmVcpu:
             uapi.EXIT_MMIO: self._mmio,
             uapi.EXIT_X86_RDMSR: self._read_msr,
             uapi.EXIT_X86_WRMSR: self._write_msr,
+            uapi.EXIT_DEBUG: self._debug,
             uapi.EXIT_HLT: self._halt,
             uapi.EXIT_IOAPIC_EOI: self._end_of_interrupt,
             uapi.EXIT_SHUTDOWN: self._shutdown,
@@ -124,6 +130,7 @@ class KvmVcpu:
     def run(self) -> Exit:
         with self._guard:
             self._thread = threading.get_ident()
+        self._debugger.begin()
         try:
             left = self._look()
             while left is None:
@@ -142,6 +149,8 @@ class KvmVcpu:
         if self._exit_requested:
             self._exit_requested = False
             return Exit(ExitReason.KICKED)
+        if self._debugger.stepping and not self._halted:
+            return None
         if not self._way.offer(self._run, self._halted):
             return self._halted_exit()
         self._halted = False
@@ -235,6 +244,11 @@ class KvmVcpu:
         if isinstance(self._interrupts, HostedInterrupts):
             self._interrupts.end_of_interrupt(self._run.eoi.vector)
 
+    def _debug(self) -> Exit | None:
+        left = self._debugger.left(self._run.debug)
+        self._run.immediate_exit = left is None  # a look: interrupts may have been held back
+        return left
+
     def _halt(self) -> Exit:
         self._halted = True
         return self._halted_exit()
@@ -322,6 +336,9 @@ class KvmVcpu:
                 activity = state.get("activity", Activity.ACTIVE)
                 ioctl(self._fd, uapi.SET_MP_STATE, uapi.MpState(_MP_STATE[activity]))
         self._complete_io()  # which says anew whether an interrupt could be taken
+
+    def set_debug(self, debug: Debug) -> None:
+        self._debugger.set(debug)
 
     def set_cpuid(self, rows: Sequence[uapi.CpuidEntry]) -> None:
         table = uapi.cpuid2(len(rows))

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from iced_x86 import Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register
 
 from skep.contracts.interrupts import LocalInterrupts
+from skep.engine.amd64.debugregisters import DR6_BS, DR6_HITS
 from skep.engine.amd64.registers import Cr0, Cr4, Rflags, Vector, canonical
+from skep.engine.debug import Debug
 from skep.engine.translate import allowed, breakpoints, delivery
 from skep.engine.translate.access import WRITE, Access, Unsupported
 from skep.engine.translate.blocks import Cache
-from skep.engine.translate.breakpoints import DR6_BS, DR6_HITS
 from skep.engine.translate.context import operand_segment
 from skep.engine.translate.emulate import Emulator
 from skep.engine.translate.faults import HostFault
@@ -21,7 +22,7 @@ from skep.engine.translate.forms import mnemonics
 from skep.engine.translate.layout import BOUNCE, BOUNCE_SIZE, OFFSETS, Kind, Mode
 from skep.engine.translate.modelspecific import ModelSpecific
 from skep.engine.translate.pairs import Pairs
-from skep.engine.translate.port import GuestFault
+from skep.engine.translate.port import DebuggerStop, GuestFault
 
 _X87, _SSE, _AVX = mnemonics(allowed.X87), mnemonics(allowed.SSE), mnemonics(allowed.AVX)
 _INFO, _RIP, _RAX, _RDX = (OFFSETS[name] >> 3 for name in ("info", "rip", "rax", "rdx"))
@@ -58,6 +59,7 @@ class Alone(Access, ABC):
     pairs: Pairs
     emulator: Emulator
     msrs: ModelSpecific
+    debug: Debug
     _scratch: int
     counts: list[int]
     """Exits, by Kind."""
@@ -124,6 +126,14 @@ class Alone(Access, ABC):
             return self._alone()
         self.stop_at_breakpoint()
         self.emulator.entered = False
+        halted = self._one()
+        if st.sysfl & Rflags.TF or not self.emulator.entered:
+            self.hits |= DR6_BS
+        return halted
+
+    def _one(self) -> bool:
+        """One instruction, or one iteration of a REP string instruction. True: it was HLT."""
+        st = self.st
         ins = self.instruction()
         start, count = st.rip, st.rcx
         one = bool(ins.is_string_instruction and (ins.has_rep_prefix or ins.has_repne_prefix) and count > 1)
@@ -136,15 +146,15 @@ class Alone(Access, ABC):
                 st.rcx = count - 1 + st.rcx
         if one and not (ins.mnemonic in _COMPARES and bool(st.flags & 0x40) == ins.has_repne_prefix):
             st.rip = start
-        if st.sysfl & Rflags.TF or not self.emulator.entered:
-            self.hits |= DR6_BS
         return halted
 
     def stop_at_breakpoint(self) -> None:
-        """Raise #DB if one is armed for the instruction at rip. RFLAGS.RF lets it pass."""
+        """Raise #DB, or what a debugger's is, if one is armed for the instruction at rip. RFLAGS.RF lets it pass."""
         st = self.st
         if st.watch_code and not st.sysfl & Rflags.RF:
             hits = breakpoints.code_hits(st, self.linear_rip)
+            if hits and self.debug.places:
+                raise DebuggerStop(hits)
             if hits:
                 st.dr6 = st.dr6 & ~DR6_HITS | hits
                 raise GuestFault(Vector.DB)
@@ -296,7 +306,7 @@ class Alone(Access, ABC):
         size = info & 0xF
         port = info >> 16 if info & 0x20 else q[_RDX] & 0xFFFF
         mask = (1 << 8 * size) - 1
-        if self.st.dr7 & 0xFF:
+        if self.st.armed7 & 0xFF:
             self.hits |= breakpoints.port_hits(self.st, port, size)
         if info & 0x10:
             value = q[_RAX] & mask

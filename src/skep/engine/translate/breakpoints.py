@@ -1,36 +1,42 @@
-"""The debug registers' breakpoints (SDM 3, 17.2).
+"""The debug registers' breakpoints (SDM 3, 17.2), or a debugger's in their place.
 
 Translated code knows nothing of them. While one is armed for data, the page it lies in gets no read and no write tag,
 so that every access there takes the slow path, which compares addresses (``runtime.watched``); those that hit are
 Python's. A page with one for instructions gets no execute tag, and its code runs one instruction at a time. Hits are
-collected in ``CpuPort.hits`` and become a #DB behind the instruction.
+collected in ``CpuPort.hits`` and become a #DB behind the instruction, or the debugger's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from skep.engine.amd64.debugregisters import dr7
 from skep.engine.amd64.registers import Cr4
+from skep.engine.debug import Place
 from skep.engine.translate.layout import StateBlock
 
-DR6_BS = 1 << 14
-DR6_HITS = 0xF
-"""Bits that a #DB sets or clears; the others of DR6 it only sets."""
 INSTRUCTION, WRITE, PORT, ACCESS = range(4)
 _LENGTHS = (1, 2, 8, 4)
 
 
 def armed(st: StateBlock) -> Iterator[tuple[int, int, int, int]]:
-    """(DR6's bit, what for, first address, length) of those that DR7 enables."""
-    dr7 = st.dr7
-    for i, at in enumerate((st.dr0, st.dr1, st.dr2, st.dr3)):
-        if dr7 >> 2 * i & 3:
-            length = _LENGTHS[dr7 >> 18 + 4 * i & 3]
-            yield 1 << i, dr7 >> 16 + 4 * i & 3, at & -length, length
+    """(DR6's bit, what for, first address, length) of those that DR7, or a debugger's, enables."""
+    control = st.armed7
+    for i, at in enumerate((st.armed0, st.armed1, st.armed2, st.armed3)):
+        if control >> 2 * i & 3:
+            length = _LENGTHS[control >> 18 + 4 * i & 3]
+            yield 1 << i, control >> 16 + 4 * i & 3, at & -length, length
 
 
-def watch(st: StateBlock) -> None:
-    """Tell machine code what is armed. The TLB and the jump cache are to be flushed if any was or is."""
+def watch(st: StateBlock, debugger: Sequence[Place]) -> None:
+    """Arm the guest's, unless a ``debugger`` has any, and tell machine code. The TLB and the jump cache are to be
+    flushed if any was or is."""
+    if debugger:
+        st.armed7 = dr7(debugger)
+        for i, place in enumerate(debugger):
+            setattr(st, f"armed{i}", place.address)
+    else:
+        st.armed0, st.armed1, st.armed2, st.armed3, st.armed7 = st.dr0, st.dr1, st.dr2, st.dr3, st.dr7
     kinds = {kind for _, kind, _, _ in armed(st)}
     st.watch = int(bool(kinds & {WRITE, ACCESS}))
     st.watch_code = int(INSTRUCTION in kinds)

@@ -11,6 +11,7 @@ import os
 from iced_x86 import Code, Instruction, Mnemonic, Register, Register_, RegisterExt
 
 from skep.engine.amd64.cpuid import Feature
+from skep.engine.amd64.debugregisters import DR7_FIXED
 from skep.engine.amd64.msrs import EFER
 from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Rflags, SystemType, Vector, Xcr0, canonical
 from skep.engine.translate import breakpoints, segments
@@ -23,7 +24,6 @@ PCID = 0xFFF
 DR6_FIXED = 0xFFFF_0FF0
 DR6_WRITABLE = 0xE00F
 DR6_BD = 1 << 13
-DR7_FIXED = 1 << 10
 DR7_WRITABLE = 0xFFFF_23FF
 DR7_GD = 1 << 13
 CPUID_APIC = 1 << 9

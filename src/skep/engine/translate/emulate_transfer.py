@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from iced_x86 import Code, Instruction, Mnemonic, OpKind
 
+from skep.engine.amd64.debugregisters import DR6_BS, DR6_HITS
 from skep.engine.amd64.registers import Attr, Cr0, Efer, Rflags, SystemType, Vector, canonical
 from skep.engine.translate import delivery, segments, tasks
-from skep.engine.translate.breakpoints import DR6_BS, DR6_HITS
 from skep.engine.translate.context import M32, M64, MASK, RCX, RDX, RSP, Context, Handler
 from skep.engine.translate.emulate_integer import require_virtual_iopl
-from skep.engine.translate.port import GuestFault
+from skep.engine.translate.port import DebuggerStop, GuestFault
 from skep.engine.translate.segments import FLAT, Loaded
 
 R11 = 11
@@ -270,6 +270,8 @@ def int_n(e: Context, i: Instruction) -> None:
 
 
 def int3(e: Context, i: Instruction) -> None:
+    if e.cpu.debug.instruction:
+        raise DebuggerStop(instruction=True)
     _interrupt(e, Vector.BP)
 
 

@@ -79,6 +79,8 @@ _FIELDS = (
     "tick_set",  # 1 for the stub to set it
     "tick_spec", "tick_spec1", "tick_spec2", "tick_ns",  # struct itimerspec
     "dr0", "dr1", "dr2", "dr3", "dr6", "dr7",
+    # the breakpoints that count: those of dr0 to dr3 and dr7, or a debugger's (breakpoints.py)
+    "armed0", "armed1", "armed2", "armed3", "armed7",
     "watch", "watch_code",  # 1 while breakpoints are armed for data, for instructions (breakpoints.py)
     "pdpte0", "pdpte1", "pdpte2", "pdpte3",  # PAE paging: loaded with CR3, not looked at in memory later
     "self_",  # host address of this block
@@ -162,7 +164,7 @@ KEPT_JUMPS, KEPT_JUMP = 0x3000, 24  # offset in JC, the target's tag, its entry
 SIZE = 0x200000
 
 PDPTE = OFFSETS["pdpte0"]
-DR = OFFSETS["dr0"]
+ARMED = OFFSETS["armed0"]
 ES = OFFSETS["es_sel"], OFFSETS["es_base"], OFFSETS["es_limit"], OFFSETS["es_attr"]
 """What ES holds; the other segments follow in the order of SEGMENTS."""
 POSTED = OFFSETS["posted0"]

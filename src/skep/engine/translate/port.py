@@ -6,6 +6,7 @@ from typing import Protocol
 
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
+from skep.engine.debug import Debug
 from skep.engine.translate.layout import StateBlock
 
 
@@ -17,6 +18,15 @@ class GuestFault(Exception):
         self.vector = vector
         self.error = error
         self.address = address
+
+
+class DebuggerStop(Exception):
+    """A debugger wants the vCPU before the instruction at rip: for ``places`` (bits as in DR6), or for what it is."""
+
+    def __init__(self, places: int = 0, *, instruction: bool = False) -> None:
+        super().__init__(places, instruction)
+        self.places = places
+        self.instruction = instruction
 
 
 class TripleFault(Exception):
@@ -31,6 +41,7 @@ class CpuPort(Protocol):
     st: StateBlock
     io: IoSpace
     interrupts: LocalInterrupts
+    debug: Debug
     hits: int
     """Bits for DR6 of the breakpoints that the instruction has hit so far; reads and writes add theirs."""
 

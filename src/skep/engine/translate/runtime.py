@@ -21,8 +21,8 @@ from skep.engine.translate.compiler import (
 )
 from skep.engine.translate.forms import Legality
 from skep.engine.translate.layout import (
+    ARMED,
     BRK_STI,
-    DR,
     JC,
     JC_ARRAY,
     JC_PAGES,
@@ -370,8 +370,8 @@ def fetch_page(va: int) -> int:
     if st.watch_code:
         i = 0
         while i < 4:
-            here = (ld64(st.self_ + DR + i * 8) ^ va) >> 12 == 0
-            if here and (st.dr7 >> (i * 2)) & 3 and (st.dr7 >> (16 + i * 4)) & 3 == 0:
+            here = (ld64(st.self_ + ARMED + i * 8) ^ va) >> 12 == 0
+            if here and (st.armed7 >> (i * 2)) & 3 and (st.armed7 >> (16 + i * 4)) & 3 == 0:
                 return 254
             i = i + 1
     enter_page(va, array, TLB_EXEC)

@@ -202,7 +202,7 @@ def write_msr(now: int, desc: int) -> int:
 
 def port() -> int:
     """IN of a byte that is known without the device (contracts/constantports.py): as resume. 0: Python's, PORT."""
-    if st.info & 0x1F != 1 or st.constants == 0 or st.single or st.dr7 & 0xFF:
+    if st.info & 0x1F != 1 or st.constants == 0 or st.single or st.armed7 & 0xFF:
         return 0
     number = st.rdx & 0xFFFF
     if st.info & 0x20:

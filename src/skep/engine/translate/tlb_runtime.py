@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from skep.engine.translate.compiler import inline, ld8, ld32, ld64, set64, st, st8, st32, st64
 from skep.engine.translate.layout import (
-    DR,
+    ARMED,
     EMPTY_JC,
     JC,
     JC_ARRAY,
@@ -55,15 +55,15 @@ def watched(va: int, size: int, write: int) -> int:
     """Whether a data breakpoint is hit by an access to [va, va + size) (SDM 3, 17.2.5)."""
     i = 0
     while i < 4:
-        how = (st.dr7 >> (16 + i * 4)) & 3
-        if (st.dr7 >> (i * 2)) & 3 and (how == 3 or (how == 1 and write)):
-            length = (st.dr7 >> (18 + i * 4)) & 3
+        how = (st.armed7 >> (16 + i * 4)) & 3
+        if (st.armed7 >> (i * 2)) & 3 and (how == 3 or (how == 1 and write)):
+            length = (st.armed7 >> (18 + i * 4)) & 3
             shift = length
             if length == 2:
                 shift = 3
             elif length == 3:
                 shift = 2
-            at = (ld64(st.self_ + DR + i * 8) >> shift) << shift
+            at = (ld64(st.self_ + ARMED + i * 8) >> shift) << shift
             if at < va + size and va < at + (1 << shift):
                 return 1
         i = i + 1

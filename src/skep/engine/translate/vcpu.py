@@ -14,9 +14,11 @@ from typing import Any
 
 from skep.contracts.interrupts import LocalInterrupts
 from skep.engine.amd64 import cpuid as cpuid_models
+from skep.engine.amd64.debugregisters import DR6_HITS, numbers
 from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Rflags, Vector
 from skep.engine.amd64.tsc import tsc_hz
 from skep.engine.contract import Exit, ExitReason
+from skep.engine.debug import Debug
 from skep.engine.exits import Exits
 from skep.engine.translate import breakpoints, delivery, identity, saved, segments
 from skep.engine.translate.access import Unsupported
@@ -26,12 +28,14 @@ from skep.engine.translate.forms import Legality
 from skep.engine.translate.layout import BRK, BRK_STI, HALTED, OFFSETS, PDPTE, XSAVE_AREA, Kind, Mode, StateBlock
 from skep.engine.translate.loan import ApicLoan
 from skep.engine.translate.modelspecific import ModelSpecific
-from skep.engine.translate.port import GuestFault, TripleFault
+from skep.engine.translate.port import DebuggerStop, GuestFault, TripleFault
 from skep.engine.translate.shared import Shared
 from skep.engine.translate.turns import PATIENCE
 from skep.engine.translate.watch import Watch
 from skep.errors import HostError
 
+RAISED = (GuestFault, TripleFault, DebuggerStop, Unsupported)
+"""What running an instruction, or delivering an event, may raise."""
 _M64 = 0xFFFF_FFFF_FFFF_FFFF
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_ARCH_PRCTL, _ARCH_SET_GS = 158, 0x1001
@@ -107,6 +111,10 @@ class TranslateVcpu(Alone):
         shared.interrupts.append(interrupts)
         self._fresh = True
         self.hits = 0
+        self.debug = Debug()
+        self._rearmed = False
+        self._stopped_at: int | None = None
+        """rip, where it left for a debugger."""
         self.counts = [0] * 15
         self.watch: Watch | None = None
         st.q[XSAVE_AREA >> 3] = 0x37F
@@ -151,10 +159,15 @@ class TranslateVcpu(Alone):
 
     def run(self) -> Exit:
         self._arrive()
+        if self._stopped_at is not None:
+            if self._stopped_at == self.st.rip and self.debug.places:
+                self.st.sysfl |= Rflags.RF
+            self._stopped_at = None
+        body = self._step if self.debug.step else self._run
         try:
             if self.watch is None:
-                return self._run()
-            left: Exit = self.watch.run(self._run)
+                return body()
+            left: Exit = self.watch.run(body)
             return left
         finally:
             if self._shared.turns is not None:
@@ -168,8 +181,8 @@ class TranslateVcpu(Alone):
         counts = self.counts
         while True:
             try:
-                if self.hits:
-                    self.report_hits()
+                if self.hits and (stop := self._hit()):
+                    return self._for_debugger(stop)
                 if (q[_BRK] & 0xFFFF or (q[_IRQ] and q[_IFLAG])) and self._service():
                     return Exit(ExitReason.KICKED)
                 if q[_SYSFL] & 0x10100 and not q[_INJECT]:  # TF, RF
@@ -212,17 +225,63 @@ class TranslateVcpu(Alone):
                     self._translate_plain()
                 elif kind == Kind.DELIVER:
                     self._deliver()
-            except GuestFault as fault:
-                st.site = self.hits = 0
-                self._note(fault)
+            except RAISED as error:
+                left = self._raised(error)
+                if left is not None:
+                    return left
+
+    def _raised(self, error: Exception) -> Exit | None:
+        """What an instruction or a delivery ended with. None: the guest has it."""
+        match error:
+            case GuestFault():
+                self.st.site = self.hits = 0
+                self._note(error)
                 try:
-                    delivery.deliver_exception(self, fault)
+                    delivery.deliver_exception(self, error)
                 except TripleFault as triple:
                     return self._shutdown(triple.faults[1:])
-            except TripleFault as triple:
-                return self._shutdown(triple.faults)
-            except Unsupported as e:
-                return Exit(ExitReason.FAILED, {"message": str(e)})
+                return None
+            case TripleFault():
+                return self._shutdown(error.faults)
+            case DebuggerStop():
+                return self._for_debugger(error.places, instruction=error.instruction)
+        return Exit(ExitReason.FAILED, {"message": str(error)})
+
+    def _step(self) -> Exit:
+        """One instruction for a debugger."""
+        st = self.st
+        if self._exit_requested:
+            self._exit_requested = False
+            return Exit(ExitReason.KICKED)
+        stop = 0
+        try:
+            if st.inject:
+                self._deliver()
+            if st.sysfl & Rflags.TF:
+                halted = self._step_and_trap()
+            else:
+                self.stop_at_breakpoint()
+                halted = self._one()
+            stop = self._hit()
+            if halted:
+                return self._halted()
+        except RAISED as error:
+            left = self._raised(error)
+            if left is not None:
+                return left
+        return self._for_debugger(stop, step=True)
+
+    def _hit(self) -> int:
+        """The breakpoints that the last instruction has hit: #DB for the guest's, and a debugger's, which are it."""
+        stop = self.hits & DR6_HITS if self.debug.places else 0
+        self.hits &= ~stop
+        if self.hits:
+            self.report_hits()
+        return stop
+
+    def _for_debugger(self, places: int, *, step: bool = False, instruction: bool = False) -> Exit:
+        self._stopped_at = self.st.rip
+        return Exit(ExitReason.DEBUG, {"places": numbers(places), "step": step, "instruction": instruction})
 
     def _shutdown(self, faults: list[GuestFault]) -> Exit:
         for fault in faults:
@@ -245,11 +304,14 @@ class TranslateVcpu(Alone):
             self._flush(1)
             st = self.st
             self.msrs.apic_changed()
-            breakpoints.watch(st)
+            breakpoints.watch(st, self.debug.places)
             if st.cr0 & Cr0.PG and st.cr4 & Cr4.PAE and not st.efer & Efer.LMA:
                 entries = self.read_physical(st.cr3 & 0xFFFFFFE0, 32)
                 st.bytes[PDPTE : PDPTE + 32] = entries  # no state of the architecture: taken from memory anew
             self.state_changed()
+        if self._rearmed:
+            self._rearmed = False
+            self.breakpoints_changed()
 
     def _service(self) -> bool:
         """Somebody wants the vCPU. True: leave ``run``."""
@@ -366,6 +428,10 @@ class TranslateVcpu(Alone):
                 with self._world.stopped():
                     self.cache.drop(block)
 
+    def set_debug(self, debug: Debug) -> None:
+        self.debug = debug
+        self._rearmed = True
+
     def _halted(self) -> Exit:
         return Exit(ExitReason.HALTED, {"interrupts": bool(self.st.iflag)})
 
@@ -405,7 +471,7 @@ class TranslateVcpu(Alone):
 
     def breakpoints_changed(self) -> None:
         before = self.st.watch | self.st.watch_code
-        breakpoints.watch(self.st)
+        breakpoints.watch(self.st, self.debug.places)
         if before or self.st.watch or self.st.watch_code:
             self._flush(1)
         self.state_changed()
