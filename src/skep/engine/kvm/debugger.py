@@ -54,14 +54,20 @@ class Debugger:
         if left.exception == Vector.BP:
             return self._stop(left.pc, instruction=True)
         hits = left.dr6 & sum(1 << number for number, place in enumerate(self._armed) if place is not None)
-        step = self.stepping and not (hits and not left.dr6 & DR6_BS)
-        if hits or (step and self._debug.step):
-            return self._stop(left.pc, hits, step=step and self._debug.step)
+        if self.stepping and (left.dr6 & DR6_BS or not hits):
+            return self.stepped(left.pc, hits)
+        if hits:
+            return self._stop(left.pc, hits)
+        self._give_back(left.dr6)
+        return None
+
+    def stepped(self, at: int | None = None, hits: int = 0) -> Exit | None:
+        """An instruction is done, and the guest is at a linear address: where it says, unless it is given. As
+        :meth:`left`."""
+        if hits or self._debug.step:
+            return self._stop(self._linear_rip() if at is None else at, hits, step=self._debug.step)
         self._stopped_at = None
-        if step:
-            self._tell(self._debug.places, step=False)
-        else:
-            self._give_back(left.dr6)
+        self._tell(self._debug.places, step=False)
         return None
 
     def _stop(self, at: int, hits: int = 0, *, step: bool = False, instruction: bool = False) -> Exit:

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from skep.contracts.interrupts import HostedInterrupts, LocalInterrupts
@@ -106,6 +107,8 @@ class KvmVcpu:
         self._thread: int | None = None
         self._exit_requested = False
         self._halted = False
+        self._kept: Exit | None = None
+        """Why it left the guest when an access was to be finished: what the next run says."""
         self.exits = Exits()
         self.counts: Counter[int] = Counter()
         """Exits by KVM's reason."""
@@ -132,7 +135,7 @@ class KvmVcpu:
             self._thread = threading.get_ident()
         self._debugger.begin()
         try:
-            left = self._look()
+            left, self._kept = self._kept or self._look(), None
             while left is None:
                 left = self._enter()
                 # Nothing begins to wait without a kick.
@@ -245,8 +248,20 @@ class KvmVcpu:
             self._interrupts.end_of_interrupt(self._run.eoi.vector)
 
     def _debug(self) -> Exit | None:
-        left = self._debugger.left(self._run.debug)
+        return self._debugged(self._debugger.left(self._run.debug))
+
+    def _debugged(self, left: Exit | None) -> Exit | None:
         self._run.immediate_exit = left is None  # a look: interrupts may have been held back
+        return left
+
+    def _access_debugged(self, access: Callable[[], None]) -> Exit | None:
+        """Stepping, KVM does not always stop behind what its emulator wrote to a device."""
+        access()
+        if self._debugger.stepping:
+            self._complete_io()
+        left, self._kept = self._kept, None
+        if left is None and self._debugger.stepping:
+            return self._debugged(self._debugger.stepped())
         return left
 
     def _halt(self) -> Exit:
@@ -339,6 +354,8 @@ class KvmVcpu:
 
     def set_debug(self, debug: Debug) -> None:
         self._debugger.set(debug)
+        for reason, access in ((uapi.EXIT_IO, self._port), (uapi.EXIT_MMIO, self._mmio)):
+            self._handlers[reason] = access if debug == Debug() else partial(self._access_debugged, access)
 
     def set_cpuid(self, rows: Sequence[uapi.CpuidEntry]) -> None:
         table = uapi.cpuid2(len(rows))
@@ -383,7 +400,13 @@ class KvmVcpu:
                 if error.errno == errno.EINTR:
                     return
                 raise
-            self._handlers.get(self._run.exit_reason, _go_on)()  # the next piece of the same access
+            match self._run.exit_reason:
+                case uapi.EXIT_IO:  # the next piece of the same access
+                    self._port()
+                case uapi.EXIT_MMIO:
+                    self._mmio()
+                case reason:
+                    self._kept = self._handlers.get(reason, _go_on)() or self._kept
 
     def _get(self, request: int, into: _S) -> _S:
         ioctl(self._fd, request, into)
