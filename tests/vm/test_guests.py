@@ -16,7 +16,7 @@ import pytest
 
 from skep.errors import UserError
 from skep.machine import choose_engine
-from skep.vm import End, Vm
+from skep.vm import End, Step, Vm
 from tests.boot.bzimage import LOAD, bzimage
 from tests.engine.assemble import assemble
 
@@ -48,6 +48,10 @@ GUEST = """
         je nmi
         cmp al, 'b'
         je all
+        cmp al, '2'
+        je both
+        cmp al, 'w'
+        je idle
         hlt
 
 off:    mov dx, 0x604
@@ -66,6 +70,10 @@ triple: lidt [rip + no_idt]
 halt:   cli
         hlt
         jmp halt
+
+idle:   sti
+        hlt
+        jmp idle
 
 spin:   inc qword [0x70000]
         jmp spin
@@ -149,14 +157,21 @@ fill:   mov [rdi], rax
         jne fill
         jmp off
 
-another:                                ; starts the second processor, which prints A
+both:   call second                     ; starts the second processor, and halts as it does
+        jmp halt
+
+another:
+        call second
+        jmp spin
+
+second:                                 ; starts the second processor, which prints A and halts
         mov rax, 0xf4ee41b003f8ba       ; mov dx, 0x3f8; mov al, 'A'; out dx, al; hlt
         mov [0x8000], rax
         mov rdi, 0xfee00000
         mov dword [rdi + 0x310], 0x1000000
         mov dword [rdi + 0x300], 0x4500
         mov dword [rdi + 0x300], 0x4608
-        jmp spin
+        ret
 
 all:                                    ; starts all others, each of which counts itself
         mov rax, 0xf4700006fff0         ; lock inc word [0x7000]; hlt
@@ -206,7 +221,7 @@ Make = Callable[..., Vm]
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = GUEST
-    for letter in "orthseimqanb":
+    for letter in "orthseimqanbw2":
         text = text.replace(f"'{letter}'", str(ord(letter)))
     code = bytes(assemble(text, LOAD + 0x200).code)
     path = tmp_path_factory.mktemp("guest") / "vmlinuz"
@@ -221,7 +236,7 @@ ON_HARDWARE = pytest.param("kvm on hardware", marks=(pytest.mark.hardware, pytes
 def make(request: pytest.FixtureRequest, kernel: Path) -> Iterator[Make]:
     """``make(command)``: a VM with the small guest; everything it took is given back. "kvm alone" has no local APIC."""
     engine, *how = request.param.split()
-    config = {"kvm.irqchip": "off" if how == ["alone"] else "split"}
+    config = {"kvm.irqchip": "off"} if how == ["alone"] else {}
     try:
         choose_engine(engine, "off")
         if engine == "kvm":
@@ -279,11 +294,29 @@ def test_a_triple_fault_says_where(make: Make, request: pytest.FixtureRequest) -
 def test_a_halt_for_good_is_said(make: Make) -> None:
     said = threading.Event()
     vm = make("h", diagnostics=lambda line: said.set())
-    if vm.engine.hosts_apics:
-        pytest.skip("HLT stays in the kernel")
     assert said.wait(20)
     vm.stop()
     assert ended(vm) is End.STOPPED
+
+
+@pytest.mark.parametrize("command", ["w", "s", "a"])
+def test_a_halt_that_may_end_is_not_said(make: Make, command: str) -> None:
+    """For an interrupt, or of one processor only."""
+    said: list[str] = []
+    vm = make(command, cpus=2, diagnostics=said.append)
+    if vm.engine.hosts_apics:
+        for _ in range(3):
+            vm._ask(Step.LOOK)
+            time.sleep(0.01)
+    else:
+        time.sleep(0.05)
+    assert not said
+
+
+def test_a_halt_of_all_processors_is_said(make: Make) -> None:
+    said = threading.Event()
+    make("2", cpus=2, diagnostics=lambda line: said.set())
+    assert said.wait(20)
 
 
 def test_a_spinning_guest_can_be_frozen_and_goes_on(make: Make) -> None:
@@ -305,9 +338,10 @@ def test_a_spinning_guest_can_be_frozen_and_goes_on(make: Make) -> None:
 
 def test_a_freeze_right_after_the_start(make: Make, kernel: Path) -> None:
     """Wherever the processor's thread is by then."""
-    engine = make("s").engine.name
+    one = make("s")
+    engine, config = one.engine.name, {"kvm.irqchip": one.settings.kvm_irqchip}
     for number in range(20):
-        with Vm(kernel=kernel, memory="64M", cmdline="s", engine=engine) as vm:
+        with Vm(kernel=kernel, memory="64M", cmdline="s", engine=engine, config=config) as vm:
             vm.start()
             time.sleep(number * 0.0002)
             vm.freeze()

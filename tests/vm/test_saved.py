@@ -29,7 +29,7 @@ class Made:
         engine, *more = how.split()
         if engine == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
             pytest.skip("/dev/kvm does not open")
-        config = {"kvm.irqchip": "off" if more == ["alone"] else "split"}
+        config = {"kvm.irqchip": "off"} if more == ["alone"] else {}
         self.vms.append(
             Vm(kernel=self.kernel, memory="64M", cmdline=command, engine=engine, config=config, **options)  # type: ignore[arg-type]
         )

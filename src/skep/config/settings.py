@@ -43,11 +43,10 @@ class Settings:
         values.choice("auto", "kvm", "translate"), "auto", doc="what executes guest code: auto, kvm or translate"
     )
     kvm_irqchip: str = option(
-        values.choice("split", "off"),
-        "off",
+        values.choice("auto", "split", "off"),
+        "auto",
         key="kvm.irqchip",
-        doc="under KVM, who has the local APICs: Skep (off), or the host's kernel, which does not tell of a guest that"
-        " halts for good (split)",
+        doc="under KVM, who has the local APICs: the host's kernel (split), Skep (off), or whoever can (auto)",
     )
     cpu_model: str = option(
         values.choice("baseline", "host"),

@@ -113,7 +113,7 @@ def build(
 
 
 def choose_engine(
-    wanted: str, code_cache: str, code_size: int = 64 << 20, kvm_irqchip: str = "off"
+    wanted: str, code_cache: str, code_size: int = 64 << 20, kvm_irqchip: str = "auto"
 ) -> tuple[Engine, str]:
     """The engine for "auto", or for its name, and why it was taken; the others are the settings of those names. Raises
     UserError where it cannot work here."""

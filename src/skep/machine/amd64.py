@@ -406,9 +406,9 @@ def why_not_kvm() -> str | None:
 
 
 def _kvm(irqchip: str) -> Engine:
-    from skep.engine.kvm import KvmEngine
+    from skep.engine.kvm import KvmEngine, can_host_apics
 
-    return KvmEngine(hosts_apics=irqchip == "split")
+    return KvmEngine(hosts_apics=irqchip == "split" or (irqchip == "auto" and can_host_apics()))
 
 
 def _translate(code_cache: str, code_size: int) -> Engine:

@@ -27,6 +27,7 @@ from skep.vm.interpreter import INTERPRETER
 from skep.vm.processor import LOOKS, Processor
 from skep.vm.saved import VmState, put, take
 from skep.vm.states import TRANSITIONS, End, Outcome, State, Step, failure
+from skep.vm.stillness import INTERVAL, Stillness
 
 if TYPE_CHECKING:
     from skep.chardev.console import Console
@@ -133,6 +134,8 @@ class Vm:
         self._parting = False
         """The guest asked for its end or a reset, and may well halt for good until that comes."""
         self._said_hopeless = False
+        self._stillness: Stillness | None = None
+        """Where processors sleep that do not tell when it is for good."""
         self.plugs = Plugs(self.name, self.say, self.stop, self._failed)
         """What the guest's ports are plugged into."""
         self._explainer = Explainer(self.tree, self.settings, self.plugs.transcript)
@@ -321,7 +324,7 @@ class Vm:
 
     def _main(self) -> None:
         while self.state is not State.CLOSED:
-            request = self._waiting.popleft() if self._waiting else self._requests.get()
+            request = self._waiting.popleft() if self._waiting else self._next()
             after = TRANSITIONS.get((self.state, request.step))
             if request.asker is not None and request.asker not in self._processors:
                 pass  # it was asked before a reset that came in between
@@ -331,11 +334,21 @@ class Vm:
                 continue
             request.done.set()
 
+    def _next(self) -> _Request:
+        """Wait for a step; where nobody tells of a guest that sleeps for good, it may be a look."""
+        while self._stillness is not None and self.state is State.RUNNING and not self._said_hopeless:
+            try:
+                return self._requests.get(timeout=INTERVAL)
+            except queue.Empty:
+                if self._stillness.is_time([one.clock for one in self._processors if one.clock is not None]):
+                    return _Request(Step.LOOK)
+        return self._requests.get()
+
     def _take(self, request: _Request, after: State) -> bool:
         """Take a step. False: others come first, and then this one again."""
         before = self.state
         try:
-            if after is not before or request.step in (Step.RESET, Step.EXPLAIN, Step.SAVE):
+            if after is not before or request.step in (Step.RESET, Step.EXPLAIN, Step.SAVE, Step.LOOK):
                 self._do(request, after)
                 if request.step is Step.FREEZE and self._guest_was_first(request):
                     self.state = after  # a reset happens to a frozen VM, whose guest does not run before it is thawed
@@ -393,6 +406,9 @@ class Vm:
                 self._unpark()
             case Step.EXPLAIN:
                 self._explain(request)
+            case Step.LOOK:
+                if self._sleeps_for_good():
+                    self._tell_of_sleep()
             case Step.END:
                 self._end(request.outcome or Outcome(End.STOPPED))
             case Step.CLOSE:
@@ -427,6 +443,7 @@ class Vm:
             self._engine_vm.observe(times=self.settings.stats, perf_map=self.settings.perf_map)
         board.clock.add_offset_listener(self._engine_vm.set_tsc_offset)
         hosted = self._engine.hosts_apics
+        self._stillness = Stillness() if hosted else None
         told = self._processor_ends, self._processor_sleeps_for_good
         self._processors = [
             Processor(self.name, i, board, self._engine_vm, *told, paused=paused, hosted=hosted)
@@ -549,8 +566,21 @@ class Vm:
 
     def _processor_sleeps_for_good(self) -> None:
         """A processor halted with interrupts off. Where all did, only an NMI or a reset can help."""
-        hopeless = all(processor.hopeless for processor in self._processors if processor.begun)
-        if hopeless and not self._parting and not self._said_hopeless:
+        if all(processor.hopeless for processor in self._processors if processor.begun):
+            self._tell_of_sleep()
+
+    def _sleeps_for_good(self) -> bool:
+        """On the VM's own thread, where the local APICs are the engine's: all processors that were started have halted
+        with interrupts off, and nothing is on its way."""
+        try:
+            self._park()
+            doing = {processor.sleeps() for processor in self._processors}
+        finally:
+            self._unpark()
+        return Activity.HALTED in doing and doing <= {Activity.HALTED, Activity.NOT_STARTED}
+
+    def _tell_of_sleep(self) -> None:
+        if not self._parting and not self._said_hopeless:
             self._said_hopeless = True
             if self._explained is None or self._explainer.halted_on_purpose():
                 self.say(Cause.HALTED.value)
@@ -576,16 +606,9 @@ class Vm:
         return request
 
     def _explain(self, request: _Request) -> None:
-        """Something may have changed since it was asked for: a silent guest was frozen, a halted one reset."""
         cause = request.cause
-        if cause is not Cause.ASKED:
-            running = self.state is State.RUNNING
-            late = {
-                Cause.PANIC: self._explainer.done or not self._explainer.panicked(),
-                Cause.HALTED: not any(processor.hopeless for processor in self._processors),
-            }
-            if not running or late.get(cause, False):
-                return
+        if cause is not Cause.ASKED and self._too_late(cause):
+            return
         places = self._look_around() if self.state is State.RUNNING else {}
         if self.state is State.RUNNING:
             self._park()
@@ -602,6 +625,16 @@ class Vm:
                 self._unpark()
         if cause is not Cause.ASKED and (explanation.cause is not Cause.MUTE or explanation.findings):
             self._publish(explanation)
+
+    def _too_late(self, cause: Cause) -> bool:
+        """Something changed since an explanation was asked for: a silent guest was frozen, a halted one reset."""
+        if self.state is not State.RUNNING:
+            return True
+        if cause is Cause.PANIC:
+            return self._explainer.done or not self._explainer.panicked()
+        if cause is Cause.HALTED and self._stillness is not None:
+            return not self._sleeps_for_good()
+        return cause is Cause.HALTED and not any(processor.hopeless for processor in self._processors)
 
     def _look_around(self) -> dict[int, tuple[int, ...]]:
         """Where each processor is at several moments."""

@@ -60,6 +60,8 @@ class Processor:
         self._engine_vm: EngineVm | None = engine_vm
         self._vcpu: Vcpu | None = None
         self._thread: threading.Thread | None = None
+        self.clock: int | None = None
+        """Of the processor time that its thread uses, for :func:`time.clock_gettime_ns`; None: it has not begun."""
         self._wake = threading.Event()
         self._sleeping = False
         self._guard = threading.Lock()  # of pausing and parking, and of the thread's beginning
@@ -181,6 +183,20 @@ class Processor:
             state["activity"] = Doing.HALTED.value
         return state
 
+    def sleeps(self) -> Activity:
+        """What it does while it is parked, if its local APIC is the engine's, as exactly as a verdict needs it: HALTED
+        where nothing is on its way that would wake it, and nothing but an NMI or a reset ever will."""
+        vcpu = self._vcpu
+        if vcpu is None:
+            return Activity.NOT_STARTED
+        state = vcpu.get_state()
+        if state.get("activity") == Doing.WAITING:
+            return Activity.NOT_STARTED
+        if state.get("activity") != Doing.HALTED:
+            return Activity.RUNNING
+        hears = self._board.hears_interrupts(state) or state.get("nmi_pending") or self._board.wakes(self.index, False)
+        return Activity.IDLE if hears else Activity.HALTED
+
     def resume(self) -> None:
         """Go on when the engine is thawed, which comes next."""
         with self._guard:
@@ -258,6 +274,7 @@ class Processor:
 
     def _main(self) -> None:
         try:
+            self.clock = time.pthread_getcpuclockid(threading.get_ident())
             self._board.enter_cpu(self.index)
             while (vcpu := self._attend()) is not None:
                 self._handle(vcpu.run(), vcpu)

@@ -64,6 +64,8 @@ class Step(enum.Enum):
     SAVE = "save"
     LOAD = "load a state into"
     EXPLAIN = "explain"
+    LOOK = "look at"
+    """Whether it sleeps for good."""
     END = "stop"
     CLOSE = "close"
 
@@ -79,6 +81,7 @@ TRANSITIONS = {
     (State.RUNNING, Step.RESET): State.RUNNING,
     (State.FROZEN, Step.RESET): State.FROZEN,
     (State.RUNNING, Step.EXPLAIN): State.RUNNING,
+    (State.RUNNING, Step.LOOK): State.RUNNING,
     (State.FROZEN, Step.EXPLAIN): State.FROZEN,
     (State.ENDED, Step.EXPLAIN): State.ENDED,
     (State.CREATED, Step.END): State.ENDED,

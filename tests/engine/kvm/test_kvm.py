@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import pytest
+
 from skep.engine.amd64.msrs import IA32_TSC_DEADLINE, LSTAR
 from skep.engine.amd64.tsc import read_tsc
 from skep.engine.contract import ExitReason
@@ -174,6 +176,17 @@ def test_an_interrupt_under_way_is_part_of_the_state(boot: Callable[..., Tiny]) 
     assert guest.state["interrupt"] == 0x40
     guest.run()
     assert guest.load("count") == 1 and "interrupt" not in guest.state
+
+
+@pytest.mark.parametrize("blocked", [0, 1])
+def test_an_nmi_that_waits_is_part_of_the_state(boot: Callable[..., Tiny], blocked: int) -> None:
+    """Also one that waits for the end of another's handler."""
+    guest = boot(HANDLED.format(before="cli"), handlers={2: "handler"})
+    guest.vcpu.run()
+    guest.set(**(guest.state | {"nmi_pending": 1, "nmi_blocked": blocked}))
+    assert guest.state["nmi_pending"] == 1
+    guest.run()
+    assert guest.load("count") == 1 - blocked and guest.state.get("nmi_pending", 0) == blocked
 
 
 # Leaving

@@ -91,6 +91,8 @@ class CpuState(TypedDict, total=False):
     """A vector that was taken from the interrupt controller and did not reach the guest yet; absent: there is none."""
     nmi_blocked: int
     """1: the guest is in its NMI handler."""
+    nmi_pending: int
+    """1: another NMI waits for that handler's end, or has come and not reached the guest yet."""
     activity: str
     """The value of a :class:`skep.engine.contract.Activity`; absent where the engine has no local APIC, and does not
     know."""

@@ -27,6 +27,8 @@ from skep.engine.kvm.vcpu import KICK_SIGNAL, KvmVcpu
 from skep.errors import HostError, UserError
 from skep.memory import GuestMemory
 
+DEVICE = "/dev/kvm"
+
 TSS_PAGES = 0xFFFB_D000
 """Three pages, and the one before them, that KVM needs for real mode on old Intel CPUs: in the hole under 4 GiB."""
 
@@ -66,7 +68,7 @@ class KvmEngine:
     name = "kvm"
     description = "kvm"
 
-    def __init__(self, device: str = "/dev/kvm", *, hosts_apics: bool = False) -> None:
+    def __init__(self, device: str = DEVICE, *, hosts_apics: bool = False) -> None:
         self.device = device
         self.hosts_apics = hosts_apics
 
@@ -225,6 +227,20 @@ class KvmVm:
             )
             for (leaf, subleaf), values in sorted(model.table.items())
         ]
+
+
+def can_host_apics(device: str = DEVICE) -> bool:
+    """Whether this host's KVM has all that it takes to have the local APICs; False where it cannot be asked."""
+    try:
+        fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return all(_has(fd, capability) for capability in _NEEDED_TO_HOST)
+    except OSError:  # another device
+        return False
+    finally:
+        os.close(fd)
 
 
 def _has(kvm: int, capability: int) -> int:

@@ -306,8 +306,10 @@ class KvmVcpu:
         state["msrs"] = self._get_msrs(msrs.SAVED)
         if events.interrupt_injected and not events.interrupt_soft:
             state["interrupt"] = events.interrupt_nr
-        if events.nmi_masked:
+        if events.nmi_masked and not events.nmi_injected:
             state["nmi_blocked"] = 1
+        if events.nmi_pending or events.nmi_injected:
+            state["nmi_pending"] = 1
         if self._hosted:
             state["activity"] = _ACTIVITY[self._get(uapi.GET_MP_STATE, uapi.MpState()).mp_state].value
         return state
@@ -346,6 +348,7 @@ class KvmVcpu:
             events.flags = uapi.VCPUEVENT_VALID_NMI_PENDING | uapi.VCPUEVENT_VALID_SHADOW
             events.interrupt_injected, events.interrupt_nr = "interrupt" in state, state.get("interrupt", 0)
             events.nmi_masked = bool(state.get("nmi_blocked", 0))
+            events.nmi_pending = bool(state.get("nmi_pending", 0))
             ioctl(self._fd, uapi.SET_VCPU_EVENTS, events)
             if self._hosted:
                 activity = state.get("activity", Activity.ACTIVE)

@@ -479,8 +479,13 @@ class TranslateVcpu(Alone):
     # State
 
     def get_state(self) -> dict[str, Any]:
-        return saved.save(self.st, self.msrs)
+        state = saved.save(self.st, self.msrs)
+        if self._nmi:
+            state["nmi_pending"] = 1
+        return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         saved.load(state, self.st, self.msrs)
+        if "rip" in state:
+            self._nmi = bool(state.get("nmi_pending", 0))
         self._fresh = True
