@@ -487,3 +487,30 @@ def test_reserved_bits_of_a_directory_are_seen_before_what_it_leads_to(boot: Boo
         guest.run()
         frame = guest.exception
         assert frame is not None and (frame.vector, frame.error, frame.cr2) == (14, 9, va), (level, hex(bit))
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_program_s_invlpg_costs_the_kernel_nothing(boot: Boot, level: int) -> None:
+    """A kernel's code, and all memory in its large pages, is where every table in the translator that goes by some bits
+    of an address takes it for the program's page."""
+    size = 1 << 12 + 9 * (level - 1)
+    upper = 0xFFFF_8000_0000_0000 | V // size * size
+    inner = upper + G % size
+    text = f"""
+        mov rbx, {inner}
+        mov ecx, 1000
+        again: mov rax, [V]
+        call rbx
+        invlpg [V]
+        dec ecx
+        jnz again
+        hlt
+    """
+    guest = make(boot, text)
+    guest.map(V, H)
+    guest.map(upper, G // size * size, Pte.RW | Pte.G, level=level)
+    guest.memory.write(G, b"\xc3")
+    at_end(guest)
+    assert guest.reg("rcx") == 0
+    state = guest.vcpu.st  # type: ignore[attr-defined]
+    assert state.n_miss < 100 and state.n_fill < 1200

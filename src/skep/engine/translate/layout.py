@@ -100,7 +100,6 @@ _FIELDS = (
     "kept",  # which of the slots at KEPT are good: bit i for slot i
     "nmi_blocked",  # 1 between the delivery of an NMI and the next IRET
     "single",  # 1 while one instruction runs alone: faults go to Python instead of into the guest
-    "large",  # 1 once a 1 GiB page was used since the last whole flush
     "w_pa", "w_flags", "w_error",  # what walk found: physical address; bit 0 global, 1 large; #PF error code
     "tag", "set",  # for a jump: host r10 and r11 at a checked entry (tag and set offset)
     "target",  # host address to enter at
@@ -134,10 +133,13 @@ TLB_ARRAY = TLB_ENTRIES * TLB_ENTRY
 TLB_READ, TLB_WRITE, TLB_EXEC, TLB_HOST = 0, 8, 16, 24
 NG_LIST = 0x40000  # u32 offsets in TLB: entries of pages that are not global
 NG_LISTED = 0x46000  # a byte for each entry of TLB: whether it is there (tlb_runtime.py)
-JC_PAGES = 0x60000  # a byte per hashed page number: the page may have jump-cache entries
-JC_PAGES_SIZE = 0x4000
+JC_PAGES = 0x60000  # a byte per hashed page number: a page that is not global may have jump-cache entries
+JC_PAGES_SIZE = 0x2000
+JC_GLOBAL = 0x62000  # the same of global pages, those of the upper half of all addresses apart
+JC_GLOBAL_SIZE = 0x2000
 LARGE_PAGES = 0x64000  # a byte per hashed 2 MiB region: some TLB entry may come from a large page there
-LARGE_PAGES_SIZE = 0x1000
+GIANT_PAGES = 0x64800  # the same of 1 GiB; both have the upper half of all addresses apart
+LARGE_PAGES_SIZE = 0x800  # of either
 IDENTITY = 0x65000  # CPUID's leaves (identity.py)
 IDENTITY_SIZE = 0x1000
 TWINS = 0x66000  # by return address: {where a range's check failed, the plain twin's entry there} (sharing_runtime.py)

@@ -25,8 +25,6 @@ from skep.engine.translate.layout import (
     BRK_STI,
     JC,
     JC_ARRAY,
-    JC_PAGES,
-    JC_PAGES_SIZE,
     JC_SET,
     KEPT_SLOTS,
     OFFSETS,
@@ -48,10 +46,12 @@ from skep.engine.translate.tlb_runtime import (
     enter_page,
     enter_space,
     flush_tlb,
+    global_mark,
     invalidate,
     jump_set,
     leave_space,
     list_jumps,
+    page_mark,
     slot_of,
     watched,
 )
@@ -442,14 +442,16 @@ def lookup(va: int) -> int:
     if failed == 0:
         entry = find(st.hash, (st.w_pa << Mode.BITS) | mode)
         if entry:
-            if st.w_flags & 1 == 0:
+            if st.w_flags & 1:
+                st8(global_mark(va), 1)
+            else:
                 list_jumps(array - JC + offset)
+                st8(page_mark(va), 1)
             st64(jc + 16, ld64(jc))
             st64(jc + 24, ld64(jc + 8))
             target = ld64(entry + 8)
             st64(jc, 0 - tag)
             st64(jc + 8, target)
-            st8(me + JC_PAGES + ((va >> 12) & (JC_PAGES_SIZE - 1)), 1)
             st.set = offset
             return target
     rip = va

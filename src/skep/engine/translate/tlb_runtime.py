@@ -13,8 +13,11 @@ from skep.engine.translate.compiler import inline, ld8, ld32, ld64, set64, st, s
 from skep.engine.translate.layout import (
     ARMED,
     EMPTY_JC,
+    GIANT_PAGES,
     JC,
     JC_ARRAY,
+    JC_GLOBAL,
+    JC_GLOBAL_SIZE,
     JC_LIST,
     JC_LISTED,
     JC_PAGES,
@@ -108,6 +111,40 @@ def list_page(place: int) -> int:
 
 
 @inline
+def half_of(va: int) -> int:
+    """Of all addresses. Above bit 55 a tag has the mode."""
+    return (va >> 47) & 1
+
+
+@inline
+def large_mark(va: int) -> int:
+    """Where it says that there may be TLB entries of a page of 2 MiB. A kernel maps all memory by large pages, which no
+    program's page is to meet."""
+    half = LARGE_PAGES_SIZE // 2
+    return st.self_ + LARGE_PAGES + ((va >> 21) & (half - 1)) + half_of(va) * half
+
+
+@inline
+def giant_mark(va: int) -> int:
+    """The same of 1 GiB."""
+    half = LARGE_PAGES_SIZE // 2
+    return st.self_ + GIANT_PAGES + ((va >> 30) & (half - 1)) + half_of(va) * half
+
+
+@inline
+def page_mark(va: int) -> int:
+    """Where it says that there may be jumps to a page that is not global."""
+    return st.self_ + JC_PAGES + ((va >> 12) & (JC_PAGES_SIZE - 1))
+
+
+@inline
+def global_mark(va: int) -> int:
+    """The same of a global one. A kernel's own code stays here for good, so programs' pages are not to meet it."""
+    half = JC_GLOBAL_SIZE // 2
+    return st.self_ + JC_GLOBAL + ((va >> 12) & (half - 1)) + half_of(va) * half
+
+
+@inline
 def list_jumps(place: int) -> int:
     """A way of the jump-cache set at ``place`` leads to a page that is not global."""
     mark = st.self_ + JC_LISTED + place // JC_SET
@@ -137,9 +174,10 @@ def enter_page(va: int, array: int, kind: int) -> int:
             if ld8(mark):
                 st8(mark, _GLOBAL_NOW)
         if st.w_flags & 2:
-            st8(me + LARGE_PAGES + ((va >> 21) & (LARGE_PAGES_SIZE - 1)), 1)
             if st.w_flags & 4:
-                st.large = 1
+                st8(giant_mark(va), 1)
+            else:
+                st8(large_mark(va), 1)
     if kind == TLB_EXEC:
         st64(entry + TLB_EXEC, page | (st.w_flags & 1))
     elif st.watch == 0 or watched(page, 4096, 1) == 0:
@@ -165,8 +203,7 @@ def flush_tlb(everything: int) -> int:
     set64(me + NG_LISTED, 0, 3 * TLB_ENTRIES // 8)
     st.ng_count = 0
     flush_jumps()
-    set64(me + LARGE_PAGES, 0, LARGE_PAGES_SIZE // 8)
-    st.large = 0
+    set64(me + LARGE_PAGES, 0, 2 * LARGE_PAGES_SIZE // 8)
     return 0
 
 
@@ -182,6 +219,14 @@ def empty_set(jc: int, empty: int) -> int:
     return 0
 
 
+@inline
+def forget_page(way: int, page: int, empty: int) -> int:
+    """Forget a way of the jump cache if it leads to a page; the topmost bits of its tag are the mode."""
+    if (((0 - ld64(way)) ^ page) << 8) >> 20 == 0:
+        st64(way, empty)
+    return 0
+
+
 def flush_jumps() -> int:
     """Forget every jump target."""
     st.kept = 0
@@ -192,7 +237,7 @@ def flush_jumps() -> int:
         empty_set(jc, empty)
         jc = jc + JC_SET
         empty = empty - 1
-    set64(st.self_ + JC_PAGES, 0, JC_PAGES_SIZE // 8)
+    set64(st.self_ + JC_PAGES, 0, (JC_PAGES_SIZE + JC_GLOBAL_SIZE) // 8)
     set64(st.self_ + JC_LISTED, 0, 3 * JC_SETS // 8)
     st.jl_count = 0
     return 0
@@ -204,9 +249,9 @@ def invalidate(va: int) -> int:
     forget_stacks(me)
     page = va & ~4095
     region = 0
-    if ld8(me + LARGE_PAGES + ((va >> 21) & (LARGE_PAGES_SIZE - 1))):
+    if ld8(large_mark(va)):
         region = 21
-    if st.large:
+    if ld8(giant_mark(va)):
         region = 30
     if region:
         entry = me + TLB
@@ -222,13 +267,16 @@ def invalidate(va: int) -> int:
         while entry < end:
             empty_entry(entry)
             entry = entry + TLB_ARRAY
-        mark = me + JC_PAGES + ((va >> 12) & (JC_PAGES_SIZE - 1))
-        if ld8(mark):
+        if ld8(page_mark(va)) | ld8(global_mark(va)):
             number = jump_set(page)
             left = 4096
             while left != 0:
                 jc = me + JC + number * JC_SET
-                empty_set(jc, EMPTY_JC - number)
+                end = jc + 3 * JC_ARRAY
+                while jc < end:
+                    forget_page(jc, page, EMPTY_JC - number)
+                    forget_page(jc + 16, page, EMPTY_JC - number)
+                    jc = jc + JC_ARRAY
                 number = (number + 1) & (JC_SETS - 1)
                 left = left - 1
     return 0
@@ -278,9 +326,12 @@ def leave_space(slot: int, pcid: int) -> int:
                     st64(to + 16, ld64(way + 8))
                     number = number + 1
                 st64(way, EMPTY_JC - (place & (JC_ARRAY - 1)) // JC_SET)
+            else:
+                st8(global_mark(tag), 1)  # which it may not have been when the jump was noted
             place = place + 16
         i = i + 1
     st.jl_count = 0
+    set64(me + JC_PAGES, 0, JC_PAGES_SIZE // 8)
     if slot:
         st64(slot, pcid)
         st64(slot + 16, number)
@@ -334,7 +385,7 @@ def enter_space(slot: int, pcid: int) -> int:
         tag = ld64(at + 8)
         st64(me + JC + place, 0 - tag)
         st64(me + JC + place + 8, ld64(at + 16))
-        st8(me + JC_PAGES + ((tag >> 12) & (JC_PAGES_SIZE - 1)), 1)
+        st8(page_mark(tag), 1)
         list_jumps(place & ~(JC_SET - 1))
         at = at + KEPT_JUMP
         left = left - 1
@@ -342,6 +393,7 @@ def enter_space(slot: int, pcid: int) -> int:
 
 
 TLB_ROUTINES = [
-    watched, forget_stacks, empty_entry, jump_set, list_page, list_jumps, enter_page, flush_tlb, flush_jumps,
-    invalidate, clear_write_tags, slot_of, leave_space, enter_space,
+    watched, forget_stacks, empty_entry, jump_set, list_page, half_of, large_mark, giant_mark, page_mark, global_mark,
+    forget_page, list_jumps, enter_page, flush_tlb, flush_jumps, invalidate, clear_write_tags, slot_of, leave_space,
+    enter_space,
 ]  # fmt: skip
