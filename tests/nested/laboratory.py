@@ -33,6 +33,8 @@ PACKAGES = (
     *("pytest", "_pytest", "py", "pygments", "pluggy", "iniconfig", "packaging"),
     *("hypothesis", "_hypothesis_globals", "sortedcontainers", "iced_x86"),
 )
+PROGRAMS = ("tests/engine/kvm/exits.c",)
+"""In C: L1 has no compiler."""
 CPUS = 2
 MEMORY = "2048"
 """Of L1, in MiB."""
@@ -65,7 +67,7 @@ perl -e 'open K, "+<", "/dev/kvm" or die; ioctl K, 0xAE01, 0 or die; fork and ex
 mkdir -p /tmp/cache/skep
 ln -s /mnt/guest /tmp/cache/skep/guest
 export HOME=/root XDG_CACHE_HOME=/tmp/cache XDG_RUNTIME_DIR=/run PYTHONPATH=/mnt/tree/src:/mnt/packages:/mnt/tree
-export PYTHONDONTWRITEBYTECODE=1 PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8
+export SKEP_PROGRAMS=/mnt/programs PYTHONDONTWRITEBYTECODE=1 PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8
 cd /mnt/tree
 (. /mnt/command)
 echo o > /proc/sysrq-trigger
@@ -108,6 +110,11 @@ class Payload:
             origin = Path(found.origin)
             whole = origin.parent if origin.name == "__init__.py" else origin
             _copy(whole, packages / whole.name)
+        programs = self._staged / "programs"
+        programs.mkdir()
+        for name in PROGRAMS if shutil.which("gcc") else ():
+            source = ROOT / name
+            subprocess.run(("gcc", "-O2", "-static", "-o", programs / source.stem, source), check=True)
         guest = debian.obtain()
         _copy(guest.kernel.parent, self._staged / "guest" / guest.kernel.parent.name)
         (self._staged / "run.sh").write_text(_RUN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -34,6 +35,9 @@ class CountingIo(RecordingIo):
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built = Path(os.environ.get("SKEP_PROGRAMS", "/nowhere"), "exits")  # the laboratory's
+    if built.exists():
+        return built
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs gcc")

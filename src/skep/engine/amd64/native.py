@@ -14,11 +14,11 @@ from typing import Any
 from skep.errors import HostError
 
 
-def function(code: bytes, result: Any, *arguments: Any) -> Callable[..., int]:
+def function(code: bytes, result: Any, *arguments: Any, waits: bool = False) -> Callable[..., int]:
     """``code`` (System V calling convention, position independent) as a function of ctypes types.
 
-    It runs with the GIL held, so it must be short. Its page lives as long as the process: such functions are made
-    once, at import. On a host of another architecture the function raises :class:`HostError` when called.
+    It runs with the GIL held, so it must be short, unless it ``waits``. Its page lives as long as the process: such
+    functions are made once, at import. On a host of another architecture the function raises :class:`HostError` when called.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return _absent
@@ -29,7 +29,7 @@ def function(code: bytes, result: Any, *arguments: Any) -> Callable[..., int]:
     if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_EXEC):
         raise HostError("this system does not allow memory to become executable", "mprotect",
                         "allow it for this process (SELinux execmem, PaX MPROTECT)")
-    made: Any = ctypes.PYFUNCTYPE(result, *arguments)(address)
+    made: Any = (ctypes.CFUNCTYPE if waits else ctypes.PYFUNCTYPE)(result, *arguments)(address)
     made.page = page  # the mapping lives as long as the function
     call: Callable[..., int] = made
     return call

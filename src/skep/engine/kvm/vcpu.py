@@ -21,6 +21,7 @@ from skep.contracts.interrupts import HostedInterrupts, LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.amd64 import msrs
 from skep.engine.amd64.cpuid import AVX_OFFSET, AVX_SIZE
+from skep.engine.amd64.native import function
 from skep.engine.amd64.registers import SEGMENTS, Rflags
 from skep.engine.contract import Activity, Exit, ExitReason
 from skep.engine.debug import Debug
@@ -28,7 +29,7 @@ from skep.engine.exits import Exits
 from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.debugger import Debugger
 from skep.engine.kvm.interrupts import Hosted, Injected, KvmApic, Way
-from skep.engine.kvm.uapi import ioctl, raw_ioctl
+from skep.engine.kvm.uapi import ioctl
 from skep.errors import InternalError
 
 KICK_SIGNAL = signal.SIGRTMIN + 5
@@ -66,6 +67,15 @@ _MMIO_LENGTH, _MMIO_IS_WRITE = (_LEFT + uapi.ExitMmio.len.offset) // 4, _LEFT + 
 _SYNCED_RIP = (uapi.Run.s.offset + uapi.Regs.rip.offset) // 8
 
 _S = TypeVar("_S", bound=ctypes.Structure)
+
+_enter = function(  # mov esi, KVM_RUN; xor edx, edx; mov eax, SYS_ioctl; syscall; ret
+    b"\xbe" + uapi.RUN.to_bytes(4, "little") + bytes.fromhex("31d2 b810000000 0f05 c3"),
+    ctypes.c_int,
+    ctypes.c_int,
+    waits=True,
+)
+"""``ioctl(fd, KVM_RUN, 0)``, or minus the error: libc's, with what ctypes does for arguments and errno, adds a sixth to
+an exit."""
 
 
 class KvmVcpu:
@@ -138,9 +148,6 @@ class KvmVcpu:
             left, self._kept = self._kept or self._look(), None
             while left is None:
                 left = self._enter()
-                # Nothing begins to wait without a kick.
-                if left is None and (self._bytes[_IMMEDIATE_EXIT] or self._bytes[_WINDOW]):
-                    left = self._look()
             return left
         finally:
             with self._guard:
@@ -177,36 +184,44 @@ class KvmVcpu:
         self.kick()
 
     def _enter(self) -> Exit | None:
-        """One KVM_RUN, and what it left for."""
-        if not self._hosted:
-            self._way.entering(self._run)
-        if raw_ioctl(self._fd, uapi.RUN, 0) >= 0:
-            reason = self._words[_REASON]
-        else:
-            code = ctypes.get_errno()
-            if code not in (errno.EINTR, errno.EAGAIN):  # kicked; started by another processor
-                return self._failure(f"KVM_RUN: {os.strerror(code)}")
-            reason = uapi.EXIT_INTR
-        if not self._hosted:
-            self._way.left(self._run)
-        self.counts[reason] += 1
-        handler = self._handlers.get(reason)
-        if handler is None:
-            return self._failure(f"KVM left the guest for a reason unknown to Skep: {reason}")
-        return handler()
+        """KVM_RUN, and what it left for, again and again until there is something to look at."""
+        fd, run, way, data, words = self._fd, self._run, self._way, self._bytes, self._words
+        counts, handlers, injected = self.counts, self._handlers, not self._hosted
+        while True:
+            if injected:
+                way.entering(run)
+            failed = _enter(fd)
+            if not failed:
+                reason = words[_REASON]
+            elif failed in (-errno.EINTR, -errno.EAGAIN):  # kicked; started by another processor
+                reason = uapi.EXIT_INTR
+            else:
+                return self._failure(f"KVM_RUN: {os.strerror(-failed)}")
+            if injected:
+                way.left(run)
+            try:
+                counts[reason] += 1
+                handler = handlers[reason]
+            except KeyError:
+                return self._failure(f"KVM left the guest for a reason unknown to Skep: {reason}")
+            left = handler()
+            if left is not None:
+                return left
+            if data[_IMMEDIATE_EXIT] or data[_WINDOW]:  # nothing begins to wait without a kick
+                return self._look()
 
     def _port(self) -> None:
-        data, port = self._bytes, self._halves[_IO_PORT]
+        data, port, io, note = self._bytes, self._halves[_IO_PORT], self._io, self.exits.note
         size, begin = data[_IO_SIZE], self._quads[_IO_DATA]
         out = data[_IO_DIRECTION] == uapi.EXIT_IO_OUT
         for at in range(begin, begin + self._words[_IO_COUNT] * size, size):
             if out:
                 value = data[at] if size == 1 else int.from_bytes(data[at : at + size], "little")
-                self.exits.note("out", port, size, value)
-                self._io.port_write(port, size, value)
+                note("out", port, size, value)
+                io.port_write(port, size, value)
             else:
-                value = self._io.port_read(port, size)
-                self.exits.note("in", port, size, value)
+                value = io.port_read(port, size)
+                note("in", port, size, value)
                 data[at : at + size] = value.to_bytes(size, "little")
 
     def _mmio(self) -> None:
