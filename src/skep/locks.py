@@ -40,6 +40,8 @@ class Order(enum.IntEnum):
     """A serial backend's buffers."""
     CLOCK = 50
     """A guest clock's queue of timers."""
+    MAP = 55
+    """What guest memory is where. Held while engines follow its changes."""
     ENGINE = 60
     """An engine's own structures: translated code, memory slots."""
     MEMORY = 70

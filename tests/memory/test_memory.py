@@ -34,7 +34,7 @@ def test_small_guest_is_one_region() -> None:
 
 def test_large_guest_is_lazy_and_has_a_hole() -> None:
     m = GuestMemory(20 * GiB)
-    assert m.regions == [(0, 3 * GiB, m.base), (4 * GiB, 17 * GiB, m.base + 4 * GiB)]
+    assert [r[:3] for r in m.regions] == [(0, 3 * GiB, m.base), (4 * GiB, 17 * GiB, m.base + 4 * GiB)]
     assert m.top == 21 * GiB
     assert resident(m) == 0
     m.write(21 * GiB - 3, b"end")

@@ -50,12 +50,12 @@ def write_core(path: Path, memory: GuestMemory, processors: Sequence[dict[str, A
     The file is for its user alone, and under its name it is complete or not there at all. Returns its length. Pages
     that the guest never touched are holes. Raises UserError for what the file system refuses.
     """
-    at = sum(region.size for region in memory.regions)
+    at = sum(region.size for region in memory.ram)
     # All of one kind, then all of the other: crash counts on it.
     notes = b"".join(_note(b"CORE\0", _NT_PRSTATUS, _prstatus(*one)) for one in enumerate(processors))
     notes += b"".join(_note(b"QEMU\0", 0, _qemu(state)) for state in processors)
     loads = runs(memory, processors[0], _MOST_RUNS) if processors else []
-    loads += [Run(region.gpa, region.gpa, region.size) for region in memory.regions]
+    loads += [Run(region.gpa, region.gpa, region.size) for region in memory.ram]
     count = 1 + len(loads)
     notes_at = _ELF.size + count * _PROGRAM.size
     data_at = -(-(notes_at + len(notes)) // PAGE) * PAGE

@@ -149,7 +149,7 @@ def _smbios(tree: Tree, settings: Settings, memory: GuestMemory, model: cpuid.Cp
             cores=_possible_cpus(settings),
             enabled_cores=settings.cpus,
         ),
-        memory=tuple((region.gpa, region.size) for region in memory.regions),
+        memory=tuple((region.gpa, region.size) for region in memory.ram),
         rom=(BIOS_BASE, BIOS_SIZE),
     )
     return smbios.build(machine, SMBIOS_BASE)

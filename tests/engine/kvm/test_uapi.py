@@ -12,7 +12,9 @@ import pytest
 from skep.engine.kvm import uapi
 
 STRUCTURES = {
-    uapi.CpuidEntry: "kvm_cpuid_entry2", uapi.Debugregs: "kvm_debugregs", uapi.DeviceAttr: "kvm_device_attr",
+    uapi.ClearDirtyLog: "kvm_clear_dirty_log", uapi.CpuidEntry: "kvm_cpuid_entry2",
+    uapi.DirtyGfn: "kvm_dirty_gfn", uapi.DirtyLog: "kvm_dirty_log", uapi.Debugregs: "kvm_debugregs",
+    uapi.DeviceAttr: "kvm_device_attr",
     uapi.Dtable: "kvm_dtable", uapi.EnableCap: "kvm_enable_cap", uapi.Ioeventfd: "kvm_ioeventfd",
     uapi.GuestDebug: "kvm_guest_debug",
     uapi.IrqRoutingEntry: "kvm_irq_routing_entry", uapi.IrqRoutingMsi: "kvm_irq_routing_msi",

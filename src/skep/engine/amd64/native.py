@@ -18,7 +18,8 @@ def function(code: bytes, result: Any, *arguments: Any, waits: bool = False) -> 
     """``code`` (System V calling convention, position independent) as a function of ctypes types.
 
     It runs with the GIL held, so it must be short, unless it ``waits``. Its page lives as long as the process: such
-    functions are made once, at import. On a host of another architecture the function raises :class:`HostError` when called.
+    functions are made once, at import. On a host of another architecture the function raises :class:`HostError` when
+    called.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return _absent

@@ -9,7 +9,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from skep.contracts.constantports import ConstantPorts
@@ -23,9 +26,13 @@ from skep.engine.contract import EngineVm
 from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.apics import KvmApics
 from skep.engine.kvm.doorbells import KvmDoorbells
+from skep.engine.kvm.rings import Rings
+from skep.engine.kvm.slots import Slots
 from skep.engine.kvm.vcpu import KICK_SIGNAL, KvmVcpu
 from skep.errors import HostError, UserError
+from skep.locks import Lock, Order
 from skep.memory import GuestMemory
+from skep.memory.dirty import DirtySource
 
 DEVICE = "/dev/kvm"
 
@@ -42,6 +49,7 @@ REASONS = {
     uapi.EXIT_INTR: "asked for",
     uapi.EXIT_X86_RDMSR: "RDMSR",
     uapi.EXIT_X86_WRMSR: "WRMSR",
+    uapi.EXIT_DIRTY_RING_FULL: "a full dirty ring",
 }
 
 OURS = frozenset((Feature.TSC_DEADLINE, Feature.HYPERVISOR, Feature.HTT, Feature.CMP_LEGACY, Feature.X2APIC))
@@ -68,9 +76,11 @@ class KvmEngine:
     name = "kvm"
     description = "kvm"
 
-    def __init__(self, device: str = DEVICE, *, hosts_apics: bool = False) -> None:
+    def __init__(self, device: str = DEVICE, *, hosts_apics: bool = False, dirty_ring: int = 0) -> None:
+        """``dirty_ring``: entries of each vCPU's ring that tells what is dirty, a power of two; 0: KVM's bitmaps do."""
         self.device = device
         self.hosts_apics = hosts_apics
+        self.dirty_ring = dirty_ring
 
     def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> EngineVm:
         try:
@@ -78,7 +88,10 @@ class KvmEngine:
         except OSError as error:
             raise failures.not_opened(self.device, error) from None
         try:
-            return KvmVm(fd, memory, io, max_vcpus, cpu_model, tsc_offset, hosts_apics=self.hosts_apics)
+            return KvmVm(
+                fd, memory, io, max_vcpus, cpu_model, tsc_offset,
+                hosts_apics=self.hosts_apics, dirty_ring=self.dirty_ring,
+            )  # fmt: skip
         except OSError as error:
             raise failures.not_made(self.device, error) from None
         finally:
@@ -98,6 +111,7 @@ class KvmVm:
         tsc_offset: int,
         *,
         hosts_apics: bool,
+        dirty_ring: int,
     ) -> None:
         try:
             version = uapi.ioctl(kvm, uapi.GET_API_VERSION)
@@ -110,9 +124,8 @@ class KvmVm:
         limit = _has(kvm, uapi.CAP_MAX_VCPUS)
         if max_vcpus > limit:
             raise UserError(f"KVM on this host has at most {limit} CPUs a VM", "cpus", "ask for fewer")
-        slots = _has(kvm, uapi.CAP_NR_MEMSLOTS)
-        if len(memory.regions) > slots:
-            raise failures.no_slots(len(memory.regions), slots)
+        if dirty_ring * ctypes.sizeof(uapi.DirtyGfn) > _has(kvm, uapi.CAP_DIRTY_LOG_RING):
+            raise failures.no_ring(_has(kvm, uapi.CAP_DIRTY_LOG_RING) // ctypes.sizeof(uapi.DirtyGfn))
         self.max_vcpus = max_vcpus
         self._io = io
         self._model = cpu_model
@@ -125,17 +138,19 @@ class KvmVm:
             self._guest_debug |= uapi.GUESTDBG_USE_SW_BP | uapi.GUESTDBG_USE_HW_BP
         self._run_size = uapi.ioctl(kvm, uapi.GET_VCPU_MMAP_SIZE)
         self._vcpus: list[KvmVcpu] = []
+        self._memory = memory
+        self._gate = Lock("the way into the guest", Order.ENGINE)
         self._model_of(0)  # a model that does not exist is told here
         self._fd = uapi.ioctl(kvm, uapi.CREATE_VM)
         try:
             uapi.ioctl(self._fd, uapi.SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(TSS_PAGES - 4096))
             uapi.ioctl(self._fd, uapi.SET_TSS_ADDR, TSS_PAGES)
-            for slot, region in enumerate(memory.regions):
-                uapi.ioctl(
-                    self._fd,
-                    uapi.SET_USER_MEMORY_REGION,
-                    uapi.UserspaceMemoryRegion(slot, 0, region.gpa, region.size, region.host),
-                )
+            self._slots = self._make_slots(kvm, dirty_ring)
+            self._slots.adopt(memory.regions)
+            self._rings: Rings | None = None
+            if dirty_ring:
+                self._rings = Rings(self._fd, dirty_ring, self._slots, self._still, memory.mark_dirty)
+            self._dirty: DirtySource = self._rings or self._slots
             self.local_apics: LocalApics | None = KvmApics(self._fd) if hosts_apics else None
             self.doorbells: Doorbells | None = None
             if _has(kvm, uapi.CAP_IOEVENTFD_ANY_LENGTH):
@@ -145,6 +160,39 @@ class KvmVm:
         except BaseException:
             os.close(self._fd)
             raise
+        memory.add_map_listener(self._slots)
+        memory.add_dirty_source(self._dirty)
+
+    def _make_slots(self, kvm: int, dirty_ring: int) -> Slots:
+        by_hand = False
+        if dirty_ring:
+            size = dirty_ring * ctypes.sizeof(uapi.DirtyGfn)
+            uapi.ioctl(self._fd, uapi.ENABLE_CAP, uapi.EnableCap(uapi.CAP_DIRTY_LOG_RING, 0, (size, 0, 0, 0)))
+        else:
+            how = uapi.DIRTY_LOG_MANUAL_PROTECT_ENABLE | uapi.DIRTY_LOG_INITIALLY_SET
+            by_hand = _has(kvm, uapi.CAP_MANUAL_DIRTY_LOG_PROTECT2) & how == how
+            if by_hand:
+                cap = uapi.EnableCap(uapi.CAP_MANUAL_DIRTY_LOG_PROTECT2, 0, (how, 0, 0, 0))
+                uapi.ioctl(self._fd, uapi.ENABLE_CAP, cap)
+        return Slots(
+            self._fd,
+            _has(kvm, uapi.CAP_NR_MEMSLOTS),
+            read_only=bool(_has(kvm, uapi.CAP_READONLY_MEM)),
+            cleared_by_hand=by_hand,
+            still=self._still,
+            forgotten=self._memory.mark_dirty,
+        )
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """No vCPU is in guest code inside. Any thread may ask, a vCPU's too, whatever the others' wait for."""
+        with self._gate:
+            for vcpu in self._vcpus:
+                vcpu.kick()
+            for vcpu in self._vcpus:
+                while vcpu.inside:
+                    time.sleep(50e-6)
+            yield
 
     def _take_msrs(self) -> None:
         """Unknown MSRs come to us, which are remembered; and the local APIC's where it is ours: two by a filter, the
@@ -164,9 +212,12 @@ class KvmVm:
         fd = uapi.ioctl(self._fd, uapi.CREATE_VCPU, index)
         model = self._model_of(index)
         hosted = self.local_apics is not None
-        given = self._run_size, self._io, interrupts
+        given = self._run_size, self._io, interrupts, self._gate
         vcpu = KvmVcpu(index, fd, *given, hosted=hosted, synced=self._synced, guest_debug=self._guest_debug)
         try:
+            if self._rings is not None:
+                self._rings.add(fd)
+                vcpu.handle(uapi.EXIT_DIRTY_RING_FULL, self._rings.full)
             vcpu.set_cpuid(self._cpuid(model))
             vcpu.set_state({"msrs": msrs.mtrr_reset(model.physical_bits)})
             vcpu.set_tsc_offset(self._tsc_offset)
@@ -195,12 +246,15 @@ class KvmVm:
         pass  # the counters cost nothing, and the guest's code is its own
 
     def statistics(self) -> dict[str, int | float]:
-        counts: Counter[int] = Counter()
-        for vcpu in self._vcpus:
-            counts.update(vcpu.counts)
-        return {f"exits: {REASONS.get(reason, reason)}": count for reason, count in counts.most_common()}
+        by_reason = zip(*(vcpu.counts for vcpu in self._vcpus), strict=True)
+        counts = Counter({reason: sum(each) for reason, each in enumerate(by_reason)})
+        return {f"exits: {REASONS.get(reason, reason)}": count for reason, count in counts.most_common() if count}
 
     def close(self) -> None:
+        self._memory.remove_dirty_source(self._dirty)
+        self._memory.remove_map_listener(self._slots)
+        if self._rings is not None:
+            self._rings.close()
         for vcpu in self._vcpus:
             vcpu.close()
         self._vcpus.clear()

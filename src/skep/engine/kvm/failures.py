@@ -53,6 +53,15 @@ def no_slots(pieces: int, slots: int) -> HostError:
     return HostError(f"KVM on this host maps {slots} pieces of memory, and the VM has {pieces}", "memory.size", TODO)
 
 
+def no_ring(most: int) -> HostError:
+    what = f"KVM on this host has rings of {most} dirty pages at most" if most else "this KVM has no dirty rings"
+    return HostError(what, "kvm.dirty_ring", "use 0")
+
+
+def no_rom() -> HostError:
+    return HostError("this KVM knows no memory that a guest may only read", None, TODO)
+
+
 def entry(reason: int) -> str:
     """KVM_EXIT_FAIL_ENTRY: the processor refused the state; ``reason`` is VMX's or SVM's."""
     invalid = {0x80000021: ", invalid guest state", 0xFFFF_FFFF_FFFF_FFFF: ", invalid guest state"}.get(reason, "")

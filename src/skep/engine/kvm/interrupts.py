@@ -23,10 +23,6 @@ class Way(Protocol):
     def offer(self, run: uapi.Run, halted: bool) -> bool:
         """Inject what waits, or ask for a window. False: the vCPU is ``halted``, and nothing wakes it."""
 
-    def entering(self, run: uapi.Run) -> None: ...
-
-    def left(self, run: uapi.Run) -> None: ...
-
     def close(self) -> None: ...
 
 
@@ -36,7 +32,6 @@ class Injected:
     def __init__(self, fd: int, interrupts: LocalInterrupts) -> None:
         self._fd = fd
         self._interrupts = interrupts
-        self._tpr = 0
 
     def attach(self) -> None:
         """KVM knows of no local APIC."""
@@ -59,13 +54,6 @@ class Injected:
                 run.ready_for_interrupt_injection = 0
                 run.request_interrupt_window = interrupts.pending()
         return True
-
-    def entering(self, run: uapi.Run) -> None:
-        self._tpr = run.cr8 = self._interrupts.read_tpr()
-
-    def left(self, run: uapi.Run) -> None:
-        if run.cr8 != self._tpr:
-            self._interrupts.write_tpr(run.cr8)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -108,12 +96,6 @@ class Hosted:
             ioctl(self._fd, uapi.SET_MP_STATE, uapi.MpState(uapi.MP_STATE_RUNNABLE))
         run.ready_for_interrupt_injection = 0
         run.request_interrupt_window = self._interrupts.pending()
-
-    def entering(self, run: uapi.Run) -> None:
-        """CR8 is KVM's."""
-
-    def left(self, run: uapi.Run) -> None:
-        """Likewise."""
 
     def close(self) -> None:
         self._interrupts.detach()

@@ -18,6 +18,7 @@ CAP_SET_GUEST_DEBUG = 23
 CAP_IRQ_ROUTING = 25
 CAP_MAX_VCPUS = 66
 CAP_TSC_DEADLINE_TIMER = 72
+CAP_READONLY_MEM = 81
 CAP_SYNC_REGS = 74
 CAP_SIGNAL_MSI = 77
 CAP_SPLIT_IRQCHIP = 121
@@ -26,6 +27,8 @@ CAP_X2APIC_API = 129
 CAP_IMMEDIATE_EXIT = 136
 CAP_X86_USER_SPACE_MSR = 188
 CAP_X86_MSR_FILTER = 189
+CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
+CAP_DIRTY_LOG_RING = 192
 CAP_SET_GUEST_DEBUG2 = 195
 
 EXIT_IO = 2
@@ -41,8 +44,13 @@ EXIT_INTERNAL_ERROR = 17
 EXIT_IOAPIC_EOI = 26
 EXIT_X86_RDMSR = 29
 EXIT_X86_WRMSR = 30
+EXIT_DIRTY_RING_FULL = 31
 
 EXIT_IO_OUT = 1
+MEM_LOG_DIRTY_PAGES, MEM_READONLY = 1, 2
+DIRTY_LOG_MANUAL_PROTECT_ENABLE, DIRTY_LOG_INITIALLY_SET = 1, 2
+DIRTY_GFN_F_DIRTY, DIRTY_GFN_F_RESET = 1, 2
+DIRTY_LOG_PAGE_OFFSET = 64
 CPUID_FLAG_SIGNIFICANT_INDEX = 1
 MSR_EXIT_REASON_INVAL, MSR_EXIT_REASON_UNKNOWN, MSR_EXIT_REASON_FILTER = 1, 2, 4
 MSR_FILTER_READ, MSR_FILTER_WRITE = 1, 2
@@ -63,6 +71,24 @@ class UserspaceMemoryRegion(Structure):
         ("slot", c_uint32), ("flags", c_uint32),
         ("guest_phys_addr", c_uint64), ("memory_size", c_uint64), ("userspace_addr", c_uint64),
     )  # fmt: skip
+
+
+class DirtyLog(Structure):
+    _fields_ = (("slot", c_uint32), ("padding1", c_uint32), ("dirty_bitmap", ctypes.c_void_p))
+
+
+class ClearDirtyLog(Structure):
+    """``first_page`` is a multiple of 64, and so is ``num_pages``, unless the slot ends there."""
+
+    _fields_ = (
+        ("slot", c_uint32), ("num_pages", c_uint32), ("first_page", c_uint64), ("dirty_bitmap", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+class DirtyGfn(Structure):
+    """An entry of a dirty ring."""
+
+    _fields_ = (("flags", c_uint32), ("slot", c_uint32), ("offset", c_uint64))
 
 
 class EnableCap(Structure):
@@ -304,6 +330,7 @@ CHECK_EXTENSION = _io(0x03)
 GET_VCPU_MMAP_SIZE = _io(0x04)
 GET_SUPPORTED_CPUID = _ior(0x05, 8) | _iow(0x05, 8)
 CREATE_VCPU = _io(0x41)
+GET_DIRTY_LOG = _iow(0x42, ctypes.sizeof(DirtyLog))
 SET_USER_MEMORY_REGION = _iow(0x46, ctypes.sizeof(UserspaceMemoryRegion))
 SET_TSS_ADDR = _io(0x47)
 SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
@@ -326,6 +353,8 @@ SIGNAL_MSI = _iow(0xA5, ctypes.sizeof(Msi))
 GET_XSAVE, SET_XSAVE = _ior(0xA4, ctypes.sizeof(Xsave)), _iow(0xA5, ctypes.sizeof(Xsave))
 GET_XCRS, SET_XCRS = _ior(0xA6, ctypes.sizeof(Xcrs)), _iow(0xA7, ctypes.sizeof(Xcrs))
 X86_SET_MSR_FILTER = _iow(0xC6, ctypes.sizeof(MsrFilter))
+CLEAR_DIRTY_LOG = _ior(0xC0, ctypes.sizeof(ClearDirtyLog)) | _iow(0xC0, ctypes.sizeof(ClearDirtyLog))
+RESET_DIRTY_RINGS = _io(0xC7)
 SET_DEVICE_ATTR = _iow(0xE1, ctypes.sizeof(DeviceAttr))
 
 raw_ioctl = ctypes.CDLL(None, use_errno=True).ioctl

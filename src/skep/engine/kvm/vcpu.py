@@ -11,8 +11,8 @@ import errno
 import mmap
 import os
 import signal
+import struct
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from skep.engine.kvm.debugger import Debugger
 from skep.engine.kvm.interrupts import Hosted, Injected, KvmApic, Way
 from skep.engine.kvm.uapi import ioctl
 from skep.errors import InternalError
+from skep.locks import Lock
 
 KICK_SIGNAL = signal.SIGRTMIN + 5
 XSAVE_SIZE = AVX_OFFSET + AVX_SIZE
@@ -56,15 +57,20 @@ _MP_STATE = {
 }
 
 # Where things are in the shared page: bytes, or as many units of the size of what is there.
-_WINDOW, _IMMEDIATE_EXIT = uapi.Run.request_interrupt_window.offset, uapi.Run.immediate_exit.offset
+_WANTED = uapi.Run.request_interrupt_window.offset // 2
+"""With immediate_exit behind it: whether anything is wanted but to go on."""
+_CR8 = uapi.Run.cr8.offset // 8
 _REASON = uapi.Run.exit_reason.offset // 4
 _LEFT = uapi.Run.exit.offset
-_IO_DIRECTION, _IO_SIZE = _LEFT + uapi.ExitIo.direction.offset, _LEFT + uapi.ExitIo.size.offset
-_IO_PORT, _IO_COUNT = (_LEFT + uapi.ExitIo.port.offset) // 2, (_LEFT + uapi.ExitIo.count.offset) // 4
-_IO_DATA = (_LEFT + uapi.ExitIo.data_offset.offset) // 8
+_exit_io = struct.Struct("<BBHIQ").unpack_from
+"""ExitIo, at once."""
 _MMIO_ADDRESS, _MMIO_DATA = (_LEFT + uapi.ExitMmio.phys_addr.offset) // 8, _LEFT + uapi.ExitMmio.data.offset
 _MMIO_LENGTH, _MMIO_IS_WRITE = (_LEFT + uapi.ExitMmio.len.offset) // 4, _LEFT + uapi.ExitMmio.is_write.offset
+_OUT = uapi.EXIT_IO_OUT
 _SYNCED_RIP = (uapi.Run.s.offset + uapi.Regs.rip.offset) // 8
+
+_REASONS = 64
+"""More than KVM has for leaving the guest."""
 
 _S = TypeVar("_S", bound=ctypes.Structure)
 
@@ -88,13 +94,14 @@ class KvmVcpu:
         run_size: int,
         io: IoSpace,
         interrupts: LocalInterrupts,
+        gate: Lock,
         *,
         hosted: bool,
         synced: bool,
         guest_debug: int,
     ) -> None:
-        """``hosted``: KVM has its local APIC; ``synced``: it can leave the registers in the shared page;
-        ``guest_debug``: what it can do for a debugger."""
+        """``gate`` is held by who keeps all vCPUs out of the guest. ``hosted``: KVM has its local APIC; ``synced``: it
+        can leave the registers in the shared page; ``guest_debug``: what it can do for a debugger."""
         self.index = index
         self._fd = fd
         self._io = io
@@ -115,14 +122,18 @@ class KvmVcpu:
         self._run.kvm_valid_regs = uapi.SYNC_X86_REGS if synced else 0
         self._guard = threading.Lock()  # of _thread, and of the signal to it
         self._thread: int | None = None
+        self._gate = gate
+        self.inside = False
+        """Whether it may be in guest code, as long as nobody kicks it."""
         self._exit_requested = False
         self._halted = False
         self._kept: Exit | None = None
         """Why it left the guest when an access was to be finished: what the next run says."""
         self.exits = Exits()
-        self.counts: Counter[int] = Counter()
+        self.counts = [0] * _REASONS
         """Exits by KVM's reason."""
-        self._handlers: dict[int, Callable[[], Exit | None]] = {
+        self._handlers: list[Callable[[], Exit | None]] = [self._unknown] * _REASONS
+        handlers: dict[int, Callable[[], Exit | None]] = {
             uapi.EXIT_IO: self._port,
             uapi.EXIT_MMIO: self._mmio,
             uapi.EXIT_X86_RDMSR: self._read_msr,
@@ -137,6 +148,8 @@ class KvmVcpu:
             uapi.EXIT_INTR: _go_on,
             uapi.EXIT_SET_TPR: _go_on,
         }
+        for reason, handler in handlers.items():
+            self._handlers[reason] = handler
 
     # Running
 
@@ -153,9 +166,14 @@ class KvmVcpu:
             with self._guard:
                 self._thread = None
 
+    def handle(self, reason: int, handler: Callable[[], None]) -> None:
+        """What is to be done at exits for one of KVM's reasons."""
+        self._handlers[reason] = handler
+
     def _look(self) -> Exit | None:
         """What is wanted: to leave, or to offer the guest an interrupt."""
-        self._run.immediate_exit = 0
+        with self._gate:
+            self._run.immediate_exit = 0
         if self._exit_requested:
             self._exit_requested = False
             return Exit(ExitReason.KICKED)
@@ -185,37 +203,35 @@ class KvmVcpu:
 
     def _enter(self) -> Exit | None:
         """KVM_RUN, and what it left for, again and again until there is something to look at."""
-        fd, run, way, data, words = self._fd, self._run, self._way, self._bytes, self._words
-        counts, handlers, injected = self.counts, self._handlers, not self._hosted
+        fd, halves, words, quads = self._fd, self._halves, self._words, self._quads
+        counts, handlers = self.counts, self._handlers
+        interrupts, injected, tpr = self._interrupts, not self._hosted, 0
         while True:
             if injected:
-                way.entering(run)
+                tpr = quads[_CR8] = interrupts.read_tpr()
+            self.inside = True
             failed = _enter(fd)
+            self.inside = False
             if not failed:
                 reason = words[_REASON]
             elif failed in (-errno.EINTR, -errno.EAGAIN):  # kicked; started by another processor
                 reason = uapi.EXIT_INTR
             else:
                 return self._failure(f"KVM_RUN: {os.strerror(-failed)}")
-            if injected:
-                way.left(run)
-            try:
-                counts[reason] += 1
-                handler = handlers[reason]
-            except KeyError:
-                return self._failure(f"KVM left the guest for a reason unknown to Skep: {reason}")
-            left = handler()
+            if injected and quads[_CR8] != tpr:
+                interrupts.write_tpr(quads[_CR8])
+            counts[reason] += 1
+            left = handlers[reason]()
             if left is not None:
                 return left
-            if data[_IMMEDIATE_EXIT] or data[_WINDOW]:  # nothing begins to wait without a kick
+            if halves[_WANTED]:  # nothing begins to wait without a kick
                 return self._look()
 
     def _port(self) -> None:
-        data, port, io, note = self._bytes, self._halves[_IO_PORT], self._io, self.exits.note
-        size, begin = data[_IO_SIZE], self._quads[_IO_DATA]
-        out = data[_IO_DIRECTION] == uapi.EXIT_IO_OUT
-        for at in range(begin, begin + self._words[_IO_COUNT] * size, size):
-            if out:
+        data, io, note = self._bytes, self._io, self.exits.note
+        direction, size, port, count, begin = _exit_io(data, _LEFT)
+        for at in range(begin, begin + count * size, size):
+            if direction == _OUT:
                 value = data[at] if size == 1 else int.from_bytes(data[at : at + size], "little")
                 note("out", port, size, value)
                 io.port_write(port, size, value)
@@ -257,6 +273,9 @@ class KvmVcpu:
         msr.error = not self._interrupts.write_msr(msr.index, msr.data)
         if msr.error:
             self.exits.note_refused("wrmsr", msr.index)
+
+    def _unknown(self) -> Exit:
+        return self._failure(f"KVM left the guest for a reason unknown to Skep: {self._run.exit_reason}")
 
     def _end_of_interrupt(self) -> None:
         if isinstance(self._interrupts, HostedInterrupts):
@@ -424,7 +443,7 @@ class KvmVcpu:
                 case uapi.EXIT_MMIO:
                     self._mmio()
                 case reason:
-                    self._kept = self._handlers.get(reason, _go_on)() or self._kept
+                    self._kept = self._handlers[reason]() or self._kept
 
     def _get(self, request: int, into: _S) -> _S:
         ioctl(self._fd, request, into)
