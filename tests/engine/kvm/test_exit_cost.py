@@ -14,9 +14,13 @@ from skep.engine.kvm import KvmEngine
 from skep.memory import GuestMemory
 from tests.engine.tiny import RecordingIo, TestInterrupts
 
-EXITS = 20_000
+EXITS = 4_000
+ROUNDS = 10
 MOST = 2.5
 """Times as much."""
+MOST_NESTED = 4.0
+"""In the laboratory, whose QEMU forgets its TLB and its jumps at each exit: what counts there is how many pages of code
+and data are touched, and its host is busy."""
 
 
 class CountingIo(RecordingIo):
@@ -70,8 +74,9 @@ def in_python(kvm: KvmEngine) -> int:
 def test_a_round_trip(kvm: KvmEngine, program: Path) -> None:
     """The least of several, taken in turns."""
     times = []
-    for _ in range(4):
+    for _ in range(ROUNDS):
         c = subprocess.run([program, str(EXITS)], check=True, capture_output=True, timeout=60).stdout
         times.append((int(c), in_python(kvm)))
     c_least, python_least = map(min, zip(*times, strict=True))
-    assert python_least <= MOST * c_least, times
+    most = MOST_NESTED if "SKEP_PROGRAMS" in os.environ else MOST
+    assert python_least <= most * c_least, times
