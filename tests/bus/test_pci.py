@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+from typing import Any
 
 import pytest
 
+from skep.bells import answer
 from skep.bus.msix import MsiX
 from skep.bus.pci import (
     BAR0,
@@ -320,6 +323,113 @@ def test_msix_masks_hold_messages_back_as_pending() -> None:
     slot.write(control, 0, 2)
     msix.signal(3)
     assert len(slot.msis.messages) == 2 and not msix.enabled and not msix.pending
+
+
+class Binding(Msis):
+    """A sink that takes messages from eventfds, when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bound: dict[int, tuple[int, int]] = {}
+        self.room = 1
+
+    def bind(self, fd: int, address: int, data: int) -> bool:
+        if len(self.bound) >= self.room:
+            return False
+        self.bound[fd] = address, data
+        return True
+
+    def unbind(self, fd: int) -> None:
+        del self.bound[fd]
+
+    def take(self) -> None:
+        for fd, message in self.bound.items():
+            self.messages += [message] * answer(fd)
+
+
+def steady(slot: Slot, vector: int) -> tuple[MsiX, Binding, int]:
+    """A vector whose message is the sink's, and where its table entry is."""
+    sink, msix = Binding(), slot.card.msix
+    assert msix is not None
+    msix.connect(sink, slot.bus.lock)
+    entry = slot.enable_msix() + 16 * vector
+    program(slot, entry - 16 * vector, vector, 0xFEE0_0000, 0x41)
+    for _ in range(16):
+        assert not sink.bound
+        msix.signal(vector)
+    assert list(sink.bound.values()) == [(0xFEE0_0000, 0x41)] and len(sink.messages) == 16
+    return msix, sink, entry
+
+
+def test_msix_messages_that_come_often_take_an_eventfd() -> None:
+    slot = Slot()
+    msix, sink, _ = steady(slot, 0)
+    for _ in range(3):
+        msix.signal(0)
+    assert len(sink.messages) == 16 and not msix.pending
+    sink.take()
+    assert len(sink.messages) == 19
+    for _ in range(20):
+        msix.signal(1)  # masked
+    program(slot, slot.enable_msix(), 1, 0xFEE0_0000, 0x42)
+    for _ in range(20):
+        msix.signal(1)
+    assert len(sink.bound) == 1 and sink.messages[-1] == (0xFEE0_0000, 0x42), "the sink has no more room"
+
+
+@pytest.mark.parametrize("by", ["vector", "function"])
+def test_msix_what_the_sink_has_not_taken_waits_behind_a_mask(by: str) -> None:
+    slot = Slot()
+    msix, sink, entry = steady(slot, 0)
+    control = slot.capability(CAP_MSIX) + 2
+    mask, unmask = {
+        "vector": (lambda: slot.bus.mmio_write(entry + 12, 4, 1), lambda: slot.bus.mmio_write(entry + 12, 4, 0)),
+        "function": (lambda: slot.write(control, 0xC000, 2), lambda: slot.write(control, 0x8000, 2)),
+    }[by]
+    msix.signal(0)
+    mask()
+    assert not sink.bound and msix.pending == 1 and len(sink.messages) == 16
+    unmask()
+    assert not msix.pending and len(sink.messages) == 17
+    mask()
+    msix.signal(0)
+    unmask()
+    assert len(sink.messages) == 18 and not sink.bound
+
+
+def test_msix_a_message_that_is_masked_while_it_is_sent_waits() -> None:
+    """Between the look for an eventfd and the look whether it still has a reader."""
+    slot = Slot()
+    msix, sink, entry = steady(slot, 0)
+
+    class Bound(dict[int, int]):
+        def get(self, vector: int, default: Any = None) -> Any:
+            found = dict(self).get(vector, default)
+            slot.bus.mmio_write(entry + 12, 4, 1)
+            return found
+
+    msix._bound = Bound(msix._bound)
+    msix.signal(0)
+    assert not sink.bound and msix.pending == 1
+    slot.bus.mmio_write(entry + 12, 4, 0)
+    assert len(sink.messages) == 17
+
+
+def test_msix_an_entry_that_changes_is_the_sinks_no_longer() -> None:
+    slot = Slot()
+    msix, sink, entry = steady(slot, 0)
+    slot.bus.mmio_write(entry + 8, 4, 0x55)
+    assert not sink.bound
+    msix.signal(0)
+    assert sink.messages[-1] == (0xFEE0_0000, 0x55)
+    for _ in range(16):
+        msix.signal(0)
+    assert list(sink.bound.values()) == [(0xFEE0_0000, 0x55)]
+    fds = len(os.listdir("/proc/self/fd"))
+    slot.card.reset()
+    assert not sink.bound and not msix.pending
+    slot.card.close()
+    assert len(os.listdir("/proc/self/fd")) == fds - 1
 
 
 def test_msix_ignores_what_the_specification_leaves_undefined() -> None:

@@ -20,7 +20,7 @@ from skep.config.views import keys_of
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 OTHERS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
-PAGE_OF = {"locks": "errors", "alarm": "clock"}
+PAGE_OF = {"locks": "errors", "alarm": "clock", "bells": "bus"}
 """Rooms whose page has another name."""
 
 

@@ -271,6 +271,8 @@ class PciFunction(Fields):
         for bar in self.bars.values():
             self._unmap(bar)
         self._bus = None
+        if self.msix is not None:
+            self.msix.close()
 
 
 class HostBridge(PciFunction):

@@ -117,3 +117,10 @@ class LocalApics(Protocol):
     def watch(self, messages: Mapping[int, tuple[int, int]]) -> None:
         """The level-triggered inputs of the I/O APIC, and the message, (address, data), that each sends: ends of these
         interrupts are told, and no others."""
+
+    def bind(self, fd: int, address: int, data: int) -> bool:
+        """From now on this message is sent whenever something is added to the eventfd ``fd``, and now if something was
+        added before. False: the host has no room for it, and nothing has changed."""
+
+    def unbind(self, fd: int) -> None:
+        """No longer. What was added by then has been sent, or is on its way."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class IoRegion(Protocol):
@@ -44,6 +44,17 @@ class MsiSink(Protocol):
     """Where message-signalled interrupts go: a 32-bit write of ``data`` to ``address``."""
 
     def signal(self, address: int, data: int) -> None: ...
+
+
+@runtime_checkable
+class BoundSink(MsiSink, Protocol):
+    """One that can take a message that is sent often from an eventfd, without anybody's help. Under the board lock."""
+
+    def bind(self, fd: int, address: int, data: int) -> bool:
+        """From now on what is added to ``fd`` sends this message, as does what was added before. False: it does not."""
+
+    def unbind(self, fd: int) -> None:
+        """No longer; ``fd`` may be closed."""
 
 
 class Doorbells(Protocol):

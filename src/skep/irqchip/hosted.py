@@ -8,8 +8,10 @@ whoever has the APICs.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
+from skep.errors import HostError
 from skep.irqchip import lapic
 from skep.irqchip.apicbus import MSI_BASE, ApicBus, Delivery, Message
 from skep.irqchip.ioapic import DELIVERY_SHIFT, LEVEL, LOGICAL, VECTOR
@@ -44,27 +46,52 @@ if TYPE_CHECKING:
     from skep.locks import Lock
 
 _PAGE = 1024
+_MESSAGES = 512
+"""From eventfds at once, at most: what any KVM has room for."""
 _BITMAPS = (("isr", ISR), ("tmr", TMR), ("irr", IRR))
 _REGISTERS = (("tpr", TPR), ("dfr", DFR), ("svr", SVR), ("esr", ESR))
 
 
 class HostedApics(ApicBus):
-    """What goes to local APICs goes to the engine."""
+    """What goes to local APICs goes to the engine. Implements :class:`skep.contracts.io.BoundSink`."""
 
     def __init__(self, lock: Lock) -> None:
         super().__init__(lock)
         self._engine: LocalApics | None = None
         self._watched: dict[int, tuple[int, int]] = {}
+        self._bound: dict[int, tuple[int, int]] = {}
+        """Messages that eventfds send."""
 
     def adopt(self, engine: LocalApics | None) -> None:
         """Whose they are from now on; None: there are none."""
-        self._engine = engine
-        if engine is not None:
-            engine.watch(self._watched)
+        with self.lock:
+            self._engine = engine
+            if engine is not None:
+                engine.watch(self._watched)
+                for fd, message in self._bound.items():
+                    if not engine.bind(fd, *message):
+                        raise HostError("this KVM takes no more messages from eventfds", "kvm.irqchip", "make it off")
 
     def signal(self, address: int, data: int) -> None:
         if address & ~0xF_FFFF == MSI_BASE and self._engine is not None:
             self._engine.signal(address, data)
+
+    def bind(self, fd: int, address: int, data: int) -> bool:
+        if address & ~0xF_FFFF != MSI_BASE or len(self._bound) >= _MESSAGES:
+            return False
+        if self._engine is not None and not self._engine.bind(fd, address, data):
+            return False
+        self._bound[fd] = address, data
+        return True
+
+    def unbind(self, fd: int) -> None:
+        del self._bound[fd]
+        if self._engine is not None:
+            self._engine.unbind(fd)
+
+    def bound_vectors(self) -> int:
+        """A bit for each vector that eventfds send."""
+        return functools.reduce(int.__or__, (1 << (data & VECTOR) for _, data in self._bound.values()), 0)
 
     def send(self, message: Message) -> None:
         if self._engine is not None:
@@ -104,6 +131,7 @@ class HostedApic(LocalApic):
     The wires of the 8259 pair and of the NMI button are still the board's; what the LVT makes of them is the engine's.
     """
 
+    _apics: HostedApics
     _apic: EngineApic | None = None
 
     def make_timer(self) -> ApicTimer:
@@ -167,6 +195,8 @@ class HostedApic(LocalApic):
     def resume(self) -> None:
         with self.lock:
             if self._apic is not None:
+                # What an eventfd was told before the pause may have come during it: the kernel does some of it later.
+                self.irr |= _bits(self._apic.registers(), IRR) & self._apics.bound_vectors()
                 self._give(self._apic)
 
     def _take(self, apic: EngineApic) -> None:
@@ -178,7 +208,7 @@ class HostedApic(LocalApic):
         for name, offset in _REGISTERS:
             setattr(self, name, _word(page, offset))
         for name, offset in _BITMAPS:
-            setattr(self, name, sum(_word(page, offset + 16 * i) << 32 * i for i in range(8)))
+            setattr(self, name, _bits(page, offset))
         self.icr = _word(page, ICR) | _word(page, ICR_HIGH) << 32
         self.lvt = [_word(page, LVT_TIMER + 16 * i) for i in range(len(self.lvt))]
         timer = self.timer
@@ -215,6 +245,11 @@ class HostedApic(LocalApic):
 
 def _word(page: bytes, offset: int) -> int:
     return int.from_bytes(page[offset : offset + 4], "little")
+
+
+def _bits(page: bytes, offset: int) -> int:
+    """ISR, TMR or IRR: a bit for each vector."""
+    return sum(_word(page, offset + 16 * i) << 32 * i for i in range(8))
 
 
 def _never() -> None:

@@ -17,6 +17,7 @@ STRUCTURES = {
     uapi.DeviceAttr: "kvm_device_attr",
     uapi.Dtable: "kvm_dtable", uapi.EnableCap: "kvm_enable_cap", uapi.Ioeventfd: "kvm_ioeventfd",
     uapi.GuestDebug: "kvm_guest_debug",
+    uapi.Irqfd: "kvm_irqfd",
     uapi.IrqRoutingEntry: "kvm_irq_routing_entry", uapi.IrqRoutingMsi: "kvm_irq_routing_msi",
     uapi.LapicState: "kvm_lapic_state", uapi.MpState: "kvm_mp_state", uapi.Msi: "kvm_msi",
     uapi.MsrEntry: "kvm_msr_entry", uapi.MsrFilter: "kvm_msr_filter", uapi.MsrFilterRange: "kvm_msr_filter_range",

@@ -16,17 +16,12 @@ and nothing is unfinished; also while it is held, turns go on until then, and ar
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable
 
+from skep import bells
 from skep.locks import Lock, Order
-
-# As os.eventfd_write, but keeping the interpreter's lock: a vCPU thread may ring under the board lock. If it let go of
-# the interpreter there, the worker would run at once, and soon wait for the board lock.
-_eventfd_write = ctypes.PyDLL(None).eventfd_write
-_eventfd_write.argtypes = (ctypes.c_int, ctypes.c_uint64)
 
 _OURS = 1 << 32
 """What we ring with; an engine's rings are counted below."""
@@ -72,7 +67,9 @@ class Worker:
 
     def ring(self) -> None:
         """From any thread, and never lost: a turn on the worker's own thread."""
-        _eventfd_write(self.bell, _OURS)
+        # A vCPU thread may do it under the board lock. If it let go of the interpreter there, the worker would run at
+        # once, and soon wait for that lock.
+        bells.ring(self.bell, _OURS)
 
     def visit(self) -> None:
         """From any thread, without locks: take a turn here and now. Where one is under way, what has come is seen to

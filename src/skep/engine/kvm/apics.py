@@ -1,7 +1,8 @@
 """KVM's local APICs, as the board sees them: the split irqchip (api.rst, KVM_CAP_SPLIT_IRQCHIP).
 
 The I/O APIC is the board's. Its level-triggered inputs are told to KVM as routes, for which it ends KVM_RUN where the
-guest ends such an interrupt; all other ends stay in the kernel.
+guest ends such an interrupt; all other ends stay in the kernel. A message that is sent often gets a route of its own
+and an eventfd (KVM_IRQFD).
 """
 
 from __future__ import annotations
@@ -9,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from skep.engine.kvm import uapi
+from skep.engine.kvm.routes import PINS, Routes
 from skep.engine.kvm.uapi import ioctl
-
-PINS = 24
-"""Routes that are kept for the I/O APIC."""
 
 
 class KvmApics:
@@ -21,6 +20,9 @@ class KvmApics:
     def __init__(self, fd: int) -> None:
         """``fd`` is a VM without vCPUs."""
         self._fd = fd
+        self._routes = Routes(fd)
+        self._bound: dict[int, int] = {}
+        """GSIs, by eventfd."""
         flags = uapi.X2APIC_API_USE_32BIT_IDS | uapi.X2APIC_API_DISABLE_BROADCAST_QUIRK
         ioctl(fd, uapi.ENABLE_CAP, uapi.EnableCap(uapi.CAP_SPLIT_IRQCHIP, 0, (PINS, 0, 0, 0)))
         ioctl(fd, uapi.ENABLE_CAP, uapi.EnableCap(uapi.CAP_X2APIC_API, 0, (flags, 0, 0, 0)))
@@ -33,8 +35,22 @@ class KvmApics:
             pass  # nobody is addressed, or a reserved way of delivery: lost, as on a board
 
     def watch(self, messages: Mapping[int, tuple[int, int]]) -> None:
-        routing = uapi.irq_routing(len(messages))
-        for entry, (pin, (address, data)) in zip(routing.entries, messages.items(), strict=True):
-            entry.gsi, entry.type = pin, uapi.IRQ_ROUTING_MSI
-            entry.msi.address_lo, entry.msi.address_hi, entry.msi.data = address & 0xFFFF_FFFF, address >> 32, data
-        ioctl(self._fd, uapi.SET_GSI_ROUTING, routing)
+        self._routes.watch(messages)
+
+    def bind(self, fd: int, address: int, data: int) -> bool:
+        try:
+            gsi = self._routes.add(address, data)
+        except OSError:
+            return False
+        try:
+            ioctl(self._fd, uapi.IRQFD, uapi.Irqfd(fd, gsi))
+        except OSError:
+            self._routes.remove(gsi)
+            return False
+        self._bound[fd] = gsi
+        return True
+
+    def unbind(self, fd: int) -> None:
+        gsi = self._bound.pop(fd)
+        ioctl(self._fd, uapi.IRQFD, uapi.Irqfd(fd, gsi, uapi.IRQFD_FLAG_DEASSIGN))
+        self._routes.remove(gsi)

@@ -66,6 +66,7 @@ _NEEDED_TO_HOST = {
     uapi.CAP_X2APIC_API: "the x2APIC API",
     uapi.CAP_SIGNAL_MSI: "messages from user space",
     uapi.CAP_IRQ_ROUTING: "interrupt routing",
+    uapi.CAP_IRQFD: "interrupts by eventfd",
     uapi.CAP_TSC_DEADLINE_TIMER: "the TSC deadline timer",
 }
 

@@ -16,6 +16,7 @@ CAP_USER_MEMORY = 3
 CAP_NR_MEMSLOTS = 10
 CAP_SET_GUEST_DEBUG = 23
 CAP_IRQ_ROUTING = 25
+CAP_IRQFD = 32
 CAP_MAX_VCPUS = 66
 CAP_TSC_DEADLINE_TIMER = 72
 CAP_READONLY_MEM = 81
@@ -60,6 +61,7 @@ X2APIC_API_USE_32BIT_IDS, X2APIC_API_DISABLE_BROADCAST_QUIRK = 1, 2
 IRQ_ROUTING_MSI = 2
 MP_STATE_RUNNABLE, MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED, MP_STATE_HALTED, MP_STATE_SIPI_RECEIVED = range(5)
 IOEVENTFD_FLAG_DEASSIGN = 4
+IRQFD_FLAG_DEASSIGN = 1
 SYNC_X86_REGS = 1
 GUESTDBG_ENABLE, GUESTDBG_SINGLESTEP, GUESTDBG_USE_SW_BP, GUESTDBG_USE_HW_BP = 1, 2, 0x10000, 0x20000
 GUESTDBG_INJECT_DB, GUESTDBG_BLOCKIRQ = 0x40000, 0x100000
@@ -214,6 +216,12 @@ class Ioeventfd(Structure):
     )  # fmt: skip
 
 
+class Irqfd(Structure):
+    _fields_ = (
+        ("fd", c_uint32), ("gsi", c_uint32), ("flags", c_uint32), ("resamplefd", c_uint32), ("pad", c_uint8 * 16),
+    )  # fmt: skip
+
+
 class MsrEntry(Structure):
     _fields_ = (("index", c_uint32), ("reserved", c_uint32), ("data", c_uint64))
 
@@ -335,6 +343,7 @@ SET_USER_MEMORY_REGION = _iow(0x46, ctypes.sizeof(UserspaceMemoryRegion))
 SET_TSS_ADDR = _io(0x47)
 SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
 SET_GSI_ROUTING = _iow(0x6A, 8)
+IRQFD = _iow(0x76, ctypes.sizeof(Irqfd))
 IOEVENTFD = _iow(0x79, ctypes.sizeof(Ioeventfd))
 RUN = _io(0x80)
 GET_REGS, SET_REGS = _ior(0x81, ctypes.sizeof(Regs)), _iow(0x82, ctypes.sizeof(Regs))

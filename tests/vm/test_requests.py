@@ -1,0 +1,152 @@
+"""What a disk's requests cost under KVM: with the local APICs in the kernel no return from it, neither for the queue's
+notification nor for the completion's interrupt."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from skep.machine.amd64map import ECAM_BASE
+from skep.vm import Vm
+from tests.boot.bzimage import LOAD, bzimage
+from tests.devices.virtio.driver import NEXT, WRITE, Driver
+from tests.engine.assemble import assemble
+
+GUEST = """
+        mov rsp, 0x80000
+        lidt [rip + idt]
+        mov rdi, 0x60000 + 0x42 * 16
+        lea rax, [rip + handler]
+        mov [rdi], ax
+        mov word [rdi + 2], 0x10
+        mov word [rdi + 4], 0x8e00
+        shr rax, 16
+        mov [rdi + 6], ax
+        shr rax, 16
+        mov [rdi + 8], eax
+        mov rdi, 0xfee00000
+        mov dword [rdi + 0xf0], 0x1ff
+        mov rbx, 0x70000                ; the mailbox
+wait:   pause
+        mov ecx, [rbx]                  ; so many requests
+        test ecx, ecx
+        je wait
+        mov rsi, [rbx + 8]              ; the doorbell
+        mov rdx, [rbx + 16]             ; the available ring's index
+        xor ebp, ebp                    ; how many interrupts are expected
+next:   inc ebp
+        inc word [rdx]
+        mov word [rsi], 0
+sleep:  cli
+        cmp [rbx + 24], ebp
+        je done
+        sti
+        hlt
+        jmp sleep
+done:   dec ecx
+        jne next
+        mov dword [rbx + 24], 0
+        mov dword [rbx], 0              ; done
+        jmp wait
+
+handler: inc dword [rbx + 24]
+        mov dword [rdi + 0xb0], 0
+        iretq
+
+idt:    dw 0xfff
+        dq 0x60000
+"""
+MAILBOX, FREE = 0x70000, 0x200_0000
+
+
+class Requester:
+    """A guest that makes requests of a disk, one after the other, as often as the mailbox says."""
+
+    def __init__(self, home: Path, irqchip: str, *, msix: bool = True) -> None:
+        code = bytes(assemble(GUEST, LOAD + 0x200).code)
+        kernel, disk = home / "vmlinuz", home / "disk"
+        kernel.write_bytes(bzimage(code=bytes(0x200) + code + bytes(-len(code) % 16)))
+        disk.write_bytes(bytes(1 << 20))
+        config = {"kvm.irqchip": irqchip, "pci.0.1.0.device": "virtio-blk", "pci.0.1.0.path": str(disk)}
+        self.vm = Vm(kernel=kernel, memory="64M", engine="kvm", config=config)
+        self.vm.start()
+        self.memory = self.vm.board.memory
+        self.function = self.vm.board.pci.functions[1, 0]  # type: ignore[attr-defined]
+        board = SimpleNamespace(memory=self.memory, bus=self.vm.board.bus, ECAM=ECAM_BASE)
+        self.driver = driver = Driver(board, 0)  # type: ignore[arg-type]
+        driver._free = FREE
+        queue = driver.start(msix=msix, size=16)
+        request = driver.allocate(1024)
+        for number, (gpa, size, flags) in enumerate(
+            [(request, 16, NEXT), (request + 16, 512, NEXT | WRITE), (request + 528, 1, WRITE)]
+        ):
+            words = (gpa, size | flags << 32 | (number + 1) << 48)
+            for word, value in enumerate(words):
+                self.memory.store_u64(queue.desc + 16 * number + 8 * word, value)
+        self.memory.store_u64(MAILBOX + 8, driver.structures[2].gpa)
+        self.memory.store_u64(MAILBOX + 16, queue.avail + 2)
+
+    def make(self, requests: int) -> dict[str, int | float]:
+        """Make so many, and say for what the vCPU left the guest meanwhile, and how often."""
+        before = self._exits()
+        self.memory.store_u32(MAILBOX, requests)
+        end = time.monotonic() + 60
+        while self.memory.load_u32(MAILBOX):
+            assert time.monotonic() < end, f"{self.memory.load_u32(MAILBOX + 24)} of {requests} came back"
+            time.sleep(0.002)
+        after = self._exits()
+        return {reason: times - before.get(reason, 0) for reason, times in after.items() if times != before.get(reason)}
+
+    def _exits(self) -> dict[str, int | float]:
+        """But for those that it takes to count."""
+        self.vm.freeze()
+        engine_vm = self.vm._engine_vm
+        assert engine_vm is not None
+        exits = engine_vm.statistics()
+        self.vm.thaw()
+        exits.pop("exits: asked for", None)
+        return exits
+
+
+@pytest.fixture(params=["here", pytest.param("hardware", marks=(pytest.mark.hardware, pytest.mark.slow))])
+def requester(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[type[Requester]]:
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("/dev/kvm does not open")
+    made: list[Requester] = []
+
+    def make(irqchip: str, **options: bool) -> Requester:
+        made.append(Requester(tmp_path, irqchip, **options))
+        return made[-1]
+
+    yield make  # type: ignore[misc]
+    for one in made:
+        one.vm.close()
+
+
+def test_a_request_costs_no_exit(requester: type[Requester]) -> None:
+    one = requester("split")
+    one.make(20)
+    assert one.make(500) == {}
+    assert one.function.msix is not None and list(one.function.msix._bound) == [Driver.QUEUE_VECTOR]
+
+
+def test_no_interrupt_is_lost_by_a_freeze(requester: type[Requester]) -> None:
+    one = requester("split")
+    one.memory.store_u32(MAILBOX, 3000)
+    end, freezes = time.monotonic() + 60, 0
+    while one.memory.load_u32(MAILBOX):
+        assert time.monotonic() < end
+        one.vm.freeze()
+        one.vm.thaw()
+        freezes += 1
+    assert freezes > 10
+
+
+def test_a_request_costs_exits_without_apics_in_the_kernel(requester: type[Requester]) -> None:
+    exits = requester("off").make(100)
+    assert exits["exits: devices' memory"] >= 100 and exits["exits: HLT"] >= 50
