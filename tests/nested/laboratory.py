@@ -166,7 +166,7 @@ class Machine:
         """``console`` is a file that gets what L1's kernel and programs say, and QEMU's complaints. ``taken`` is a file
         that L1 has as the disk /dev/nvme0n3."""
         self._console = console
-        self._beats = console.with_suffix(".beats")
+        self._beats = console.with_name(f"{console.name}.beats")
         root = debian_root.obtain()
         images = [(root.image, "on"), (payload, "on"), *([(taken, "off")] if taken is not None else [])]
         drives = [
@@ -179,7 +179,7 @@ class Machine:
         ]  # fmt: skip
         command: list[str | Path] = [
             "setpriv", "--pdeathsig", "KILL",
-            "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm,+npt",
+            "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm,+npt,+umip",
             "-smp", str(CPUS), "-m", MEMORY, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{console}", "-serial", "stdio", "-serial", f"file:{self._beats}",
             "-kernel", root.kernel, "-append", _KERNEL, "-device", "nvme,serial=l1", *drives,
