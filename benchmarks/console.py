@@ -15,6 +15,10 @@ CUT = 64 << 10
 """So many of the console's last bytes are kept for the message of a failure."""
 
 
+_BOOTED = re.compile(rb"^(?:\x1b\S*)?BOOT\r?$", re.MULTILINE)
+"""A BIOS clears the screen, with no end of line."""
+
+
 class BenchmarkError(Exception):
     """A machine did not do what is measured."""
 
@@ -64,7 +68,7 @@ def boot(
             if not data:
                 break
             seen = (seen + data)[-CUT:]
-            if booted is None and re.search(rb"^BOOT\r?$", seen, re.MULTILINE):
+            if booted is None and _BOOTED.search(seen):
                 booted = now
         status = process.wait(10)
     finally:

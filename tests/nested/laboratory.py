@@ -16,6 +16,7 @@ import queue
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -103,6 +104,8 @@ class Payload:
         tree, packages = self._staged / "tree", self._staged / "packages"
         for name in TREE:
             _copy(ROOT / name, tree / name)
+        compiled = (sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", tree)
+        subprocess.run(compiled, check=True)  # in L1 it takes seconds for every process
         for name in PACKAGES:
             found = importlib.util.find_spec(name)
             if found is None or found.origin is None:

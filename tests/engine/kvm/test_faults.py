@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from skep.engine.amd64.registers import Cr4
 from skep.engine.contract import ExitReason
 from skep.engine.kvm import KvmEngine, uapi
 from skep.errors import UserError
@@ -125,6 +126,15 @@ def test_a_refused_entry_is_told(boot: Callable[..., Tiny]) -> None:
     left = vcpu._handlers[uapi.EXIT_FAIL_ENTRY]()
     assert left.reason is ExitReason.FAILED
     assert "refuses to enter the guest, reason 0x80000021, invalid guest state" in left.detail["message"]
+
+
+def test_a_state_that_this_processor_cannot_have(boot: Callable[..., Tiny]) -> None:
+    """Saved where there was more: VMX is in no CPU model of ours."""
+    guest = boot("hlt")
+    cr4 = guest.vcpu.get_state()["cr4"] | Cr4.VMXE | Cr4.SMEP
+    with pytest.raises(UserError, match=r"KVM refuses the processor's state: what it uses \(.*SMEP.*\)") as told:
+        guest.vcpu.set_state({"cr4": cr4})
+    assert "\n" not in str(told.value)
 
 
 RUNS_FOREVER = """

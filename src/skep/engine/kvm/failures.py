@@ -6,6 +6,7 @@ import errno
 import grp
 import os
 
+from skep.engine.amd64.registers import Cr4
 from skep.engine.kvm import uapi
 from skep.errors import HostError
 
@@ -19,6 +20,9 @@ _SUBERRORS = {
 }
 """KVM_INTERNAL_ERROR_*"""
 _EMULATION_FLAG_INSTRUCTION_BYTES = 1
+
+_OPTIONAL = ("UMIP", "FSGSBASE", "PCIDE", "OSXSAVE", "SMEP", "SMAP")
+"""Of CR4, what not every processor has."""
 
 
 def not_opened(device: str, error: OSError) -> HostError:
@@ -60,6 +64,13 @@ def no_ring(most: int) -> HostError:
 
 def no_rom() -> HostError:
     return HostError("this KVM knows no memory that a guest may only read", None, TODO)
+
+
+def not_set(cr4: int) -> HostError:
+    """KVM_SET_SREGS: the processor, or the guest's CPUID here, has not what a saved state uses."""
+    used = ", ".join(name for name in _OPTIONAL if cr4 & getattr(Cr4, name))
+    what = f"KVM refuses the processor's state: what it uses ({used}), this host's processor has not, or not all"
+    return HostError(what, None, "let it go on where it can, or begin anew")
 
 
 def entry(reason: int) -> str:

@@ -465,7 +465,12 @@ class KvmVcpu:
                 table.base, table.limit = state[name]["base"], state[name]["limit"]
         if not self._hosted:
             sregs.cr8 = self._interrupts.read_tpr()
-        ioctl(self._fd, uapi.SET_SREGS, sregs)
+        try:
+            ioctl(self._fd, uapi.SET_SREGS, sregs)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise failures.not_set(sregs.cr4) from None
+            raise
 
     def _get_msrs(self, indices: Sequence[int]) -> dict[int, int]:
         """Those that this KVM knows."""
