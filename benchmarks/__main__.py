@@ -67,7 +67,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"host": host(), "version": version_times(5)}
     if options.disks:
         size, root = options.disk_size << 20, options.disk_root
-        result["disks"] = disks.run(options.disks, root, size, options.disk_requests, options.rounds, say)
+        count, rows = options.disk_requests, options.disk_rows
+        result["disks"] = disks.run(options.disks, root, size, count, options.rounds, rows, say)
         return result
     kernel, initrd = debian_guest()
     if options.rows:
@@ -128,6 +129,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--disk-root", type=Path, metavar="IMAGE", help="a system's raw image, to compress")
     parser.add_argument("--disk-size", type=int, default=1024, metavar="MIB", help="of the disks (default %(default)s)")
+    parser.add_argument("--disk-rows", default="", metavar="TEXT", help="only rows with that in their names")
     parser.add_argument("--disk-requests", type=int, default=100_000, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--clock", choices=["elapsed", "cpu"], default="elapsed",

@@ -27,7 +27,12 @@ MIB = 1 << 20
 _STEP = 3014 * 4096
 """From one request to the next: all over the disk, and no request is near the one before it."""
 _DEPTH = 32
-_COPIES = (("raw", "qcow2", "raw.img"), ("qcow2", "raw", "disk.qcow2"), ("vmdk", "qcow2", "disk.vmdk"))
+_COPIES = (
+    ("raw", "qcow2", "raw.img"),
+    ("qcow2", "raw", "disk.qcow2"),
+    ("vmdk", "qcow2", "disk.vmdk"),
+    ("raw", "qcow2", "root.img"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,8 @@ def rows(count: int, direct: bool) -> list[Row]:
     found = []
     for source, kind, file in _COPIES:
         words: tuple[str, ...] = ("convert", "-f", source, "-O", kind, file, "new")
-        found.append(Row(f"convert {source} to {kind}", words, makes=kind, wanted=1.0))
+        what = ", of a system" if file == "root.img" else ""
+        found.append(Row(f"convert {source} to {kind}{what}", words, makes=kind, wanted=1.0))
     for method in ("zlib", "zstd"):
         words = ("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", f"compression_type={method}", "root.img", "new")
         found.append(Row(f"convert to compressed qcow2, {method}", words, makes="qcow2", wanted=0.8))
@@ -74,10 +80,16 @@ def rows(count: int, direct: bool) -> list[Row]:
 
 
 def run(
-    directories: Sequence[Path], root: Path | None, size: int, count: int, rounds: int, say: Callable[[str], None]
+    directories: Sequence[Path],
+    root: Path | None,
+    size: int,
+    count: int,
+    rounds: int,
+    chosen: str,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure; the result is what is saved as JSON. ``root`` is the image of a system, for what compresses. Raises
-    BenchmarkError where a command fails, or makes another disk than its peer."""
+    """Measure the rows whose names contain ``chosen``; the result is what is saved as JSON. ``root`` is the image of a
+    system, for what compresses. Raises BenchmarkError where a command fails, or makes another disk than its peer."""
     if shutil.which("qemu-img") is None:
         raise BenchmarkError("there is no qemu-img")
     result = {}
@@ -89,7 +101,7 @@ def run(
             direct = _has_direct(place / "raw.img")
             measured: dict[str, Any] = {}
             for row in rows(count, direct):
-                if (place / "root.img").exists() or "root.img" not in row.words:
+                if chosen in row.name and ((place / "root.img").exists() or "root.img" not in row.words):
                     say(f"{directory}: {row.name}")
                     measured[row.name] = {"wanted": row.wanted, **measure(place, row, rounds)}
             result[str(directory)] = measured
@@ -149,7 +161,12 @@ def _median(samples: list[list[float]], which: int) -> float:
 
 
 def _do(place: Path, command: list[str]) -> Sample:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}  # of another directory
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),  # the program starts in another directory
+        "PYTHONPYCACHEPREFIX": str(place / "compiled"),  # an installed package is not compiled each time
+    }
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     begun = time.monotonic()
     child = subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)

@@ -39,9 +39,20 @@ def test_runs_are_all_of_it_and_zeros_are_zeros(
     assert at == len(data)
 
 
-@pytest.mark.parametrize("compress", [False, True])
-@pytest.mark.parametrize("ordered", [False, True])
-def test_the_same_disk_makes_the_same_file_in_order(tmp_path: Path, ordered: bool, compress: bool) -> None:
+@pytest.mark.parametrize(
+    ("ordered", "compress", "options"),
+    [
+        (False, False, {}),
+        (True, False, {}),
+        (False, True, {}),
+        (True, True, {}),
+        (True, False, {"cluster_size": "2M"}),
+        (True, False, {"cluster_size": "2M", "extended_l2": "on"}),  # of which two pieces have parts
+    ],
+)
+def test_the_same_disk_makes_the_same_file_in_order(
+    tmp_path: Path, ordered: bool, compress: bool, options: dict[str, str]
+) -> None:
     chance = random.Random(6)
     content = bytearray(24 * MIB)
     for _ in range(60):
@@ -51,7 +62,7 @@ def test_the_same_disk_makes_the_same_file_in_order(tmp_path: Path, ordered: boo
     made = []
     for workers in (1, 4, 4):
         path = tmp_path / f"target{len(made)}"
-        create_image(path, "qcow2", len(content))
+        create_image(path, "qcow2", len(content), options=options)
         with (
             open_image(tmp_path / "source", format="raw", read_only=True) as source,
             open_image(path, format="qcow2") as target,
@@ -84,6 +95,28 @@ def test_an_error_of_one_thread_ends_all_and_is_told(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "source").read_bytes())
     content[15 * MIB : 15 * MIB + 1024] = bytes(1024)
     assert (tmp_path / "target").read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_a_target_that_fails_ends_all_and_is_told(tmp_path: Path, kind: str) -> None:
+    """Whoever had a place then has none, so nobody waits for him."""
+    (tmp_path / "source").write_bytes(random.Random(8).randbytes(16 * MIB))
+    create_image(tmp_path / "target", kind, 16 * MIB)
+    bad = f"driver=fault,what=write,after=5,times=1,file.driver=file,file.filename={tmp_path}/target"
+    layers = bad if kind == "raw" else "driver=qcow2," + "".join(f"file.{one}," for one in bad.split(","))[:-1]
+    with (
+        open_image(tmp_path / "source", format="raw", read_only=True) as source,
+        open_layers(layers) as target,
+    ):
+        with pytest.raises(OSError, match="this write is to fail"):
+            convert([source], target, Conversion(sparse=0, workers=4))
+        assert convert([source], target, Conversion(sparse=0, workers=4)) == 0
+        back = bytearray(16 * MIB)
+        target.preadv([memoryview(back)], 0)
+        assert back == (tmp_path / "source").read_bytes()
+    if kind == "qcow2":
+        with open_image(tmp_path / "target", read_only=True) as target:
+            assert target.check().clean
 
 
 def test_zeros_of_whole_clusters_only_are_left_out_of_a_qcow2(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from skep.block.backend import read_at, write_at
 from skep.block.format import BackingName, Image, ImageError
-from skep.block.image import create_image, open_image
+from skep.block.image import create_image, open_image, open_layers
 from skep.block.qcow2 import check
 from skep.block.qcow2.header import Incompatible
 from skep.block.qcow2.image import Qcow2Image
@@ -421,3 +421,22 @@ def test_a_bitmap_is_as_long_as_the_disk_of_a_snapshot_that_is_applied(tmp_path:
     run("qemu-img", "check", "-q", path)
     with open_image(path, read_only=True) as image:
         assert image.check().clean and read_at(image, 15 * MIB, 4) == b"yyyy"
+
+
+def test_places_are_in_the_order_in_which_they_were_given(tmp_path: Path) -> None:
+    """Whatever the order of the writes; one that fails gives its clusters back."""
+    create_image(tmp_path / "image", "qcow2", 8 * MIB)
+    what = "driver=qcow2,file.driver=fault,file.what=write,file.after=3,file.times=1"
+    with open_layers(f"{what},file.file.driver=file,file.file.filename={tmp_path}/image") as image:
+        writes = [image.placed(number * MIB, MIB) for number in range(4)]
+        for number, write in reversed(list(enumerate(writes))):
+            assert write is not None
+            with pytest.raises(OSError, match="is to fail") if number == 0 else contextlib.nullcontext():
+                write([memoryview(bytes([number + 1]) * (MIB // 2))] * 2)
+        found = [one for one in image.extents() if one.data]
+        assert [(one.offset, one.length) for one in found] == [(MIB, 3 * MIB)]  # in a row in the file
+        for number in range(4):
+            assert read_at(image, number * MIB, MIB) == bytes([number and number + 1]) * MIB
+        write_at(image, 0, b"again" * 1000 + bytes(120))
+    with open_image(tmp_path / "image", read_only=True) as image:
+        assert read_at(image, 0, 5) == b"again" and image.check().clean

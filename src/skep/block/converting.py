@@ -1,7 +1,8 @@
 """Copying disks into a new one.
 
-Several threads read, look for zeros and compress, each one piece after another; they write in the order of the pieces,
-so that the same disk makes the same file. Two writes to one file would wait for each other in the kernel anyway.
+Several threads read, look for zeros and compress, each one piece after another. Each piece gets its place in the new
+file when its turn comes, so that the same disk makes the same file, and is written there while others are read, or
+written: the kernel lets writers to one file wait for each other, without the help of ours.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from skep.block.backend import Extent, write_zeroes_as_data
 from skep.block.copying import PIECE, Progress, Spot, nothing, pieces
@@ -20,6 +23,9 @@ _ZEROES = bytes(2 << 20)
 _COARSE = 1 << 16
 _MOST_PACKERS = 4
 _WATCHED = 16
+"""The number of the piece after which it is known what takes long."""
+_SPARE = 2
+"""Pieces that are read before their turn, beyond one for each thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class Conversion:
     workers: int = 8
     """Pieces at once, at most."""
     ordered: bool = True
-    """Written in their order."""
+    """They get their places in the target's file in their order."""
     start: int = 0
     """What is before that, in bytes, is there already."""
 
@@ -71,7 +77,8 @@ def convert(
         if settled is not None:
             settled(spot.end)
 
-    line = _Line(spots, how.ordered, lambda: _Worker(target, how, step), done)
+    ordered = how.ordered and target.cluster_size is not None  # else an offset is a place
+    line = _Line(spots, ordered, lambda: _Piece(target, how, step), done)
     line.run(min(how.workers, _MOST_PACKERS if how.compress else os.cpu_count() or 1), eager=how.compress)
     progress(1)
     return line.missing
@@ -117,25 +124,27 @@ def _not_below(spots: Iterator[Spot], backing_size: int) -> Iterator[Spot]:
             yield spot
 
 
-class _Worker:
-    """What one thread does with one piece after another."""
+class _Piece:
+    """Memory for one spot after another, and what is done with what is in it."""
 
     def __init__(self, target: Image, how: Conversion, most: int) -> None:
         self._target, self._how = target, how
         self._unit = target.cluster_size or PIECE
         self._room = bytearray(most)  # once, as new memory costs as much as a transfer
         self._packed: list[tuple[int, int, bytes | None]] = []
+        self._placed = ExitStack()
+        self.missing = 0
+        """How many sectors of it could not be read."""
 
-    def prepare(self, spot: Spot) -> int:
-        """Read it; returns how many sectors could not be read."""
+    def prepare(self, spot: Spot) -> None:
+        self.spot, self.missing = spot, 0
         if spot.zeros:
-            return 0
+            return
         length = spot.extent.length
         with memoryview(self._room)[:length] as view:
-            missing = _read_into(spot.image, view, spot.extent.offset, self._how.salvage)
+            self.missing = _read_into(spot.image, view, spot.extent.offset, self._how.salvage)
             if self._how.compress:
                 self._packed = list(self._pack(view))
-        return missing
 
     def _pack(self, view: memoryview) -> Iterator[tuple[int, int, bytes | None]]:
         for at in range(0, len(view), self._unit):
@@ -143,21 +152,34 @@ class _Worker:
             if self._how.backing_size is not None or self._room[at : at + n] != _ZEROES[:n]:
                 yield at, n, self._target.pack(view[at : at + n])
 
-    def write(self, spot: Spot) -> None:
+    def place(self) -> None:
+        """Decide where in the target's file it goes. All of it is there after :meth:`write`, which has to follow."""
+        spot = self.spot
         if spot.zeros:
             self._clear(spot)
             return
-        length, how, target = spot.extent.length, self._how, self._target
+        how, target = self._how, self._target
         with memoryview(self._room) as view:
             if how.compress:
                 for at, n, packed in self._packed:
                     target.write_compressed(view[at : at + n], spot.at + at, packed)
                 return
-            for start, n, zero in self._runs(spot) if how.sparse else ((0, length, False),):
+            for start, n, zero in self._runs(spot) if how.sparse else ((0, spot.extent.length, False),):
                 if not zero:
-                    target.pwritev([view[start : start + n]], spot.at + start)
+                    self._write_run(view[start : start + n], spot.at + start)
                 elif not how.zero_target or how.backing_size is not None:
                     target.write_zeroes(spot.at + start, n, True)
+
+    def _write_run(self, data: memoryview, offset: int) -> None:
+        write = self._target.placed(offset, len(data))
+        if write is None:
+            self._target.pwritev([data], offset)
+        else:
+            self._placed.callback(write, [data])
+
+    def write(self) -> None:
+        """All that has its place, even if a part of it fails."""
+        self._placed.close()
 
     def _runs(self, spot: Spot) -> Iterator[tuple[int, int, bool]]:
         unit = max(self._how.sparse, self._target.zero_unit)
@@ -172,80 +194,122 @@ class _Worker:
 
 
 class _Line:
-    """Threads that take spots from one row of them, prepare them as they like, and write them in turn."""
+    """Threads that read pieces, give them their places in turn, and write them. Each does whatever comes next: there is
+    no handing over, and one waits only if too many pieces wait for the place of one before them."""
 
     def __init__(
-        self, spots: Iterator[Spot], ordered: bool, make_worker: Callable[[], _Worker], done: Callable[[Spot], None]
+        self, spots: Iterator[Spot], ordered: bool, make_piece: Callable[[], _Piece], done: Callable[[Spot], None]
     ) -> None:
         self._spots = enumerate(spots)
         self._ordered = ordered
-        self._make_worker = make_worker
+        self._make_piece = make_piece
         self._done = done
         self._taking = threading.Lock()
-        self._turn = threading.Condition()
+        self._changed = threading.Condition(threading.Lock())
+        """Over everything below."""
+        self._free: list[_Piece] = []
+        self._ready: dict[int, _Piece] = {}
+        """Read, and without a place."""
         self._next = 0
-        """Whose turn it is to write."""
+        """Which gets its place next."""
+        self._placing = False
+        self._exhausted = False
+        self._written: dict[int, Spot] = {}
+        """Nobody was told of them, as one before them is still being written."""
+        self._told = 0
+        self._preparing = self._writing = 0.0
+        """Seconds."""
         self._error: BaseException | None = None
         self._threads: list[threading.Thread] = []
+        self._reserve: list[threading.Thread] = []
         self.missing = 0
 
     def run(self, workers: int, *, eager: bool) -> None:
-        """Until there are no more, on this thread and others. Unless ``eager``, those come when it turns out that to
-        prepare takes longer than to write: a copy of what the host has in memory is done fastest by one. Raises what
-        the first thread that failed did."""
+        """Until there are no more, on this thread and others. Unless ``eager``, that is one, as two read and write by
+        turns what the host has in memory, and more come when it turns out that to prepare takes longer than to write.
+        Raises what the first thread that failed did."""
+        self._free += [self._make_piece() for _ in range(workers + _SPARE)]
         for n in range(1, workers):
             self._threads.append(threading.Thread(target=self._work, name=f"convert {n}", daemon=True))
-        if eager:
-            self._start_others()
-        self._work(watch=not eager)
-        for thread in self._threads:
+        at_once = len(self._threads) if eager else 1
+        self._reserve = self._threads[at_once:]
+        for thread in self._threads[:at_once]:
+            thread.start()
+        self._work()
+        for thread in self._threads:  # the first may still have started others
             if thread.ident is not None:
                 thread.join()
         if self._error is not None:
             raise self._error
 
-    def _start_others(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def _work(self, *, watch: bool = False) -> None:
-        preparing = writing = 0.0
+    def _work(self) -> None:
         try:
-            worker = self._make_worker()
-            while (taken := self._take()) is not None:
-                number, spot = taken
-                begun = time.monotonic()
-                missing = worker.prepare(spot)
-                prepared = time.monotonic()
-                if not self._ordered:
-                    worker.write(spot)
-                with self._turn:
-                    while self._next != number and self._error is None:
-                        self._turn.wait()
-                if self._error is not None:
-                    return
-                if self._ordered:
-                    worker.write(spot)
-                self.missing += missing
-                self._done(spot)
-                with self._turn:
-                    self._next += 1
-                    self._turn.notify_all()
-                if watch and number < _WATCHED:
-                    preparing += prepared - begun
-                    writing += time.monotonic() - prepared
-                elif watch:
-                    watch = False
-                    if preparing > writing:
-                        self._start_others()
+            while (step := self._next_step()) is not None:
+                step()
         except BaseException as error:
-            with self._turn:
+            with self._changed:
                 self._error = self._error or error
-                self._turn.notify_all()
+                self._changed.notify_all()
 
-    def _take(self) -> tuple[int, Spot] | None:
+    def _next_step(self) -> Callable[[], None] | None:
+        """To write comes first. None: this thread is not needed any more, or another one failed."""
+        with self._changed:
+            while self._error is None:
+                if self._next in self._ready and not self._placing:
+                    self._placing = True
+                    return partial(self._finish, self._next, self._ready.pop(self._next))
+                if self._exhausted:  # who has the next piece does the rest
+                    break
+                if self._free:
+                    return partial(self._begin, self._free.pop())
+                self._changed.wait()
+            return None
+
+    def _begin(self, piece: _Piece) -> None:
         with self._taking:
-            return next(self._spots, None)
+            taken = next(self._spots, None)
+        if taken is None:
+            with self._changed:
+                self._exhausted = True
+                self._changed.notify_all()
+            return
+        number, spot = taken
+        begun = time.monotonic()
+        piece.prepare(spot)
+        with self._changed:
+            self._preparing += time.monotonic() - begun
+            if self._ordered:
+                self._ready[number] = piece
+                return
+        self._finish(number, piece)
+
+    def _finish(self, number: int, piece: _Piece) -> None:
+        begun = time.monotonic()
+        try:
+            piece.place()
+            if self._ordered:
+                with self._changed:
+                    self._next += 1
+                    self._placing = False
+                    self._changed.notify()
+        finally:
+            piece.write()
+        with self._changed:
+            self._writing += time.monotonic() - begun
+            self._tell(number, piece)
+            self._free.append(piece)
+            self._changed.notify()
+            if number == _WATCHED and self._preparing > self._writing:
+                for thread in self._reserve:
+                    thread.start()
+
+    def _tell(self, number: int, piece: _Piece) -> None:
+        """A piece is written. The caller is told of all in their order."""
+        self.missing += piece.missing
+        self._written[number] = piece.spot
+        while (first := self._written.pop(self._told, None)) is not None:
+            self._told += 1
+            self._done(first)
 
 
 def _read_into(image: Image, room: memoryview, offset: int, salvage: bool) -> int:

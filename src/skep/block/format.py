@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     """Memory of the caller's."""
 
 
+Write = Callable[[Buffers], None]
+"""Writes the buffers to where they have their place."""
+
+
 class ImageError(UserError):
     """An image that cannot be opened or made, or that cannot do what was asked of it."""
 
@@ -246,6 +250,12 @@ class Image(ABC):
 
     def pwritev(self, buffers: Buffers, offset: int) -> None:
         raise OSError(errno.EROFS, f"{self.format} images are only read", self.path)
+
+    def placed(self, offset: int, length: int) -> Write | None:
+        """Give bytes that are to be written their place in the file, so that only the order of these calls decides
+        where that is. What is returned writes them, may do so beside others, and is to be called once, soon: who
+        writes to the same place waits for it. None: writing them gives them their place."""
+        return None
 
     def read_now(self, buffers: Buffers, offset: int) -> bool:
         return False

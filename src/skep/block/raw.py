@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from skep.block.backend import Buffers, Extent, File, Located, read_padded, write_zeroes_as_data
-from skep.block.format import SECTOR, BackingName, Can, Image, ImageError, Option
+from skep.block.format import SECTOR, BackingName, Can, Image, ImageError, Option, Write
 from skep.block.protocol import create_protocol
 from skep.block.secrets import NO_SECRETS, Secrets
 
@@ -38,6 +38,9 @@ class RawImage(Image):
 
     def pwritev(self, buffers: Buffers, offset: int) -> None:
         self.file.pwritev(buffers, offset)
+
+    def placed(self, offset: int, length: int) -> Write:
+        return lambda buffers: self.file.pwritev(buffers, offset)
 
     def read_now(self, buffers: Buffers, offset: int) -> bool:
         return self.file.read_now(buffers, offset)

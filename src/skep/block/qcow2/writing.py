@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import threading
 from array import array
+from functools import partial
 
 from skep.block.backend import ZEROES, Buffers, File, split, write_at
-from skep.block.format import DamagedImage, ImageError
+from skep.block.format import DamagedImage, ImageError, Write
 from skep.block.qcow2.bitmaps import Tracker
 from skep.block.qcow2.compression import compress
 from skep.block.qcow2.header import Incompatible
@@ -103,21 +104,64 @@ class Written(Owning):
         if not self.write_cache or self._tables.crowded or self._refcounts.crowded:
             self.flush()
 
+    def placed(self, offset: int, length: int) -> Write | None:
+        if self._tables.words == 2:  # one cluster may take several steps, of which each waits for the one before
+            return None
+        self._may_write()
+        serial = next(self._serial)
+        self._transfers.add(serial)
+        plans: list[Plan] = []
+        at, end = offset, offset + length
+        try:
+            self._tracked.touch(offset, length)
+            while at < end:
+                plans.append(plan := self._next_plan(at, end))
+                at += plan.length
+        except BaseException:
+            self._give_up(plans, serial)
+            raise
+        return partial(self._write_placed, plans, serial, offset)
+
+    def _write_placed(self, plans: list[Plan], serial: int, offset: int, buffers: Buffers) -> None:
+        rest, left = buffers, plans[::-1]
+        try:
+            while left:
+                plan = left.pop()
+                piece, rest = split(rest, plan.length) if left else (rest, [])
+                self._carry_out(plan, piece, offset)
+                offset += plan.length
+        finally:
+            self._give_up(left, serial)
+        self._after_write()
+
+    def _give_up(self, plans: list[Plan], serial: int) -> None:
+        """Plans that nobody will carry out, of a transfer that has ended."""
+        for plan in plans:
+            self._settle(plan, None)
+        self._transfers.discard(serial)
+
     def _write(self, buffers: Buffers, offset: int) -> None:
         end = offset + sum(map(len, buffers))
         rest = buffers
         while offset < end:
+            plan = self._next_plan(offset, end)
+            piece, rest = (rest, []) if plan.length == end - offset else split(rest, plan.length)
+            self._carry_out(plan, piece, offset)
+            offset += plan.length
+
+    def _next_plan(self, offset: int, end: int) -> Plan:
+        while True:
             with self._lock:
                 plan = self._plan(offset, end)
-            if isinstance(plan, threading.Event):
-                plan.wait()
-                continue
-            piece, rest = (rest, []) if plan.length == end - offset else split(rest, plan.length)
-            if plan.clusters:
-                self._write_new(plan, piece, offset)
-            else:
-                self._data.pwritev(piece, plan.host)
-            offset += plan.length
+            if isinstance(plan, Plan):
+                return plan
+            plan.wait()
+
+    def _carry_out(self, plan: Plan, buffers: Buffers, offset: int) -> None:
+        if plan.clusters:
+            self._write_new(plan, buffers, offset)
+        else:
+            self._data.pwritev(buffers, plan.host)
 
     def _plan(self, offset: int, end: int) -> Plan | threading.Event:
         """The next step of a write, or what to wait for first. With the lock."""
