@@ -72,7 +72,7 @@ class ScriptedVm:
         self.max_vcpus = max_vcpus
         self.vcpus: list[ScriptedVcpu] = []
         self.offsets: list[int] = []
-        self.local_apics = self.doorbells = None
+        self.local_apics = self.chips = self.doorbells = None
         self.closed = False
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> ScriptedVcpu:
@@ -98,7 +98,7 @@ class ScriptedVm:
 
 class ScriptedEngine:
     name = description = "scripted"
-    hosts_apics = False
+    hosts_apics = hosts_chips = False
 
     def __init__(self, program: Callable[[ScriptedVcpu], Exit]) -> None:
         self.program = program

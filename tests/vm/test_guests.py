@@ -229,14 +229,18 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+IRQCHIPS = {"alone": {"kvm.irqchip": "off"}, "whole": {"kvm.irqchip": "whole"}}
+IRQCHIPS["whole on hardware"] = IRQCHIPS["whole"]
 ON_HARDWARE = pytest.param("kvm on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
+WHOLE_ON_HARDWARE = pytest.param("kvm whole on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
 
 
-@pytest.fixture(params=["translate", "kvm", "kvm alone", ON_HARDWARE])
+@pytest.fixture(params=["translate", "kvm", "kvm alone", "kvm whole", ON_HARDWARE, WHOLE_ON_HARDWARE])
 def make(request: pytest.FixtureRequest, kernel: Path) -> Iterator[Make]:
-    """``make(command)``: a VM with the small guest; everything it took is given back. "kvm alone" has no local APIC."""
+    """``make(command)``: a VM with the small guest; everything it took is given back. "kvm alone" has no interrupt
+    controllers, "kvm whole" all of them."""
     engine, *how = request.param.split()
-    config = {"kvm.irqchip": "off"} if how == ["alone"] else {}
+    config = IRQCHIPS.get(" ".join(how), {})
     try:
         choose_engine(engine, "off")
         if engine == "kvm":

@@ -128,15 +128,17 @@ def requester(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[type[R
         one.vm.close()
 
 
-def test_a_request_costs_no_exit(requester: type[Requester]) -> None:
-    one = requester("split")
+@pytest.mark.parametrize("irqchip", ["split", "whole"])
+def test_a_request_costs_no_exit(requester: type[Requester], irqchip: str) -> None:
+    one = requester(irqchip)
     one.make(20)
     assert one.make(500) == {}
     assert one.function.msix is not None and list(one.function.msix._bound) == [Driver.QUEUE_VECTOR]
 
 
-def test_no_interrupt_is_lost_by_a_freeze(requester: type[Requester]) -> None:
-    one = requester("split")
+@pytest.mark.parametrize("irqchip", ["off", "split", "whole"])
+def test_no_interrupt_is_lost_by_a_freeze(requester: type[Requester], irqchip: str) -> None:
+    one = requester(irqchip)
     one.memory.store_u32(MAILBOX, 3000)
     end, freezes = time.monotonic() + 60, 0
     while one.memory.load_u32(MAILBOX):

@@ -11,11 +11,11 @@ import pytest
 
 from skep.errors import UserError
 from skep.vm import End, Vm
-from tests.vm.test_guests import kernel
+from tests.vm.test_guests import IRQCHIPS, kernel
 
 __all__ = ["kernel"]
 
-ENGINES = ("translate", "kvm", "kvm alone")
+ENGINES = ("translate", "kvm", "kvm alone", "kvm whole")
 
 
 class Made:
@@ -29,7 +29,7 @@ class Made:
         engine, *more = how.split()
         if engine == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
             pytest.skip("/dev/kvm does not open")
-        config = {"kvm.irqchip": "off"} if more == ["alone"] else {}
+        config = IRQCHIPS.get(" ".join(more), {})
         self.vms.append(
             Vm(kernel=self.kernel, memory="64M", cmdline=command, engine=engine, config=config, **options)  # type: ignore[arg-type]
         )

@@ -43,10 +43,11 @@ class Settings:
         values.choice("auto", "kvm", "translate"), "auto", doc="what executes guest code: auto, kvm or translate"
     )
     kvm_irqchip: str = option(
-        values.choice("auto", "split", "off"),
+        values.choice("auto", "whole", "split", "off"),
         "auto",
         key="kvm.irqchip",
-        doc="under KVM, who has the local APICs: the host's kernel (split), Skep (off), or whoever can (auto)",
+        doc="under KVM, who has the interrupt controllers: the host's kernel (whole), it the local APICs and Skep the"
+        " others (split), Skep (off); auto is split where the kernel can, otherwise off",
     )
     cpu_model: str = option(
         values.choice("baseline", "host"),

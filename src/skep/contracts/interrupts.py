@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+Registers = dict[str, Any]
+"""Of one chip, by the names of the fields of :mod:`skep.irqchip`'s model of it."""
 
 
 class Lent(NamedTuple):
@@ -124,3 +127,29 @@ class LocalApics(Protocol):
 
     def unbind(self, fd: int) -> None:
         """No longer. What was added by then has been sent, or is on its way."""
+
+
+class EngineChips(Protocol):
+    """The I/O APIC, the pair of 8259s and the 8254 of a VM that its engine has. Called under the board lock; the
+    registers are asked for and set while no vCPU runs."""
+
+    def set_line(self, gsi: int, level: bool) -> None:
+        """GSI 0 is input 0 of the pair and input 2 of the I/O APIC, those up to 15 are the same input of both. The
+        8254's wire is another one to GSI 0."""
+
+    def ioapic(self) -> Registers:
+        """``id``, ``select``, ``entries``."""
+
+    def set_ioapic(self, registers: Registers, levels: int) -> None:
+        """``levels``: which level-triggered inputs are asserted; :meth:`set_line` tells when they no longer are."""
+
+    def pics(self) -> tuple[Registers, Registers]:
+        """Master and slave; the master's input from the slave is not to be relied on."""
+
+    def set_pics(self, master: Registers, slave: Registers) -> None: ...
+
+    def pit(self) -> tuple[list[Registers], bool]:
+        """The counters, each with ``elapsed_ns`` since its count was loaded, and whether the speaker is on."""
+
+    def set_pit(self, counters: list[Registers], *, speaker: bool, replaced: bool) -> None:
+        """``replaced``: counter 0's output goes nowhere."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from skep.contracts.constantports import ConstantPorts
-from skep.contracts.interrupts import LocalApics, LocalInterrupts
+from skep.contracts.interrupts import EngineChips, LocalApics, LocalInterrupts
 from skep.contracts.io import Doorbells, IoSpace
 from skep.engine.debug import Debug
 from skep.engine.exits import Exits
@@ -97,6 +97,8 @@ class EngineVm(Protocol):
     max_vcpus: int
     local_apics: LocalApics | None
     """Where :attr:`Engine.hosts_apics`."""
+    chips: EngineChips | None
+    """Where :attr:`Engine.hosts_chips`."""
     doorbells: Doorbells | None
     """Where it has any."""
 
@@ -134,6 +136,8 @@ class Engine(Protocol):
     hosts_apics: bool
     """Its VMs have the local APICs: they take messages, time, and start the other processors by themselves, so these
     run from the beginning, and HLT does not end ``run``."""
+    hosts_chips: bool
+    """They have the I/O APIC, the pair of 8259s and the 8254, too."""
 
     def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> EngineVm:
         """``cpu_model`` is "baseline" or "host"; the guest's TSC is the host's plus ``tsc_offset``.

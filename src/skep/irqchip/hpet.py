@@ -83,6 +83,8 @@ class Hpet(Fields):
         self._alarms = [clock.timer(self._settle) for _ in range(TIMERS)]
         self._wires = [{gsi: line(gsi) for gsi in (*ROUTES, *LEGACY_GSIS[n : n + 1])} for n in range(TIMERS)]
         self._replaced: list[_Replaceable] = []
+        self.on_replacement: Callable[[bool], None] = lambda replaces: None
+        """Told whether legacy replacement is on, as often as it may have changed."""
         self.reset()
 
     def replaceable(self, line: IrqLine) -> IrqLine:
@@ -193,8 +195,10 @@ class Hpet(Fields):
 
     def _drive(self) -> None:
         """Levels, and who owns the legacy wires."""
+        replaces = bool(self.gen_conf & LEG_RT_CNF)
         for replaced in self._replaced:
-            replaced.connect(not self.gen_conf & LEG_RT_CNF)
+            replaced.connect(not replaces)
+        self.on_replacement(replaces)
         for n, timer in enumerate(self.timers):
             asserted = self.gintr_sta >> n & 1 and timer.conf & INT_ENB and self.gen_conf & ENABLE_CNF
             mine = self._wire(n) if asserted else None

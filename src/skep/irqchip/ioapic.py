@@ -25,6 +25,8 @@ _IOAPICID, _IOAPICVER, _IOAPICARB, _IOREDTBL = 0x00, 0x01, 0x02, 0x10
 VECTOR, DELIVERY_SHIFT, LOGICAL = 0xFF, 8, 1 << 11
 LOW_ACTIVE, REMOTE_IRR, LEVEL, MASKED = 1 << 13, 1 << 14, 1 << 15, 1 << 16
 _WRITABLE = 0xFF00_0000_0001_AFFF  # not delivery status and remote IRR
+ENTRY = _WRITABLE | REMOTE_IRR
+"""All of it that is state."""
 
 
 class IoApic(Passive, Fields):

@@ -65,6 +65,10 @@ class Counter(Fields):
         self.low_byte = 0
         self.write_high = self.read_high = False
 
+    @staticmethod
+    def to_ticks(ns: int) -> int:
+        return ns * PIT_HZ // _NS
+
     def _load(self, now: int) -> None:
         self.initial, self.start, self.load_at = self.written, now, None
         self.held = 0 if not self.gate and self.mode not in (1, 5) else None
@@ -297,6 +301,10 @@ class Pit(Fields):
             spacing = max(counter.initial * _NS // PIT_HZ // 4, MIN_PERIOD_NS)
             following = max(following, now_ns + spacing)
         self._arm(following)
+
+    def next_tick(self) -> int | None:
+        """When channel 0 ticks next after ``ticked``, in ns."""
+        return _to_ns(self.counters[0].rise(self.ticked))
 
     def _arm(self, due: int | None) -> None:
         self.tick_due = due

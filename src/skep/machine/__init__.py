@@ -102,14 +102,21 @@ says so. Who makes it closes it."""
 
 
 def build(
-    tree: Tree, settings: Settings, memory: GuestMemory, events: Events, plug: PlugSerial, *, hosts_apics: bool
+    tree: Tree,
+    settings: Settings,
+    memory: GuestMemory,
+    events: Events,
+    plug: PlugSerial,
+    *,
+    hosts_apics: bool,
+    hosts_chips: bool,
 ) -> Board:
-    """The board that a frozen tree describes, for an engine that has local APICs or none. Raises UserError for what is
-    wrong in the tree, and leaves nothing behind."""
+    """The board that a frozen tree describes, for an engine that has local APICs, all interrupt controllers, or none.
+    Raises UserError for what is wrong in the tree, and leaves nothing behind."""
     _check_host()
     from skep.machine.amd64 import Amd64Board
 
-    return Amd64Board(tree, settings, memory, events, plug, hosts_apics=hosts_apics)
+    return Amd64Board(tree, settings, memory, events, plug, hosts_apics=hosts_apics, hosts_chips=hosts_chips)
 
 
 def choose_engine(

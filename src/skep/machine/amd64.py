@@ -18,7 +18,7 @@ from skep.clock import GuestClock
 from skep.config import Node, Settings, Tree, option, values, view
 from skep.contracts.device import Device
 from skep.contracts.interrupts import LocalInterrupts
-from skep.contracts.io import IoSpace
+from skep.contracts.io import IoSpace, IrqLine
 from skep.devices import pm
 from skep.devices.i8042 import I8042
 from skep.devices.pctestdev import PcTestDev
@@ -36,6 +36,7 @@ from skep.firmware import acpi
 from skep.irqchip import hpet, ioapic, lapic
 from skep.irqchip.apicbus import ApicBus
 from skep.irqchip.hosted import HostedApic, HostedApics
+from skep.irqchip.hostedchips import HostedIoApic, HostedPic, HostedPit, LinkedApic
 from skep.irqchip.lines import GsiLines
 from skep.irqchip.pic import Pic
 from skep.irqchip.pit import Pit
@@ -88,8 +89,9 @@ class Amd64Board:
         plug: PlugSerial,
         *,
         hosts_apics: bool = False,
+        hosts_chips: bool = False,
     ) -> None:
-        """``hosts_apics``: the engine has the local APICs."""
+        """``hosts_apics``: the engine has the local APICs; ``hosts_chips``: and the other interrupt controllers."""
         options = view(tree.node("lpc"), LpcOptions)
         self._image = _open_image(settings)
         self.cpus = settings.cpus
@@ -103,7 +105,8 @@ class Amd64Board:
             undo.callback(self.close)
             self.clock = GuestClock(read_tsc, tsc_hz(), self.lock, events.failed)
             self.bus = Bus(self.lock)
-            self._interrupt_controllers(events, hosts_apics)
+            self._hosted_chips: list[HostedIoApic | HostedPic | HostedPit] = []
+            self._interrupt_controllers(events, hosts_apics, hosts_chips)
             self._legacy_devices(settings, events)
             self._pci(tree, events, plug)
             if options.pc_testdev:
@@ -112,12 +115,19 @@ class Amd64Board:
             self._tables = make_tables(tree, settings, memory, self._serial)
             undo.pop_all()
 
-    def _interrupt_controllers(self, events: Events, hosts_apics: bool) -> None:
+    def _interrupt_controllers(self, events: Events, hosts_apics: bool, hosts_chips: bool) -> None:
         self._hosted = HostedApics(self.lock) if hosts_apics else None
         self.apics = self._hosted or ApicBus(self.lock)
-        local_apic = HostedApic if hosts_apics else lapic.LocalApic
-        self.pic = Pic()
-        self.ioapic = ioapic.IoApic(self.apics, IOAPIC_ID)
+        local_apic: type[lapic.LocalApic] = HostedApic if hosts_apics else lapic.LocalApic
+        if hosts_chips:
+            local_apic = LinkedApic
+            pic, io_apic = HostedPic(self.lock), HostedIoApic(self.apics, IOAPIC_ID, self.lock)
+            self._hosted_chips += [pic, io_apic]
+            self.pic: Pic = pic
+            self.ioapic: ioapic.IoApic = io_apic
+        else:
+            self.pic = Pic()
+            self.ioapic = ioapic.IoApic(self.apics, IOAPIC_ID)
         self.ioapic.attach(self.bus)
         self.pic.attach(self.bus)
         self.lines = GsiLines(self.pic, self.ioapic, self.lock)
@@ -138,7 +148,11 @@ class Amd64Board:
     def _legacy_devices(self, settings: Settings, events: Events) -> None:
         timer = hpet.Hpet(self.clock, self.lines.source)
         timer.attach(self.bus)
-        pit = Pit(self.clock, timer.replaceable(self.lines.source(0)))
+        irq0 = timer.replaceable(self.lines.source(0))
+        if self._hosted_chips:
+            pit: Pit = self._host_pit(irq0, timer)
+        else:
+            pit = Pit(self.clock, irq0)
         pit.attach(self.bus)
         rtc = Rtc(
             self.clock,
@@ -155,6 +169,12 @@ class Amd64Board:
         self.pm.attach(self.bus)
         self.generation = VmGenId(self.memory, VMGENID_BASE, lambda: self.pm.raise_event(VMGENID_GPE))
         self.devices += [pit, rtc, timer, controller, self.pm, self.generation]
+
+    def _host_pit(self, irq0: IrqLine, timer: hpet.Hpet) -> Pit:
+        pit = HostedPit(self.clock, irq0, self.lock)
+        timer.on_replacement = pit.replace
+        self._hosted_chips.append(pit)
+        return pit
 
     def _test_device(self, events: Events) -> None:
         device = PcTestDev([self.lines.source(gsi) for gsi in range(ioapic.PINS)], events.leave)
@@ -239,6 +259,8 @@ class Amd64Board:
     def adopt(self, vm: EngineVm | None) -> None:
         if self._hosted is not None:
             self._hosted.adopt(vm.local_apics if vm is not None else None)
+        for chip in self._hosted_chips:
+            chip.adopt(vm.chips if vm is not None else None)
         self.bus.adopt_doorbells(vm.doorbells if vm is not None else None)
 
     def interrupts(self, index: int) -> LocalInterrupts:
@@ -408,7 +430,8 @@ def why_not_kvm() -> str | None:
 def _kvm(irqchip: str) -> Engine:
     from skep.engine.kvm import KvmEngine, can_host_apics
 
-    return KvmEngine(hosts_apics=irqchip == "split" or (irqchip == "auto" and can_host_apics()))
+    split = irqchip == "split" or (irqchip == "auto" and can_host_apics())
+    return KvmEngine(hosts_apics=split, hosts_chips=irqchip == "whole")
 
 
 def _translate(code_cache: str, code_size: int) -> Engine:

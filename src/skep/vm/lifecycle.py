@@ -157,6 +157,7 @@ class Vm:
                 self._events(),
                 self.plugs.plug,
                 hosts_apics=self._engine.hosts_apics,
+                hosts_chips=self._engine.hosts_chips,
             )
         except BaseException:
             self._free()

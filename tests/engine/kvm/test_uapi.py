@@ -17,7 +17,10 @@ STRUCTURES = {
     uapi.DeviceAttr: "kvm_device_attr",
     uapi.Dtable: "kvm_dtable", uapi.EnableCap: "kvm_enable_cap", uapi.Ioeventfd: "kvm_ioeventfd",
     uapi.GuestDebug: "kvm_guest_debug",
-    uapi.Irqfd: "kvm_irqfd",
+    uapi.IoapicState: "kvm_ioapic_state", uapi.Irqchip: "kvm_irqchip", uapi.Irqfd: "kvm_irqfd",
+    uapi.IrqLevel: "kvm_irq_level", uapi.IrqRoutingIrqchip: "kvm_irq_routing_irqchip",
+    uapi.PicState: "kvm_pic_state", uapi.PitChannelState: "kvm_pit_channel_state", uapi.PitConfig: "kvm_pit_config",
+    uapi.PitState2: "kvm_pit_state2",
     uapi.IrqRoutingEntry: "kvm_irq_routing_entry", uapi.IrqRoutingMsi: "kvm_irq_routing_msi",
     uapi.LapicState: "kvm_lapic_state", uapi.MpState: "kvm_mp_state", uapi.Msi: "kvm_msi",
     uapi.MsrEntry: "kvm_msr_entry", uapi.MsrFilter: "kvm_msr_filter", uapi.MsrFilterRange: "kvm_msr_filter_range",
@@ -31,7 +34,7 @@ EXITS = {
     uapi.ExitMsr: "msr", uapi.ExitEoi: "eoi", uapi.ExitDebug: "debug.arch",
 }  # fmt: skip
 """Members of the union in kvm_run, whose structures have no names."""
-PARTS = {uapi.ExitUnion, uapi.IrqRoutingUnion, uapi.SyncUnion}
+PARTS = {uapi.ExitUnion, uapi.IrqchipUnion, uapi.IrqRoutingUnion, uapi.SyncUnion}
 """What the header has no name for, and is seen as part of others."""
 
 # Bytes that the header cuts into pieces of no use to us.
@@ -45,7 +48,8 @@ OTHERWISE = {
 }  # fmt: skip
 NAMES = {
     "CPUID_FLAG_SIGNIFICANT_INDEX": "KVM_CPUID_FLAG_SIGNIFCANT_INDEX", "IRQ_ROUTING_MSI": "KVM_IRQ_ROUTING_MSI",
-    "LAPIC_SIZE": "KVM_APIC_REG_SIZE",
+    "IRQ_ROUTING_IRQCHIP": "KVM_IRQ_ROUTING_IRQCHIP", "LAPIC_SIZE": "KVM_APIC_REG_SIZE",
+    "PIT_HPET_LEGACY": "KVM_PIT_FLAGS_HPET_LEGACY", "PIT_SPEAKER_DATA_ON": "KVM_PIT_FLAGS_SPEAKER_DATA_ON",
 }  # fmt: skip
 
 

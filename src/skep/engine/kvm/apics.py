@@ -1,8 +1,8 @@
-"""KVM's local APICs, as the board sees them: the split irqchip (api.rst, KVM_CAP_SPLIT_IRQCHIP).
+"""KVM's local APICs, as the board sees them: the split irqchip (api.rst, KVM_CAP_SPLIT_IRQCHIP), or the whole.
 
-The I/O APIC is the board's. Its level-triggered inputs are told to KVM as routes, for which it ends KVM_RUN where the
-guest ends such an interrupt; all other ends stay in the kernel. A message that is sent often gets a route of its own
-and an eventfd (KVM_IRQFD).
+With the former the I/O APIC is the board's. Its level-triggered inputs are told to KVM as routes, for which it ends
+KVM_RUN where the guest ends such an interrupt; all other ends stay in the kernel. A message that is sent often gets a
+route of its own and an eventfd (KVM_IRQFD).
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from skep.engine.kvm.uapi import ioctl
 class KvmApics:
     """See :class:`skep.contracts.interrupts.LocalApics`."""
 
-    def __init__(self, fd: int) -> None:
-        """``fd`` is a VM without vCPUs."""
+    def __init__(self, fd: int, *, chips: bool = False) -> None:
+        """``fd`` is a VM without vCPUs; with ``chips`` it gets all other interrupt controllers besides."""
         self._fd = fd
-        self._routes = Routes(fd)
+        self._chips = chips
+        self._routes = Routes(fd, chips=chips)
         self._bound: dict[int, int] = {}
         """GSIs, by eventfd."""
         flags = uapi.X2APIC_API_USE_32BIT_IDS | uapi.X2APIC_API_DISABLE_BROADCAST_QUIRK
-        ioctl(fd, uapi.ENABLE_CAP, uapi.EnableCap(uapi.CAP_SPLIT_IRQCHIP, 0, (PINS, 0, 0, 0)))
+        if chips:
+            ioctl(fd, uapi.CREATE_IRQCHIP)
+            self._routes.watch({})
+        else:
+            ioctl(fd, uapi.ENABLE_CAP, uapi.EnableCap(uapi.CAP_SPLIT_IRQCHIP, 0, (PINS, 0, 0, 0)))
         ioctl(fd, uapi.ENABLE_CAP, uapi.EnableCap(uapi.CAP_X2APIC_API, 0, (flags, 0, 0, 0)))
 
     def signal(self, address: int, data: int) -> None:
@@ -35,7 +40,8 @@ class KvmApics:
             pass  # nobody is addressed, or a reserved way of delivery: lost, as on a board
 
     def watch(self, messages: Mapping[int, tuple[int, int]]) -> None:
-        self._routes.watch(messages)
+        if not self._chips:
+            self._routes.watch(messages)
 
     def bind(self, fd: int, address: int, data: int) -> bool:
         try:

@@ -1,7 +1,7 @@
 """A VM under KVM: its memory slots, its CPUID, and what of the CPU model the hardware really has.
 
-KVM has the local APICs where it is asked to (the split irqchip: :mod:`skep.engine.kvm.apics`); all other interrupt
-controllers are the board's.
+KVM has the local APICs where it is asked to (:mod:`skep.engine.kvm.apics`), and the other interrupt controllers besides
+(:mod:`skep.engine.kvm.chips`); what it has not is the board's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from skep.contracts.constantports import ConstantPorts
-from skep.contracts.interrupts import LocalApics, LocalInterrupts
+from skep.contracts.interrupts import EngineChips, LocalApics, LocalInterrupts
 from skep.contracts.io import Doorbells, IoSpace
 from skep.engine.amd64 import cpuid, msrs
 from skep.engine.amd64.cpuid import SUBLEAVES, Feature
@@ -25,6 +25,7 @@ from skep.engine.amd64.tsc import tsc_hz
 from skep.engine.contract import EngineVm
 from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.apics import KvmApics
+from skep.engine.kvm.chips import KvmChips
 from skep.engine.kvm.doorbells import KvmDoorbells
 from skep.engine.kvm.rings import Rings
 from skep.engine.kvm.slots import Slots
@@ -61,8 +62,13 @@ _NEEDED = {
     uapi.CAP_X86_USER_SPACE_MSR: "MSRs in user space",
     uapi.CAP_X86_MSR_FILTER: "MSR filters",
 }
+_SPLIT = {uapi.CAP_SPLIT_IRQCHIP: "the split irqchip"}
+_WHOLE = {
+    uapi.CAP_IRQCHIP: "the irqchip",
+    uapi.CAP_PIT2: "the 8254",
+    uapi.CAP_PIT_STATE2: "the 8254's state",
+}
 _NEEDED_TO_HOST = {
-    uapi.CAP_SPLIT_IRQCHIP: "the split irqchip",
     uapi.CAP_X2APIC_API: "the x2APIC API",
     uapi.CAP_SIGNAL_MSI: "messages from user space",
     uapi.CAP_IRQ_ROUTING: "interrupt routing",
@@ -77,10 +83,14 @@ class KvmEngine:
     name = "kvm"
     description = "kvm"
 
-    def __init__(self, device: str = DEVICE, *, hosts_apics: bool = False, dirty_ring: int = 0) -> None:
-        """``dirty_ring``: entries of each vCPU's ring that tells what is dirty, a power of two; 0: KVM's bitmaps do."""
+    def __init__(
+        self, device: str = DEVICE, *, hosts_apics: bool = False, hosts_chips: bool = False, dirty_ring: int = 0
+    ) -> None:
+        """With ``hosts_chips`` it has the local APICs as well. ``dirty_ring``: entries of each vCPU's ring that tells
+        what is dirty, a power of two; 0: KVM's bitmaps do."""
         self.device = device
-        self.hosts_apics = hosts_apics
+        self.hosts_apics = hosts_apics or hosts_chips
+        self.hosts_chips = hosts_chips
         self.dirty_ring = dirty_ring
 
     def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> EngineVm:
@@ -91,7 +101,7 @@ class KvmEngine:
         try:
             return KvmVm(
                 fd, memory, io, max_vcpus, cpu_model, tsc_offset,
-                hosts_apics=self.hosts_apics, dirty_ring=self.dirty_ring,
+                hosts_apics=self.hosts_apics, hosts_chips=self.hosts_chips, dirty_ring=self.dirty_ring,
             )  # fmt: skip
         except OSError as error:
             raise failures.not_made(self.device, error) from None
@@ -112,13 +122,14 @@ class KvmVm:
         tsc_offset: int,
         *,
         hosts_apics: bool,
+        hosts_chips: bool,
         dirty_ring: int,
     ) -> None:
         try:
             version = uapi.ioctl(kvm, uapi.GET_API_VERSION)
         except OSError:  # another device
             version = 0
-        needed = _NEEDED | (_NEEDED_TO_HOST if hosts_apics else {})
+        needed = _NEEDED | (_NEEDED_TO_HOST | (_WHOLE if hosts_chips else _SPLIT) if hosts_apics else {})
         lacking = [what for cap, what in needed.items() if version != uapi.API_VERSION or not _has(kvm, cap)]
         if lacking:
             raise HostError(f"this KVM lacks {', '.join(lacking)}", None, failures.TODO)
@@ -152,7 +163,8 @@ class KvmVm:
             if dirty_ring:
                 self._rings = Rings(self._fd, dirty_ring, self._slots, self._still, memory.mark_dirty)
             self._dirty: DirtySource = self._rings or self._slots
-            self.local_apics: LocalApics | None = KvmApics(self._fd) if hosts_apics else None
+            self.local_apics: LocalApics | None = KvmApics(self._fd, chips=hosts_chips) if hosts_apics else None
+            self.chips: EngineChips | None = KvmChips(self._fd) if hosts_chips else None
             self.doorbells: Doorbells | None = None
             if _has(kvm, uapi.CAP_IOEVENTFD_ANY_LENGTH):
                 self.doorbells = KvmDoorbells(self._fd)
@@ -291,7 +303,7 @@ def can_host_apics(device: str = DEVICE) -> bool:
     except OSError:
         return False
     try:
-        return all(_has(fd, capability) for capability in _NEEDED_TO_HOST)
+        return all(_has(fd, capability) for capability in _NEEDED_TO_HOST | _SPLIT)
     except OSError:  # another device
         return False
     finally:

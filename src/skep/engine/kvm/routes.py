@@ -18,9 +18,12 @@ PINS = 24
 class Routes:
     """Of one VM; used under the board lock."""
 
-    def __init__(self, fd: int) -> None:
-        """``fd`` is the VM's."""
+    def __init__(self, fd: int, *, chips: bool) -> None:
+        """``fd`` is the VM's. ``chips``: KVM has the I/O APIC and the 8259 pair, and the first GSIs are
+        their inputs."""
         self._fd = fd
+        self._chips = _inputs() if chips else []
+        """(GSI, chip, input)."""
         self._pins: dict[int, tuple[int, int]] = {}
         self._messages: dict[int, tuple[int, int]] = {}
 
@@ -46,8 +49,19 @@ class Routes:
 
     def _set(self) -> None:
         sent = self._pins | self._messages
-        routing = uapi.irq_routing(len(sent))
-        for entry, (gsi, (address, data)) in zip(routing.entries, sent.items(), strict=True):
+        routing = uapi.irq_routing(len(self._chips) + len(sent))
+        for entry, (gsi, chip, number) in zip(routing.entries, self._chips, strict=False):
+            entry.gsi, entry.type = gsi, uapi.IRQ_ROUTING_IRQCHIP
+            entry.irqchip.irqchip, entry.irqchip.pin = chip, number
+        for entry, (gsi, (address, data)) in zip(routing.entries[len(self._chips) :], sent.items(), strict=True):
             entry.gsi, entry.type = gsi, uapi.IRQ_ROUTING_MSI
             entry.msi.address_lo, entry.msi.address_hi, entry.msi.data = address & 0xFFFF_FFFF, address >> 32, data
         ioctl(self._fd, uapi.SET_GSI_ROUTING, routing)
+
+
+def _inputs() -> list[tuple[int, int, int]]:
+    """The 8254's line is input 2 of the I/O APIC, as the board has it."""
+    pair = [
+        (gsi, uapi.IRQCHIP_PIC_SLAVE if gsi > 7 else uapi.IRQCHIP_PIC_MASTER, gsi % 8) for gsi in range(16) if gsi != 2
+    ]
+    return pair + [(gsi, uapi.IRQCHIP_IOAPIC, gsi or 2) for gsi in range(PINS) if gsi != 2]

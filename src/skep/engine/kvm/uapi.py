@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import Array, Structure, Union, c_int32, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import Array, Structure, Union, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from typing import Any
 
 API_VERSION = 12
 
+CAP_IRQCHIP = 0
 CAP_USER_MEMORY = 3
 CAP_NR_MEMSLOTS = 10
 CAP_SET_GUEST_DEBUG = 23
 CAP_IRQ_ROUTING = 25
 CAP_IRQFD = 32
+CAP_PIT2 = 33
+CAP_PIT_STATE2 = 35
 CAP_MAX_VCPUS = 66
 CAP_TSC_DEADLINE_TIMER = 72
 CAP_READONLY_MEM = 81
@@ -58,7 +61,10 @@ MSR_FILTER_READ, MSR_FILTER_WRITE = 1, 2
 VCPU_TSC_CTRL, VCPU_TSC_OFFSET = 0, 0
 VCPUEVENT_VALID_NMI_PENDING, VCPUEVENT_VALID_SHADOW = 1, 4
 X2APIC_API_USE_32BIT_IDS, X2APIC_API_DISABLE_BROADCAST_QUIRK = 1, 2
-IRQ_ROUTING_MSI = 2
+IRQ_ROUTING_IRQCHIP, IRQ_ROUTING_MSI = 1, 2
+IRQCHIP_PIC_MASTER, IRQCHIP_PIC_SLAVE, IRQCHIP_IOAPIC = range(3)
+PIT_SPEAKER_DUMMY = 1
+PIT_HPET_LEGACY, PIT_SPEAKER_DATA_ON = 1, 2
 MP_STATE_RUNNABLE, MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED, MP_STATE_HALTED, MP_STATE_SIPI_RECEIVED = range(5)
 IOEVENTFD_FLAG_DEASSIGN = 4
 IRQFD_FLAG_DEASSIGN = 1
@@ -198,13 +204,68 @@ class IrqRoutingMsi(Structure):
     _fields_ = (("address_lo", c_uint32), ("address_hi", c_uint32), ("data", c_uint32), ("devid", c_uint32))
 
 
+class IrqRoutingIrqchip(Structure):
+    _fields_ = (("irqchip", c_uint32), ("pin", c_uint32))
+
+
 class IrqRoutingUnion(Union):
-    _fields_ = (("msi", IrqRoutingMsi), ("words", c_uint32 * 8))
+    _fields_ = (("msi", IrqRoutingMsi), ("irqchip", IrqRoutingIrqchip), ("words", c_uint32 * 8))
 
 
 class IrqRoutingEntry(Structure):
     _anonymous_ = ("u",)
     _fields_ = (("gsi", c_uint32), ("type", c_uint32), ("flags", c_uint32), ("pad", c_uint32), ("u", IrqRoutingUnion))
+
+
+class IrqLevel(Structure):
+    _fields_ = (("irq", c_uint32), ("level", c_uint32))
+
+
+class PicState(Structure):
+    """One 8259."""
+
+    _fields_ = tuple(
+        (name, c_uint8) for name in (
+            "last_irr", "irr", "imr", "isr", "priority_add", "irq_base", "read_reg_select", "poll", "special_mask",
+            "init_state", "auto_eoi", "rotate_on_auto_eoi", "special_fully_nested_mode", "init4", "elcr", "elcr_mask",
+        )
+    )  # fmt: skip
+
+
+class IoapicState(Structure):
+    _fields_ = (
+        ("base_address", c_uint64), ("ioregsel", c_uint32), ("id", c_uint32), ("irr", c_uint32), ("pad", c_uint32),
+        ("redirtbl", c_uint64 * 24),
+    )  # fmt: skip
+
+
+class IrqchipUnion(Union):
+    _fields_ = (("pic", PicState), ("ioapic", IoapicState), ("dummy", c_uint8 * 512))
+
+
+class Irqchip(Structure):
+    _fields_ = (("chip_id", c_uint32), ("pad", c_uint32), ("chip", IrqchipUnion))
+
+
+class PitConfig(Structure):
+    _fields_ = (("flags", c_uint32), ("pad", c_uint32 * 15))
+
+
+class PitChannelState(Structure):
+    """A counter of the 8254; ``count_load_time`` is CLOCK_MONOTONIC's."""
+
+    _fields_ = (
+        ("count", c_uint32), ("latched_count", c_uint16),
+        *((name, c_uint8) for name in (
+            "count_latched", "status_latched", "status", "read_state", "write_state", "write_latch", "rw_mode", "mode",
+            "bcd", "gate",
+        )),
+        ("count_load_time", c_int64),
+    )  # fmt: skip
+
+
+class PitState2(Structure):
+    _fields_ = (("channels", PitChannelState * 3), ("flags", c_uint32), ("reserved", c_uint32 * 9))
 
 
 class Ioeventfd(Structure):
@@ -342,6 +403,12 @@ GET_DIRTY_LOG = _iow(0x42, ctypes.sizeof(DirtyLog))
 SET_USER_MEMORY_REGION = _iow(0x46, ctypes.sizeof(UserspaceMemoryRegion))
 SET_TSS_ADDR = _io(0x47)
 SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
+CREATE_IRQCHIP = _io(0x60)
+IRQ_LINE = _iow(0x61, ctypes.sizeof(IrqLevel))
+GET_IRQCHIP = _ior(0x62, ctypes.sizeof(Irqchip)) | _iow(0x62, ctypes.sizeof(Irqchip))
+SET_IRQCHIP = _ior(0x63, ctypes.sizeof(Irqchip))
+CREATE_PIT2 = _iow(0x77, ctypes.sizeof(PitConfig))
+GET_PIT2, SET_PIT2 = _ior(0x9F, ctypes.sizeof(PitState2)), _iow(0xA0, ctypes.sizeof(PitState2))
 SET_GSI_ROUTING = _iow(0x6A, 8)
 IRQFD = _iow(0x76, ctypes.sizeof(Irqfd))
 IOEVENTFD = _iow(0x79, ctypes.sizeof(Ioeventfd))

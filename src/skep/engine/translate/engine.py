@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from skep.contracts.constantports import ConstantPorts
-from skep.contracts.interrupts import LocalApics, LocalInterrupts
+from skep.contracts.interrupts import EngineChips, LocalApics, LocalInterrupts
 from skep.contracts.io import Doorbells, IoSpace
 from skep.engine.amd64 import features
 from skep.engine.translate import emission
@@ -23,7 +23,7 @@ class TranslateEngine:
     """Runs guests without hardware virtualization (docs/translator.md)."""
 
     name = "translate"
-    hosts_apics = False
+    hosts_apics = hosts_chips = False
     description = f"translate, {'pure Python' if emission.__file__.endswith('.py') else 'compiled by mypyc'}"
 
     def __init__(self, code_cache: Path | None = None, code_size: int = CODE_SIZE) -> None:
@@ -50,6 +50,7 @@ class TranslateVm:
     ) -> None:
         self.max_vcpus = max_vcpus
         self.local_apics: LocalApics | None = None
+        self.chips: EngineChips | None = None
         self.doorbells: Doorbells | None = None
         self.shared = Shared(memory, io, max_vcpus, cpu_model, tsc_offset, cache)
         self.cache = self.shared.cache

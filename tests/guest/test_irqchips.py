@@ -1,0 +1,37 @@
+"""A Linux with each share of the interrupt controllers that KVM may have: by messages and by wires, with the timers
+that it takes and others, frozen and thawed in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from skep.guest.debian import Guest
+from tests.linux import Linux
+
+pytestmark = pytest.mark.hardware
+
+
+@pytest.mark.parametrize(
+    ("irqchip", "words"),
+    [
+        ("whole", "quiet"),
+        pytest.param("whole", "quiet pci=nomsi", marks=pytest.mark.slow),
+        pytest.param("whole", "quiet nohpet nolapic_timer", marks=pytest.mark.slow),
+        pytest.param("split", "quiet pci=nomsi", marks=pytest.mark.slow),
+        pytest.param("off", "quiet", marks=pytest.mark.slow),
+    ],
+)
+def test_interrupts_come(guest: Guest, tmp_path: Path, irqchip: str, words: str) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    config = {"kvm.irqchip": irqchip}
+    with Linux(guest, engine="kvm", disks=[disk], config=config, words=tuple(words.split())) as linux:
+        read = "dd if=/dev/vda of=/dev/null bs=4k count=64 iflag=direct 2> /dev/null; sleep 0.1; echo done"
+        for _ in range(3):
+            assert linux(read) == "done\n"
+            linux.vm.freeze()
+            linux.vm.thaw()
+        assert linux("cat /proc/interrupts | grep -c virtio").strip() > "0"
+        linux.power_off()
