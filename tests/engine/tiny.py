@@ -204,7 +204,7 @@ class Tiny:
     ``handlers`` gives vectors to labels of the program (interrupt gates); ``ist`` gives vectors to IST stacks 1 to 7;
     ``user`` starts the program in ring 3, its pages and :data:`USER_STACK` being the user's. ``apic`` is a real one, in
     place of :attr:`interrupts`, and ``other_apics`` are the other vCPUs'; ``constants`` are ports that the engine may
-    answer.
+    answer; overlays may lie below ``reach``.
     """
 
     def __init__(
@@ -223,9 +223,10 @@ class Tiny:
         apic: LocalApic | None = None,
         other_apics: Sequence[LocalApic] = (),
         constants: ConstantPorts | None = None,
+        reach: int = 0,
     ) -> None:
         self.base = base
-        self.memory = GuestMemory(RAM)
+        self.memory = GuestMemory(RAM, reach=reach)
         self.io = RecordingIo()
         self.interrupts = TestInterrupts()
         self._timed_out = threading.Event()

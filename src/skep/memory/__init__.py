@@ -27,10 +27,10 @@ from pathlib import Path
 from skep.errors import HostError
 from skep.locks import Lock, Order
 from skep.memory.dirty import PAGE, DirtyPages, DirtySource
-from skep.memory.regions import Access, MapListener, Overlay, Region, backings, layered
+from skep.memory.regions import MapListener, Overlay, Region, Rights, backings, layered
 from skep.memory.window import Window
 
-__all__ = ["PAGE", "Access", "GuestMemory", "MemoryFault", "Overlay", "Region"]
+__all__ = ["PAGE", "GuestMemory", "MemoryFault", "Overlay", "Region", "Rights"]
 
 _PIECE = 16 << 20
 _MFD_HUGETLB, _MFD_HUGE_SHIFT = 4, 26
@@ -84,6 +84,8 @@ class GuestMemory:
         self.top = high_base + self.high_size if self.high_size else self.low_size
         self.end = max(self.top, -(-reach // PAGE) * PAGE)
         """The end of what can be guest memory; of RAM it is ``top``."""
+        self.page_size = unit
+        """Of the host's pages that RAM is made of, as far as that is sure."""
         self._huge, self._wired = huge, wired
         self._listeners: tuple[WriteListener, ...] = ()
         self._map_listeners: tuple[MapListener, ...] = ()
@@ -100,10 +102,10 @@ class GuestMemory:
             os.close(self.fd)
             raise HostError(f"the host cannot reserve {size >> 20} MiB of guest memory: {e.strerror}") from None
         self.base = self._window.base
-        ram = [Region(0, self.low_size, self.base, Access.WRITE, self.fd, 0)]
+        ram = [Region(0, self.low_size, self.base, Rights.WRITE, self.fd, 0)]
         if self.high_size:
             high = self.base + high_base
-            ram.append(Region(high_base, self.high_size, high, Access.WRITE, self.fd, self.low_size))
+            ram.append(Region(high_base, self.high_size, high, Rights.WRITE, self.fd, self.low_size))
         self.ram = tuple(ram)
         """The guest's RAM, whatever lies over it."""
         self.regions = self.ram
@@ -347,7 +349,7 @@ class GuestMemory:
     def _show(self, overlays: Iterable[Overlay], start: int, end: int) -> None:
         """Have the window show what lies in [start, end); behind a device's window that is what it hides."""
         before, after = (
-            backings(layered(self.ram, (o for o in some if o.access is not Access.NONE), self.base), start, end)
+            backings(layered(self.ram, (o for o in some if o.rights is not Rights.NONE), self.base), start, end)
             for some in (self._overlays, overlays)
         )
         if before == after:
@@ -366,17 +368,17 @@ class GuestMemory:
         at = bisect_right(self.regions, gpa, key=lambda region: region.gpa) - 1
         return self.regions[at] if at >= 0 and gpa < self.regions[at].end else None
 
-    def allows(self, gpa: int, n: int, access: Access) -> bool:
+    def allows(self, gpa: int, n: int, rights: Rights) -> bool:
         """Whether the guest's CPUs may do so with [gpa, gpa + n), which lies in one page."""
         if self.is_ram(gpa, n):
             return True
         region = self.region_at(gpa)
-        return region is not None and gpa + n <= region.end and region.access & access == access
+        return region is not None and gpa + n <= region.end and region.rights & rights == rights
 
     def behind(self, gpa: int, n: int) -> memoryview:
         """What the guest's CPUs see at [gpa, gpa + n), of one region. For engines, while they keep the map from
         changing. Raises MemoryFault."""
-        if not self.allows(gpa, n, Access.READ):
+        if not self.allows(gpa, n, Rights.READ):
             raise MemoryFault(gpa, n)
         return self._b[gpa : gpa + n]
 

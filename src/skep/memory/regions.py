@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
-class Access(enum.IntEnum):
+class Rights(enum.IntEnum):
     """What the guest's CPUs may do without asking; the rest goes to the bus. A bit for reading, one for writing."""
 
     NONE = 0
@@ -30,7 +30,7 @@ class Region(NamedTuple):
     gpa: int
     size: int
     host: int
-    access: Access
+    rights: Rights
     fd: int
     offset: int
 
@@ -52,7 +52,7 @@ class Overlay:
 
     gpa: int
     size: int
-    access: Access
+    rights: Rights
     fd: int = -1
     offset: int = 0
 
@@ -76,8 +76,8 @@ def layered(ram: Iterable[Region], overlays: Iterable[Overlay], base: int) -> tu
     regions = list(ram)
     for over in overlays:
         regions = [part for region in regions for part in _around(region, over)]
-        if over.access is not Access.NONE:
-            regions.append(Region(over.gpa, over.size, base + over.gpa, over.access, over.fd, over.offset))
+        if over.rights is not Rights.NONE:
+            regions.append(Region(over.gpa, over.size, base + over.gpa, over.rights, over.fd, over.offset))
     return tuple(sorted(regions))
 
 

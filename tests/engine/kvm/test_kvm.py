@@ -336,3 +336,20 @@ def test_a_busy_guest_does_not_hold_the_interpreter(boot: Callable[..., Tiny]) -
     guest.vcpu.request_exit()
     runner.join(10)
     assert not runner.is_alive() and took < 5
+
+
+def test_64_processors_run_at_once(kvm: KvmEngine) -> None:
+    """Each says that it is there, and waits for the others."""
+    text = """
+        lea rax, [rip + seen]
+        lock inc qword [rip + there]
+        wait: pause
+        cmp qword [rip + there], 64
+        jne wait
+        mov [rax + rdi], dil
+        hlt
+        there: dq 0
+        seen: dq 0, 0, 0, 0, 0, 0, 0, 0"""
+    with Tiny(kvm, text, cpu_model="baseline", cpus=64) as guest:
+        guest.run_together(120)
+        assert guest.read("seen", 64) == bytes(range(64))

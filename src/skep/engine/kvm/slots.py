@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.uapi import ioctl
-from skep.memory import PAGE, Access, Region
+from skep.memory import PAGE, Region, Rights
 from skep.memory.dirty import Mark
 
 _CLEARED = 1 << 18
@@ -46,7 +46,7 @@ class Slots:
         self._read_only = read_only
         self._by_hand = cleared_by_hand
         self._still = still
-        self._slots: dict[tuple[int, int, Access], Slot] = {}
+        self._slots: dict[tuple[int, int, Rights], Slot] = {}
         self._logs = False
         self.rescue: Callable[[], None] = lambda: self.collect_dirty(forgotten)
         """Called with the vCPUs at a stand before slots go: it takes what is dirty in them."""
@@ -81,7 +81,7 @@ class Slots:
     def _check(self, kept: int, come: Sequence[Region]) -> None:
         if kept + len(come) > self._most:
             raise failures.no_slots(kept + len(come), self._most)
-        if not self._read_only and any(not region.access & 2 for region in come):
+        if not self._read_only and any(not region.rights & 2 for region in come):
             raise failures.no_rom()
 
     def _create(self, region: Region) -> None:
@@ -93,8 +93,8 @@ class Slots:
             self._clear_all(slot)
 
     def _set(self, slot: Slot) -> None:
-        flags = uapi.MEM_LOG_DIRTY_PAGES if self._logs and slot.region.access is Access.WRITE else 0
-        if slot.region.access is not Access.WRITE:
+        flags = uapi.MEM_LOG_DIRTY_PAGES if self._logs and slot.region.rights is Rights.WRITE else 0
+        if slot.region.rights is not Rights.WRITE:
             flags |= uapi.MEM_READONLY
         gpa, size, host = slot.region[:3]
         ioctl(self._vm, uapi.SET_USER_MEMORY_REGION, uapi.UserspaceMemoryRegion(slot.number, flags, gpa, size, host))
@@ -108,7 +108,7 @@ class Slots:
         """Whether KVM is to know of them."""
         self._logs = on
         for slot in self._slots.values():
-            if slot.region.access is Access.WRITE:
+            if slot.region.rights is Rights.WRITE:
                 self._set(slot)
 
     def start_dirty(self) -> None:
@@ -126,7 +126,7 @@ class Slots:
 
     def _read(self, slot: Slot, mark: Mark) -> None:
         """What is dirty in a slot, which is clean then."""
-        if slot.region.access is not Access.WRITE:
+        if slot.region.rights is not Rights.WRITE:
             return
         pages = slot.region.size // PAGE
         bitmap = (ctypes.c_uint64 * ((pages + 63) // 64))()
@@ -138,7 +138,7 @@ class Slots:
                 self._clear(slot, bitmap)
 
     def _clear_all(self, slot: Slot) -> None:
-        if slot.region.access is Access.WRITE:
+        if slot.region.rights is Rights.WRITE:
             words = (slot.region.size // PAGE + 63) // 64
             bitmap = (ctypes.c_uint64 * words)()
             ctypes.memset(bitmap, 0xFF, 8 * words)
@@ -153,5 +153,5 @@ class Slots:
             ioctl(self._vm, uapi.CLEAR_DIRTY_LOG, uapi.ClearDirtyLog(slot.number, count, first, at))
 
 
-def _key(region: Region) -> tuple[int, int, Access]:
-    return region.gpa, region.size, region.access
+def _key(region: Region) -> tuple[int, int, Rights]:
+    return region.gpa, region.size, region.rights

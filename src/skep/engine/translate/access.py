@@ -10,9 +10,10 @@ from skep.contracts.io import IoSpace
 from skep.engine.amd64.registers import Efer, Vector, canonical
 from skep.engine.exits import Exits
 from skep.engine.translate import breakpoints
+from skep.engine.translate.blocks import Cache
 from skep.engine.translate.layout import Mode, StateBlock
 from skep.engine.translate.port import GuestFault
-from skep.memory import GuestMemory
+from skep.memory import GuestMemory, MemoryFault, Rights
 
 WRITE, FETCH = 1, 2
 _M64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -27,6 +28,7 @@ class Access:
 
     st: StateBlock
     memory: GuestMemory
+    cache: Cache
     io: IoSpace
     exits: Exits
     hits: int
@@ -44,7 +46,39 @@ class Access:
         return st.w_pa
 
     def read_physical(self, gpa: int, size: int) -> bytes:
-        return self.memory.read(gpa, size) if self.memory.is_ram(gpa, size) else b"\xff" * size
+        data = self._load(gpa, size)
+        return b"\xff" * size if data is None else data
+
+    def _load(self, gpa: int, n: int) -> bytes | None:
+        """What memory has at [gpa, gpa + n), which lies in one page; None: that is a device's to say."""
+        memory = self.memory
+        if memory.is_ram(gpa, n):
+            try:
+                return memory.read(gpa, n)
+            except MemoryFault:  # something was put over it
+                pass
+        if memory.regions is not memory.ram:
+            with self.cache.world.lock:  # it stays there meanwhile
+                if memory.allows(gpa, n, Rights.READ):
+                    return bytes(memory.behind(gpa, n))
+        return None
+
+    def _store(self, gpa: int, data: bytes) -> bool:
+        """Write to memory; False: that is a device's business."""
+        memory = self.memory
+        if memory.is_ram(gpa, len(data)):
+            try:
+                memory.write(gpa, data)
+                return True
+            except MemoryFault:
+                pass
+        if memory.regions is not memory.ram:
+            with self.cache.world.lock:
+                if memory.allows(gpa, len(data), Rights.WRITE):
+                    memory.behind(gpa, len(data))[:] = data
+                    memory.dma_write(gpa, len(data))
+                    return True
+        return False
 
     def _pieces(self, va: int, size: int, write: bool, supervisor: bool) -> list[tuple[int, int]]:
         """(physical address, length) of what [va, va + size) is made of; every page has been checked."""
@@ -66,8 +100,9 @@ class Access:
         if self.st.watch and not supervisor:
             self.hits |= breakpoints.data_hits(self.st, va, size, write=False)
         for gpa, n in pieces:
-            if self.memory.is_ram(gpa, n):
-                out += self.memory.read(gpa, n)
+            data = self._load(gpa, n)
+            if data is not None:
+                out += data
             else:
                 for at, k in _words(gpa, n):
                     value = self.io.mmio_read(at, k)
@@ -77,8 +112,9 @@ class Access:
 
     def fetch(self, va: int, size: int) -> bytes:
         gpa = self.physical(va, execute=True)
-        if self.memory.is_ram(gpa, size):
-            return self.memory.read(gpa, size)
+        data = self._load(gpa, size)
+        if data is not None:
+            return data
         return b"".join(self.io.mmio_read(at, k).to_bytes(k, "little") for at, k in _words(gpa, size))
 
     def write(self, va: int, data: bytes, supervisor: bool = False) -> None:
@@ -88,9 +124,7 @@ class Access:
             self.hits |= breakpoints.data_hits(self.st, va, len(data), write=True)
         for gpa, n in pieces:
             piece = data[at : at + n]
-            if self.memory.is_ram(gpa, n):
-                self.memory.write(gpa, piece)
-            else:
+            if not self._store(gpa, piece):
                 for address, k in _words(gpa, n):
                     i = address - gpa
                     value = int.from_bytes(piece[i : i + k], "little")

@@ -23,6 +23,7 @@ from skep.engine.translate.layout import BOUNCE, BOUNCE_SIZE, OFFSETS, Kind, Mod
 from skep.engine.translate.modelspecific import ModelSpecific
 from skep.engine.translate.pairs import Pairs
 from skep.engine.translate.port import DebuggerStop, GuestFault
+from skep.memory import Rights
 
 _X87, _SSE, _AVX = mnemonics(allowed.X87), mnemonics(allowed.SSE), mnemonics(allowed.AVX)
 _INFO, _RIP, _RAX, _RDX = (OFFSETS[name] >> 3 for name in ("info", "rip", "rax", "rdx"))
@@ -236,7 +237,7 @@ class Alone(Access, ABC):
             pieces = self._pieces(st.va, st.desc >> 12 & 1023, True, False)
         except GuestFault:  # which is raised again where it belongs
             return False
-        return all(self.memory.is_ram(gpa, n) for gpa, n in pieces)
+        return all(self.memory.allows(gpa, n, Rights.WRITE) for gpa, n in pieces)
 
     def _fill_bounce(self, number: int, buffers: dict[int, int], pending: dict[int, tuple[int, int]]) -> None:
         """Bring the operand that machine code could not reach into its bounce buffer, as far as it is read."""
@@ -290,7 +291,7 @@ class Alone(Access, ABC):
         if desc >> 22 & 3 and (va & 4095) + size <= 4096:
             gpa = self._walk(va, WRITE, st.mode & 3) or st.w_pa
             hit = st.watch and breakpoints.data_hits(st, va, size, write=True)
-            if gpa > 255 and self.memory.is_ram(gpa, size) and not hit:
+            if gpa > 255 and self.memory.allows(gpa, size, Rights.WRITE) and not hit:
                 here = self._fetch(self.linear_rip) or st.w_pa
                 if abs(gpa - here) > _NEAR:
                     if desc >> 28 & 1:  # a string instruction: it will go on over the page

@@ -54,6 +54,7 @@ from skep.engine.translate.tables import (
     Block,
     Tables,
 )
+from skep.engine.translate.walk_runtime import WRITTEN
 from skep.engine.translate.world import World
 from skep.memory import GuestMemory
 
@@ -111,7 +112,7 @@ class Cache:
         self._quota = min(self._piece_size // AVERAGE, MAX_BLOCKS // PIECES)
         self._counts = [0] * PIECES
         """By piece: how many blocks it got."""
-        self.blocks = Tables((memory.top + 4095) >> 12, PIECES * self._quota)
+        self.blocks = Tables(memory.end >> 12, PIECES * self._quota)
         self._state = self.blocks.words
         self.catalog = Catalog()
         self._emission = Emission(self.catalog)
@@ -119,6 +120,8 @@ class Cache:
             memory, self.blocks, self.catalog, self._emission, self.stubs, self.buffer.rx, self.routines
         )
         self._clear_write_tags = self._routine("clear_write_tags", 2)
+        self._forget_pages = self._routine("forget_pages", 1)
+        self._take_written = self._routine("take_written", 3)
         self._fence = self._routine("barrier", 0)
         self._publish = self._routine("publish", 3)
         self._rehash = self._routine("rehash", 3)
@@ -243,7 +246,7 @@ class Cache:
             self.buffer.prepare(self._prepared, min(AHEAD, self.buffer.size - self._prepared))
             self._prepared += AHEAD
         map_ = self.map
-        if map_.wmapped[pa >> 12]:
+        if map_.storable(pa):
             with self.world.stopped():
                 self._protect(pa >> 12)
         changes = map_.changes
@@ -255,7 +258,7 @@ class Cache:
             self._fence()
         block = self.blocks.block(first)
         pa2 = block.pa2 if second == NONE else second
-        if map_.wmapped[pa >> 12] or (pa2 is not None and map_.wmapped[pa2 >> 12]) or changes is not map_.changes:
+        if map_.storable(pa) or (pa2 is not None and map_.storable(pa2)) or changes is not map_.changes:
             with self.world.stopped():
                 for frame in (pa >> 12,) if pa2 is None else (pa >> 12, pa2 >> 12):
                     self._protect(frame)
@@ -275,7 +278,7 @@ class Cache:
         the page behind where it counts."""
         store = self.store
         offset = pa & 4095
-        head = bytes(self.memory.view(pa, min(17, 4096 - offset)))
+        head = bytes(self.memory.behind(pa, min(17, 4096 - offset)))
         where = pa - offset
         for group in store.find(offset, mode, head):
             data = store.group(group)
@@ -307,7 +310,23 @@ class Cache:
         host = self.memory.base + (frame << 12)
         for st in self.world.blocks:
             self._clear_write_tags(st.address, host)
-        self.map.wmapped[frame] = 0
+        self.map.wmapped[frame] &= WRITTEN
+
+    def take_written(self) -> bytes:
+        """The pages that vCPUs could store to since the last time: bit i & 7 of byte i >> 3 is page i."""
+        bits = ctypes.create_string_buffer(-(-self.map.frames // 8))
+        with self.world.stopped():
+            for st in self.world.blocks:
+                self._clear_write_tags(st.address, 0)
+            self._take_written(self.map.wmapped_address, ctypes.addressof(bits), len(bits))
+        return bits.raw
+
+    def forget_pages(self) -> None:
+        """No vCPU, which are stopped, knows where any page is, nor any jump's target."""
+        for st in self.world.blocks:
+            self._forget_pages(st.address)
+            self.world.empty_jumps(st)
+            st.site = 0
 
     # A single instruction with operands in bounce buffers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 
+from skep.engine.translate.walk_runtime import STORED
 from skep.memory import GuestMemory
 
 _MAP_NORESERVE = 0x4000
@@ -13,11 +14,11 @@ _ONES = (1 << 64) - 1
 
 class CodeMap:
     """A word for each page frame (``mask``: a bit for each of its 64 lines), a word for each line of 64 bytes
-    (``bytes``: a bit for each byte), and a byte for each frame (``wmapped``: some vCPU may store to it without
-    asking)."""
+    (``bytes``: a bit for each byte), and a byte for each frame (``wmapped``: whether some vCPU may store to it without
+    asking, and whether one could since that was asked; walk_runtime.STORED and WRITTEN)."""
 
     def __init__(self, memory: GuestMemory) -> None:
-        frames = (memory.top + 4095) >> 12
+        self.frames = frames = memory.end >> 12
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._tables = [mmap.mmap(-1, size, flags=flags) for size in (frames * 8, frames, frames * 512)]
         self._pins = [ctypes.c_char.from_buffer(t) for t in self._tables]
@@ -35,6 +36,10 @@ class CodeMap:
         self._pins.clear()
         for t in self._tables:
             t.close()
+
+    def storable(self, pa: int) -> int:
+        """Whether some vCPU may store to the page of ``pa`` without asking."""
+        return self.wmapped[pa >> 12] & STORED
 
     def mark(self, pa: int, n: int) -> None:
         """[pa, pa + n), in one page, has been translated."""

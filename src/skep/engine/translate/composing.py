@@ -341,7 +341,7 @@ class Composer:
                 raise
             words[sh.GIVEN >> 3] = room  # #UD comes before the second page's #PF
             return
-        data += self._memory.read(pa2, 15)
+        data += bytes(self._memory.behind(pa2, 15))
         self._sheet[sh.DATA : sh.DATA + len(data)] = data
         words[sh.GIVEN >> 3] = len(data)
         words[sh.CUTS >> 3] = 0

@@ -10,13 +10,15 @@ from skep.contracts.io import Doorbells, IoSpace
 from skep.engine.amd64 import features
 from skep.engine.translate import emission
 from skep.engine.translate.blocks import CODE_SIZE, Cache
+from skep.engine.translate.dirty import WrittenPages
 from skep.engine.translate.faults import CATCHER
 from skep.engine.translate.shared import Shared
 from skep.engine.translate.statistics import statistics
 from skep.engine.translate.store import Store
 from skep.engine.translate.store import identity as store_identity
 from skep.engine.translate.vcpu import TranslateVcpu
-from skep.memory import GuestMemory
+from skep.errors import UserError
+from skep.memory import PAGE, GuestMemory
 
 
 class TranslateEngine:
@@ -36,6 +38,9 @@ class TranslateEngine:
         self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
     ) -> TranslateVm:
         features.require()
+        if memory.page_size > PAGE:
+            what = "the translator sees guest memory by small pages"
+            raise UserError(what, "memory.hugepages", "use transparent, or --engine kvm")
         made_by = store_identity() if self._code_cache else ""
         store = Store(self._code_cache if made_by else None, made_by)
         cache = Cache(memory, store, self._code_size, max_vcpus)
@@ -58,6 +63,9 @@ class TranslateVm:
         self._observed = False
         CATCHER.add(self.cache.buffer.rx, self.cache.buffer.size, self.cache.stubs["fault_exit"])
         memory.add_write_listener(self._written)
+        self._dirty = WrittenPages(self.cache)
+        memory.add_map_listener(self.shared.overlays)
+        memory.add_dirty_source(self._dirty)
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> TranslateVcpu:
         vcpu = TranslateVcpu(self.shared, index, interrupts)
@@ -99,7 +107,10 @@ class TranslateVm:
                 return
 
     def close(self) -> None:
-        self.shared.memory.remove_write_listener(self._written)
+        memory = self.shared.memory
+        memory.remove_dirty_source(self._dirty)
+        memory.remove_map_listener(self.shared.overlays)
+        memory.remove_write_listener(self._written)
         for vcpu in self.vcpus:
             vcpu.close()
         self.vcpus.clear()

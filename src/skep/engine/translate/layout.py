@@ -87,9 +87,10 @@ _FIELDS = (
     "ram",  # host address of guest-physical 0
     "low_end",  # end of low RAM
     "high_base", "high_size",
+    "overlays", "frames",  # host address of a byte per guest page frame (overlays.py), or 0; and how many
     "codemask",  # host address of a u64 per guest page frame: bit i is set where its 64-byte line i was translated
     "codebytes",  # host address of a u64 per 64-byte line of guest memory: bit i is set where its byte i was translated
-    "wmapped",  # host address of a byte per guest page frame: 1 where some vCPU may store without asking
+    "wmapped",  # host address of a byte per guest page frame (codemap.py): which some vCPU may store to without asking
     "hash",  # host address of the block table
     "rw_delta",  # writable alias of the code buffer less its executable address
     "constants",  # host address of what reading ports gives (contracts/constantports.py), or 0

@@ -45,14 +45,20 @@ class Pairs:
                 with world.stopped():
                     self._map_slot(slot, tag)
 
+    def forget(self) -> None:
+        """What lies at guest-physical addresses has changed. The vCPUs are stopped."""
+        ctypes.memset(self.tags_address, 0, PAIR_SLOTS * 8)
+
     def _map_slot(self, slot: int, tag: int) -> None:
         at = self.address + slot * 8192
         for i, frame in enumerate((tag >> 32, tag & 0xFFFFFFFF)):
             gpa = frame << 12
-            memory = self._memory
-            offset = gpa if gpa < memory.low_size else memory.low_size + gpa - memory.high_base
+            region = self._memory.region_at(gpa)
+            if region is None:  # it went meanwhile: who asked will see
+                self._tags[slot] = 0
+                return
             protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
-            got = _libc.mmap(at + i * 4096, 4096, protection, flags, memory.fd, offset)
+            got = _libc.mmap(at + i * 4096, 4096, protection, flags, region.fd, region.offset + gpa - region.gpa)
             if got != at + i * 4096:
                 self._tags[slot] = 0
                 raise OSError(ctypes.get_errno(), "cannot map two guest pages side by side")

@@ -63,8 +63,8 @@ from skep.engine.translate.walk_runtime import (
     WRITE,
     announce,
     is_code,
-    is_ram,
     mask_at,
+    reaches,
     walk,
 )
 
@@ -133,7 +133,7 @@ def fill(va: int, desc: int) -> int:
     if failed:
         return to_python(va, desc, rip)
     gpa = st.w_pa
-    if is_ram(gpa) == 0 or (st.watch and watched(va, size, write)):
+    if reaches(gpa, write) == 0 or (st.watch and watched(va, size, write)):
         return to_python(va, desc, rip)
     if write:
         announce(gpa)
@@ -154,7 +154,7 @@ def fill_range(va: int, size: int, write: int, array: int, rip: int) -> int:
     to the block's plain twin."""
     if (va & 4095) + size <= 4096 and walk(va, write, array) == 0:
         gpa = st.w_pa
-        if is_ram(gpa) and (st.watch == 0 or watched(va, size, write) == 0):
+        if reaches(gpa, write) and (st.watch == 0 or watched(va, size, write) == 0):
             if write == 0:
                 enter_page(va, array, TLB_READ)
                 return st.ram + gpa
@@ -185,7 +185,7 @@ def fill_table(va: int, size: int, array: int, rip: int) -> int:
         low = st.w_pa
         if walk(va + first, 0, array) == 0:
             high = st.w_pa
-            if is_ram(low) and is_ram(high) and (st.watch == 0 or watched(va, size, 0) == 0):
+            if reaches(low, 0) and reaches(high, 0) and (st.watch == 0 or watched(va, size, 0) == 0):
                 return side_by_side(low, high, rip)
     return fill_range(va, size, 0, array, rip)
 
@@ -218,7 +218,7 @@ def fill_crossing(va: int, desc: int, size: int, write: int, array: int, rip: in
     if failed:
         return to_python(va, desc, rip)
     high = st.w_pa
-    if is_ram(low) == 0 or is_ram(high) == 0 or (st.watch and watched(va, size, write)):
+    if reaches(low, write) == 0 or reaches(high, write) == 0 or (st.watch and watched(va, size, write)):
         return to_python(va, desc, rip)
     if write:
         announce(low)
@@ -255,7 +255,7 @@ def supervisor_pointer(va: int, size: int, write: int) -> int:
     if walk(va, write, SUPERVISOR):
         return 0
     gpa = st.w_pa
-    if is_ram(gpa) == 0 or (st.watch and watched(va, size, write)):
+    if reaches(gpa, write) == 0 or (st.watch and watched(va, size, write)):
         return 0
     if write:
         announce(gpa)
@@ -365,7 +365,7 @@ def fetch_page(va: int) -> int:
     failed = walk(va, FETCH, array)
     if failed:
         return failed
-    if is_ram(st.w_pa) == 0:
+    if reaches(st.w_pa, 0) == 0:
         return 255
     if st.watch_code:
         i = 0

@@ -6,6 +6,7 @@ from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.translate.blocks import Cache
 from skep.engine.translate.loan import Directory
+from skep.engine.translate.overlays import Overlays
 from skep.engine.translate.pairs import Pairs
 from skep.engine.translate.ticks import Ticker
 from skep.engine.translate.turns import Turns, host_cpus
@@ -26,6 +27,7 @@ class Shared:
         self.tsc_offset = tsc_offset
         self.cache = cache
         self.pairs = Pairs(memory)
+        self.overlays = Overlays(memory, cache, self.pairs)
         self.ticker = Ticker(self.cache.stubs["watch_ticks"])
         self.turns = Turns(self.cache.stubs["watch_turns"], max_vcpus) if max_vcpus > host_cpus() else None
         self.directory = Directory(max_vcpus)

@@ -34,7 +34,7 @@ from skep.engine.translate.layout import (
     Kind,
 )
 from skep.engine.translate.runtime import STRING, fill
-from skep.engine.translate.walk_runtime import UPPER, is_ram, mask_at
+from skep.engine.translate.walk_runtime import UPPER, WRITE, mask_at, reaches
 
 
 def operand(va: int, size: int, kind: int, array: int, offset: int) -> int:
@@ -96,7 +96,7 @@ def rep_store(desc: int, array: int) -> int:
 
 def mask_at_host(gpa: int) -> int:
     """The code mask of a frame by its offset in guest memory's window; a pair counts as code: element by element."""
-    if is_ram(gpa) == 0:
+    if reaches(gpa, WRITE) == 0:
         return 1
     return mask_at(gpa)
 

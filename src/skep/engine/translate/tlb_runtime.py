@@ -283,18 +283,49 @@ def invalidate(va: int) -> int:
 
 
 def clear_write_tags(block: int, host: int) -> int:
-    """The page at ``host`` becomes code: no entry of the TLB in a state block may let a store through unseen."""
+    """The page at ``host`` becomes code, or (0) stores to any page are to be seen: no entry of the TLB in a state block
+    may let one through."""
     forget_stacks(block)
     st64(block + _KEPT, 0)
     entry = block + TLB
     end = entry + 3 * TLB_ARRAY
     number = 0
     while entry < end:
-        if ld64(entry + TLB_HOST) == host:
+        if host == 0 or ld64(entry + TLB_HOST) == host:
             st64(entry + TLB_WRITE, ((number & (TLB_ENTRIES - 1)) ^ 1) << 12)
         entry = entry + TLB_ENTRY
         number = number + 1
     return 0
+
+
+def forget_pages(block: int) -> int:
+    """No page is in the TLB of a state block."""
+    clear_write_tags(block, 0)
+    entry = block + TLB
+    end = entry + 3 * TLB_ARRAY
+    while entry < end:
+        st64(entry + TLB_READ, ld64(entry + TLB_WRITE))
+        st64(entry + TLB_EXEC, ld64(entry + TLB_WRITE))
+        entry = entry + TLB_ENTRY
+    return 0
+
+
+def take_written(marks: int, bits: int, size: int) -> int:
+    """A bit for each of ``size`` * 8 marks of pages (walk_runtime.WRITTEN); there are none then. Whether there was
+    one."""
+    found = 0
+    while size:
+        eight = ld64(marks)
+        if eight:
+            st64(marks, 0)
+            # Bit 8i of the factor's left side goes to bit 56 + i.
+            eight = (((eight >> 1) & 0x0101010101010101) * 0x0102040810204080) >> 56
+            st8(bits, eight)
+            found = found | eight
+        marks = marks + 8
+        bits = bits + 1
+        size = size - 1
+    return found
 
 
 @inline
@@ -394,6 +425,6 @@ def enter_space(slot: int, pcid: int) -> int:
 
 TLB_ROUTINES = [
     watched, forget_stacks, empty_entry, jump_set, list_page, half_of, large_mark, giant_mark, page_mark, global_mark,
-    forget_page, list_jumps, enter_page, flush_tlb, flush_jumps, invalidate, clear_write_tags, slot_of, leave_space,
-    enter_space,
+    forget_page, list_jumps, enter_page, flush_tlb, flush_jumps, invalidate, clear_write_tags, forget_pages,
+    take_written, slot_of, leave_space, enter_space,
 ]  # fmt: skip

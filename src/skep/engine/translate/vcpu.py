@@ -64,6 +64,7 @@ class TranslateVcpu(Alone):
         st.low_end = shared.memory.low_size
         st.high_base = shared.memory.high_base
         st.high_size = shared.memory.high_size
+        st.overlays, st.frames = shared.overlays.address, shared.overlays.frames
         st.codemask = cache.map.mask_address
         st.codebytes = cache.map.bytes_address
         st.wmapped = cache.map.wmapped_address

@@ -55,7 +55,7 @@ def walk(va: int, access: int, array: int) -> int:
         flags = 0
         while True:
             gpa = table + ((va >> shift) & 511) * 8
-            if gpa >= st.low_end and gpa - st.high_base >= st.high_size:
+            if gpa >= st.low_end and gpa - st.high_base >= st.high_size and reaches(gpa, WRITE) == 0:
                 return 14
             slot = st.ram + gpa
             entry = ld64(slot)
@@ -72,6 +72,7 @@ def walk(va: int, access: int, array: int) -> int:
                 break
             if entry & ACCESSED == 0:
                 cas64(slot, entry, entry | ACCESSED)
+                announce(gpa)
             table = entry & FRAME
             shift = shift - 9
         size = 1 << shift
@@ -88,7 +89,10 @@ def walk(va: int, access: int, array: int) -> int:
         wanted = entry | ACCESSED
         if access & WRITE:
             wanted = wanted | DIRTY
-        if wanted == entry or cas64(slot, entry, wanted):
+        if wanted == entry:
+            break
+        if cas64(slot, entry, wanted):
+            announce(gpa)
             break
         st.w_error = error
     if entry & GLOBAL and st.cr4 & PGE:
@@ -96,6 +100,10 @@ def walk(va: int, access: int, array: int) -> int:
     st.w_pa = (entry & FRAME & (0 - size)) | (va & (size - 1))
     st.w_flags = flags
     return 0
+
+
+STORED, WRITTEN = 1, 2
+"""Marks of a page: some vCPU may store to it without asking; one could since the marks were last taken."""
 
 
 @inline
@@ -153,7 +161,7 @@ def walk_legacy(va: int, access: int, array: int) -> int:
             if st.cr4 & PAE == 0:
                 gpa = table + ((va >> shift) & 1023) * 4
                 part = (gpa & 4) * 8
-            if is_ram(gpa) == 0:
+            if reaches(gpa, WRITE) == 0:
                 return 14
             slot = st.ram + (gpa & ~7)
             whole = ld64(slot)
@@ -174,6 +182,7 @@ def walk_legacy(va: int, access: int, array: int) -> int:
                 break
             if entry & ACCESSED == 0:
                 cas64(slot, whole, whole | (ACCESSED << part))
+                announce(gpa)
             table = entry & FRAME
             shift = 12
         size = 1 << shift
@@ -197,7 +206,10 @@ def walk_legacy(va: int, access: int, array: int) -> int:
         wanted = entry | ACCESSED
         if access & WRITE:
             wanted = wanted | DIRTY
-        if wanted == entry or cas64(slot, whole, whole | (wanted << part)):
+        if wanted == entry:
+            break
+        if cas64(slot, whole, whole | (wanted << part)):
+            announce(gpa)
             break
         st.w_error = error
     if entry & GLOBAL and st.cr4 & PGE:
@@ -207,7 +219,12 @@ def walk_legacy(va: int, access: int, array: int) -> int:
     return 0
 
 
-def is_ram(gpa: int) -> int:
+def reaches(gpa: int, write: int) -> int:
+    """Whether what is at ``gpa`` may be read, or (WRITE) written to as well: RAM, unless something lies over it."""
+    if st.overlays and gpa >> 12 < st.frames:
+        known = ld8(st.overlays + (gpa >> 12))
+        if known:
+            return (known >> write) & 1
     if gpa < st.low_end:
         return 1
     if gpa - st.high_base < st.high_size:
@@ -245,12 +262,13 @@ def mask_at(gpa: int) -> int:
 
 @inline
 def announce(gpa: int) -> int:
-    """A page is going to be stored to: who translates from it after we looked for code there will see this."""
+    """A page is going to be stored to, or was by the walk: who translates from it after we looked for code there will
+    see this, and who asks what was written."""
     mark = st.wmapped + (gpa >> 12)
-    if ld8(mark) == 0:
-        st8(mark, 1)
+    if ld8(mark) & STORED == 0:
+        st8(mark, STORED | WRITTEN)
         fence()
     return 0
 
 
-WALK_ROUTINES = [walk, refused, walk_legacy, is_ram, lines, is_code, mask_at, announce]
+WALK_ROUTINES = [walk, refused, walk_legacy, reaches, lines, is_code, mask_at, announce]
