@@ -7,19 +7,23 @@ that no entry points at, which is a leak, and never an entry that points at noth
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from struct import Struct
 
 from skep.block.backend import BlockBackend, read_at
 
 _CACHE_BYTES = 4 << 20
+_ROW = 256
+"""Words that are compared with zeros at once."""
 
 
 class Table:
     """``count`` entries of fixed width, in pages of ``per_page`` of them. The caller's lock is held over each call.
 
     ``where`` gives the offset of a page in the file; None: the page is in none, and its entries are all ``absent``,
-    which is 0 or all ones.
+    which is 0 or all ones. ``next_page``, where there may be many such, gives the first from one on, and before
+    another, that is in the file.
     Raises OSError where the file cannot be read.
     """
 
@@ -32,11 +36,13 @@ class Table:
         per_page: int,
         absent: int = 0,
         cache: int = _CACHE_BYTES,
+        next_page: Callable[[int, int], int] | None = None,
     ) -> None:
         self.count = count
         self._file = file
         self._entry = entry
         self._where = where
+        self._next_page = next_page
         self._per_page = per_page
         self._page_size = per_page * entry.size
         self._absent = entry.pack(absent) * per_page
@@ -84,7 +90,7 @@ class Table:
             if page[at * width] != self._absent[0]:
                 break
             if not at and page == self._absent:
-                index += self._per_page
+                index = self._page_behind(number, end) * self._per_page
                 continue
             rest = page[at * width :]
             present = rest.lstrip(self._absent[:1])
@@ -92,6 +98,15 @@ class Table:
             if present:
                 break
         return min(index, end)
+
+    def _page_behind(self, number: int, end: int) -> int:
+        """The next page that need not be all absent; of those from ``end`` on nobody wants to know."""
+        following = number + 1
+        if self._next_page is not None:
+            following = self._next_page(following, -(-end // self._per_page))
+            if self._touched:
+                following = min([following, *(page for page in self._touched if page > number)])
+        return following
 
     def _page(self, number: int) -> bytes | bytearray:
         pages = self._pages
@@ -151,6 +166,16 @@ class Table:
                 self._entry.pack_into(page, index % self._per_page * width, value)
         self._going = {}
         self._touched = {index // self._per_page for index in self._new}
+
+
+def first_in_use(words: array[int], start: int, stop: int) -> int:
+    """The number of the first word from ``start`` on that is not 0; ``stop``, if there is none before that."""
+    nothing = array(words.typecode, [0]) * _ROW
+    for at in range(start, stop, _ROW):
+        row = words[at : min(at + _ROW, stop)]
+        if row != nothing[: len(row)]:
+            return at + next(i for i, word in enumerate(row) if word)
+    return max(start, stop)
 
 
 def contiguous(offset: int, page_size: int) -> Callable[[int], int]:

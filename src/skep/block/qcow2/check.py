@@ -11,7 +11,7 @@ from skep.block.format import CheckResult, DamagedImage, ImageError
 from skep.block.qcow2 import snapshots
 from skep.block.qcow2.header import MOST_REFCOUNT_TABLE_BYTES, Incompatible
 from skep.block.qcow2.refcounts import Packing, from_big_endian, to_big_endian
-from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET, ZERO
+from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET, ZERO, in_use, numbered
 
 if TYPE_CHECKING:
     from skep.block.qcow2.image import Qcow2Image
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 _PIECE = 256
 """Counts that are kept together: an image may be large, and may refer to few of its clusters."""
 _NONE = bytes(_PIECE)
-_EMPTY = array("Q", [0]) * _PIECE
 
 
 class Tally:
@@ -182,7 +181,7 @@ class Checker:
     def _tree(self, parts: Iterable[array[int]], *, active: bool) -> None:
         """Under an L1 table."""
         seen = set()
-        for i, entry in _numbered(parts):
+        for i, entry in numbered(parts):
             offset = entry & OFFSET
             if not offset:
                 continue
@@ -208,7 +207,7 @@ class Checker:
         words = from_big_endian(read_at(image.file, offset, cluster))
         step = 2 if image.header.extended_l2 else 1
         bad = []
-        for at in _in_use(words, step):
+        for at in in_use(words, step):
             word = words[at]
             if word & COMPRESSED:
                 host, size = image.packed_extent(word)
@@ -301,7 +300,7 @@ class Checker:
         """COPIED is to say that a cluster has one reference."""
         image = self.image
         l1 = image.l1()
-        for i in _in_use(l1, 1):
+        for i in in_use(l1, 1):
             entry = l1[i]
             table = entry & OFFSET
             if table not in self._active:
@@ -312,28 +311,12 @@ class Checker:
             if image.has_data_file:
                 continue
             words = from_big_endian(read_at(image.file, table, self._cluster))
-            for word in map(words.__getitem__, _in_use(words, 2 if image.header.extended_l2 else 1)):
+            for word in map(words.__getitem__, in_use(words, 2 if image.header.extended_l2 else 1)):
                 host = word & OFFSET
                 if word & COMPRESSED or not host or host % self._cluster or host // self._cluster > self._end:
                     continue
                 if bool(word & COPIED) != (image.count_of(host // self._cluster) == 1):
                     self.result.corrupt(f"OFLAG_COPIED data cluster: l2_entry={word:x}")
-
-
-def _numbered(parts: Iterable[array[int]]) -> Iterator[tuple[int, int]]:
-    """The words of a table with their numbers, but for long rows of zeros."""
-    first = 0
-    for words in parts:
-        for i in _in_use(words, 1):
-            yield first + i, words[i]
-        first += len(words)
-
-
-def _in_use(words: array[int], step: int) -> Iterator[int]:
-    """The numbers of a table's entries, of ``step`` words each, but for long rows of zeros."""
-    for start in range(0, len(words), _PIECE):
-        if words[start : start + _PIECE] != _EMPTY:
-            yield from range(start, min(start + _PIECE, len(words)), step)
 
 
 def check(image: Qcow2Image) -> CheckResult:

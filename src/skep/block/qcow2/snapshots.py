@@ -19,7 +19,7 @@ from skep.block.backend import read_at
 from skep.block.format import DamagedImage, ImageError, Snapshot
 from skep.block.qcow2.header import MOST_L1_BYTES, MOST_SNAPSHOTS, Incompatible
 from skep.block.qcow2.refcounts import from_big_endian, words_in
-from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET
+from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET, numbered
 
 if TYPE_CHECKING:
     from skep.block.qcow2.image import Qcow2Image
@@ -210,7 +210,7 @@ def _count(image: Qcow2Image, l1: Iterable[int], change: int) -> None:
 def set_flags(image: Qcow2Image) -> None:
     """COPIED says that a cluster has one reference: in the active tables, after the counts have changed."""
     seen = set()
-    for i, entry in enumerate(image.l1()):
+    for i, entry in numbered([image.l1()]):
         table = entry & OFFSET
         if not table or table in seen:
             continue

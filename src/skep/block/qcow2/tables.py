@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 
 from skep.block.backend import File, read_at
@@ -22,6 +23,9 @@ OFFSET = 0x00FF_FFFF_FFFF_FE00
 ALL_SUBCLUSTERS = 0xFFFF_FFFF
 
 _SLICE = 4096
+_ROW = 256
+"""Words of a table that are compared with zeros at once."""
+_NOTHING = array("Q", [0]) * _ROW
 _CACHE, _LEAST_CACHE = 16 << 20, 4 << 20
 """Bytes that are kept unless told otherwise: half as many fewer as a long L1 table takes, but as few."""
 
@@ -170,3 +174,19 @@ class Tables:
 
     def written(self) -> None:
         self._writing.clear()
+
+
+def in_use(words: array[int], step: int) -> Iterator[int]:
+    """The numbers of a table's entries, of ``step`` words each, but for long rows of zeros."""
+    for start in range(0, len(words), _ROW):
+        if words[start : start + _ROW] != _NOTHING:
+            yield from range(start, min(start + _ROW, len(words)), step)
+
+
+def numbered(parts: Iterable[array[int]]) -> Iterator[tuple[int, int]]:
+    """The words of a table with their numbers, but for long rows of zeros."""
+    first = 0
+    for words in parts:
+        for i in in_use(words, 1):
+            yield first + i, words[i]
+        first += len(words)

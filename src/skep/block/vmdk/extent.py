@@ -9,6 +9,7 @@ import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from sys import byteorder
 from typing import NamedTuple, Self
 
@@ -16,7 +17,7 @@ from skep.block.backend import BlockBackend, Buffers, Extent, File, fill_zeroes,
 from skep.block.format import SECTOR, CheckResult, DamagedImage, Image, ImageError
 from skep.block.places import Owned, examine
 from skep.block.sparse import Kind, Run, SparseImage
-from skep.block.tables import Table
+from skep.block.tables import Table, first_in_use
 
 HOSTED, ESX = b"KDMV", b"COWD"
 
@@ -177,7 +178,8 @@ class SparseExtent(SparseImage):
             return offset
 
         count = self.header.tables * self.header.table_length
-        return Table(file, _GTE, count, where, self.header.table_length)
+        next_page = partial(first_in_use, directory)
+        return Table(file, _GTE, count, where, self.header.table_length, next_page=next_page)
 
     # Grains.
 
