@@ -15,6 +15,7 @@ from skep.block.qcow2.compression import decompress
 from skep.block.qcow2.header import Extension, Incompatible, read_header
 from skep.block.qcow2.refcounts import Refcounts
 from skep.block.qcow2.tables import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET, ZERO, Slice, Tables
+from skep.block.tables import first_in_use
 from skep.locks import Lock, Order
 
 if TYPE_CHECKING:
@@ -293,7 +294,8 @@ class Mapped(Image):
         step = max(1 << 30, self._cluster)
         while offset < end:
             with self._lock:
-                runs = self._map(offset, min(end, offset + step))
+                nothing = self._without_tables(offset, end)
+                runs = [Run(Kind.NONE, -1, nothing)] if nothing else self._map(offset, min(end, offset + step))
             for run in runs:
                 host = run.host if run.host >= 0 and run.kind is not Kind.COMPRESSED else None
                 yield Extent(
@@ -307,6 +309,12 @@ class Mapped(Image):
                     file=self._data.path if self._apart and host is not None else None,
                 )
                 offset += run.length
+
+    def _without_tables(self, offset: int, end: int) -> int:
+        """So many bytes from here on no L2 table knows of."""
+        each, l1 = self._tables.entries << self._bits, self._tables.l1
+        following = first_in_use(l1, offset // each, min(len(l1), -(-end // each)))
+        return max(0, min(following * each, end) - offset)
 
     @property
     def cluster_size(self) -> int:
