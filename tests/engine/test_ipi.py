@@ -10,7 +10,7 @@ import pytest
 
 from skep.clock import GuestClock
 from skep.engine.amd64.tsc import read_tsc, tsc_hz
-from skep.engine.contract import ExitReason
+from skep.engine.contract import Activity, ExitReason
 from skep.engine.translate.layout import Kind, StateBlock
 from skep.irqchip.apicbus import ApicBus, Delivery
 from skep.irqchip.lapic import LocalApic
@@ -461,14 +461,14 @@ def test_frozen_asleep(make: Make) -> None:
     runner = threading.Thread(target=machine.run)
     runner.start()
     end = time.monotonic() + 30
-    while not machine.vcpus[1].asleep and time.monotonic() < end:
+    while machine.vcpus[1].activity is not Activity.HALTED and time.monotonic() < end:
         time.sleep(0.001)
     for _ in range(50):
         machine.guest.vm.freeze()
         while not machine.vcpus[1].frozen():
             time.sleep(0.0001)
         machine.guest.vm.thaw()
-    assert machine.vcpus[1].asleep
+    assert machine.vcpus[1].activity is Activity.HALTED
     machine.accept(0, PONG)
     runner.join()
     assert machine.counter("pings") == 1 and machine.counter("stopped") == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
-from skep.engine.contract import Exit, ExitReason
+from skep.engine.contract import Activity, Exit, ExitReason
 from skep.engine.exits import Exits
 from skep.memory import GuestMemory
 
@@ -49,7 +49,10 @@ class ScriptedVcpu:
     def request_exit(self) -> None:
         self.wanted.set()
 
-    asleep = False
+    activity = Activity.ACTIVE
+
+    def tally(self) -> dict[str, int]:
+        return {"runs": self.runs}
 
     def frozen(self) -> bool:
         return False

@@ -231,6 +231,27 @@ def _add_list(commands: Any) -> None:
     listing.set_defaults(command=_list)
 
 
+def _add_top(commands: Any) -> None:
+    top = commands.add_parser(
+        "top",
+        help="show which virtual CPU runs on which of the host's",
+        description="Show the virtual CPUs of this user's VMs, the busiest first: what each does, on which CPU of the"
+        " host, how much of one it takes (BUSY) and waits for (STEAL), and how often it leaves guest code, for what."
+        " On a terminal again and again until Ctrl-C, elsewhere once.",
+    )
+    top.add_argument("-n", "--times", metavar="N", type=int, help="show it N times")
+    top.add_argument("-d", "--delay", metavar="SECONDS", type=float, default=1.0, help="between two looks (1)")
+    top.add_argument("--cpu", metavar="N", type=int, help="only what runs on CPU N of the host")
+    top.add_argument("--json", action="store_true", help="all that is known, as JSON")
+    top.set_defaults(command=_top)
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from skep.cli.top import top
+
+    return top(arguments.times, arguments.delay, arguments.cpu, arguments.json)
+
+
 def _list(arguments: argparse.Namespace) -> int:
     from skep.cli.ctl import list_vms
 
@@ -268,6 +289,7 @@ def make_parser() -> Parser:
     _add_guest(commands)
     _add_ctl(commands)
     _add_list(commands)
+    _add_top(commands)
     _add_disk_tools(commands)
     return parser
 

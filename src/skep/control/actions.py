@@ -79,6 +79,13 @@ class Registers:
 
 
 @dataclass(frozen=True, slots=True)
+class Exits:
+    """how often each processor left guest code, and for what"""
+
+    name: ClassVar[str] = "exits"
+
+
+@dataclass(frozen=True, slots=True)
 class Threads:
     """every thread's stack, and the locks it holds or waits for"""
 
@@ -100,10 +107,13 @@ class Dump:
     file: str = _argument(str, "the file, which appears when it is complete", os.path.abspath)
 
 
-Action: TypeAlias = Status | Freeze | Thaw | Reset | Power | Stop | Nmi | Registers | Threads | Explain | Dump
+Action: TypeAlias = (
+    Status | Freeze | Thaw | Reset | Power | Stop | Nmi | Registers | Exits | Threads | Explain | Dump
+)
 
 ACTIONS: Mapping[str, type[Action]] = {
-    kind.name: kind for kind in (Status, Freeze, Thaw, Reset, Power, Stop, Nmi, Registers, Threads, Explain, Dump)
+    kind.name: kind
+    for kind in (Status, Freeze, Thaw, Reset, Power, Stop, Nmi, Registers, Exits, Threads, Explain, Dump)
 }
 
 
@@ -158,6 +168,21 @@ class AllRegisters(NamedTuple):
     processors: list[Processor]
 
 
+class Tally(NamedTuple):
+    cpu: int
+    doing: str
+    tid: int | None
+    """The kernel's number of its thread; None: it was never started."""
+    exits: dict[str, int]
+    """Since the last reset, by cause."""
+
+
+class AllExits(NamedTuple):
+    pid: int
+    engine: str
+    processors: list[Tally]
+
+
 class Frame(NamedTuple):
     file: str
     line: int
@@ -199,7 +224,7 @@ class Dumped(NamedTuple):
     """The file's length; holes take no room."""
 
 
-Result: TypeAlias = VmStatus | Done | AllRegisters | AllThreads | Explained | Dumped
+Result: TypeAlias = VmStatus | Done | AllRegisters | AllExits | AllThreads | Explained | Dumped
 
 
 def parse(name: object, arguments: object) -> Action:

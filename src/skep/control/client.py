@@ -19,7 +19,8 @@ _MOST = 64 << 20
 class Client:
     """A connection to a VM of this user's. Raises UserError where there is none of that name, or it does not answer."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, patience: float | None = None) -> None:
+        """``patience``: seconds that an answer may take; None: as many as it likes, once the VM has greeted us."""
         self.name = name
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -32,7 +33,7 @@ class Client:
                 raise UserError((error.strerror or str(error)).lower(), name) from None
             self._file = self._socket.makefile("rb")
             self.greeting = self._receive()
-            self._socket.settimeout(None)
+            self._socket.settimeout(patience)
         except BaseException:
             self._socket.close()
             raise
@@ -65,7 +66,7 @@ class Client:
             line = self._file.readline(_MOST)
             reply = json.loads(line) if line.endswith(b"\n") else None
         except TimeoutError:
-            raise UserError(f"does not answer within {_PATIENCE:g} seconds", self.name) from None
+            raise UserError(f"does not answer within {self._socket.gettimeout():g} seconds", self.name) from None
         except (OSError, ValueError):
             reply = None
         if not isinstance(reply, dict):

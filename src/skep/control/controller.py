@@ -37,7 +37,7 @@ class Controller:
     def submit(self, action: Action, done: Callable[[Reply], None]) -> None:
         """Perform ``action`` and call ``done``, now or from another thread. Never waits: where the VM hangs, so does
         that other thread, and what only looks is answered all the same."""
-        if isinstance(action, actions.Status | actions.Threads):
+        if isinstance(action, actions.Status | actions.Exits | actions.Threads):
             done(self._reply(action))
             return
         most = _MOST + isinstance(action, actions.Stop)  # there is always a way out
@@ -65,6 +65,8 @@ class Controller:
         match action:
             case actions.Status():
                 return self._status()
+            case actions.Exits():
+                return self._exits()
             case actions.Threads():
                 from skep.control.threads import look
 
@@ -122,6 +124,12 @@ class Controller:
             complaints=vm.complaints(),
             end=None if outcome is None else str(outcome),
         )
+
+    def _exits(self) -> actions.AllExits:
+        vm = self.vm
+        each = zip(vm.processors(), vm.exits(), strict=False)  # a reset may come in between
+        tallies = [actions.Tally(cpu, doing, tid, exits) for cpu, (doing, (tid, exits)) in enumerate(each)]
+        return actions.AllExits(os.getpid(), vm.engine.name, tallies)
 
     def _registers(self, cpu: int | None) -> actions.AllRegisters:
         doing = self.vm.processors()

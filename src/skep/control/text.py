@@ -15,6 +15,8 @@ def lines(action: str, result: dict[str, Any]) -> Iterator[str]:
             yield from _status(result)
         case "registers":
             yield from _registers(result)
+        case "exits":
+            yield from _exits(result)
         case "threads":
             yield from _threads(result)
         case "explain":
@@ -58,6 +60,13 @@ def _registers(result: dict[str, Any]) -> Iterator[str]:
         state = {name: _number(value) for name, value in processor["registers"].items()}
         for line in registers(state, _TABLES):
             yield f"  {line}"
+
+
+def _exits(result: dict[str, Any]) -> Iterator[str]:
+    for processor in result["processors"]:
+        yield f"processor {processor['cpu']}: {processor['doing']}"
+        for cause, count in sorted(processor["exits"].items(), key=lambda item: -item[1]):
+            yield f"  {count:>15,}  {cause}"
 
 
 def _number(value: Any) -> Any:

@@ -74,8 +74,12 @@ class Vcpu(Protocol):
         where its state may be read. False: ``run`` still has something to finish, or returns when it is asked to."""
 
     @property
-    def asleep(self) -> bool:
-        """From any thread: whether it sleeps after HLT in the middle of ``run``, until an interrupt comes."""
+    def activity(self) -> Activity:
+        """From any thread: what it does in the middle of ``run``, where the engine lets it sleep there."""
+
+    def tally(self) -> dict[str, int]:
+        """From any thread: what it left guest code for so far, in words, and how often; "in the kernel" is what the
+        host's kernel did without telling."""
 
     def get_state(self) -> dict[str, Any]:
         """Architectural names: rax.., rip, rflags, cr0.., efer, cs.. (selector, base, limit, attributes), gdtr, idtr,

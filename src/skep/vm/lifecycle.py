@@ -253,6 +253,11 @@ class Vm:
         """What each processor does at this moment: running, halted, frozen, or waiting to be started. Never waits."""
         return tuple(processor.doing for processor in self._processors)
 
+    def exits(self) -> tuple[tuple[int | None, dict[str, int]], ...]:
+        """For each processor the kernel's number of its thread, None before its start, and what it left guest code for
+        since the last reset, in words, and how often. Never waits."""
+        return tuple((processor.thread, processor.tally()) for processor in self._processors)
+
     def registers(self, index: int, timeout: float = 2.0) -> dict[str, Any]:
         """The registers of a processor as they are between two of its instructions, in the engine contract's names; it
         goes on at once. Empty: it was never started. May be called from any thread but a processor's.

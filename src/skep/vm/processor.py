@@ -22,6 +22,7 @@ LOOKS = 5
 """How often a processor is looked at to tell whether it spins."""
 _BETWEEN_LOOKS = 0.0005
 """Seconds after which it is looked again whether the engine has frozen a processor."""
+_DOING = {Doing.ACTIVE: "running", Doing.HALTED: "halted", Doing.WAITING: "waiting to be started"}
 _SPIN = 256
 """Bytes of code in which a processor spins that is never seen elsewhere."""
 
@@ -163,7 +164,7 @@ class Processor:
             activity = Activity.NOT_STARTED
         elif registers.get("activity") == Doing.HALTED:
             activity = Activity.IDLE if self._board.hears_interrupts(registers) else Activity.HALTED
-        elif self._halted is not None or vcpu.asleep:
+        elif self._halted is not None or vcpu.activity is Doing.HALTED:
             activity = Activity.HALTED if self.hopeless else Activity.IDLE
         elif len(places) == LOOKS and max(places) - min(places) < _SPIN:
             activity = Activity.SPINNING
@@ -179,7 +180,7 @@ class Processor:
         if vcpu is None or self._held:
             return {"activity": Doing.WAITING.value}
         state = vcpu.get_state()
-        if self._halted is not None or vcpu.asleep:
+        if self._halted is not None or vcpu.activity is Doing.HALTED:
             state["activity"] = Doing.HALTED.value
         return state
 
@@ -214,7 +215,19 @@ class Processor:
         if self._parked.is_set():
             return "frozen"
         vcpu = self._vcpu
-        return "halted" if self._halted is not None or (vcpu is not None and vcpu.asleep) else "running"
+        if self._halted is not None:
+            return "halted"
+        return _DOING[Doing.ACTIVE if vcpu is None else vcpu.activity]
+
+    @property
+    def thread(self) -> int | None:
+        """The kernel's number of its thread."""
+        return None if self._thread is None else self._thread.native_id
+
+    def tally(self) -> dict[str, int]:
+        """What it left guest code for; see :meth:`skep.engine.contract.Vcpu.tally`."""
+        vcpu = self._vcpu
+        return {} if vcpu is None else vcpu.tally()
 
     def registers(self, timeout: float) -> dict[str, Any]:
         answer: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()

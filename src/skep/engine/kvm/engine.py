@@ -26,6 +26,7 @@ from skep.engine.contract import EngineVm
 from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.apics import KvmApics
 from skep.engine.kvm.chips import KvmChips
+from skep.engine.kvm.counted import IN_KERNEL, by_cause
 from skep.engine.kvm.doorbells import KvmDoorbells
 from skep.engine.kvm.rings import Rings
 from skep.engine.kvm.slots import Slots
@@ -39,19 +40,6 @@ DEVICE = "/dev/kvm"
 
 TSS_PAGES = 0xFFFB_D000
 """Three pages, and the one before them, that KVM needs for real mode on old Intel CPUs: in the hole under 4 GiB."""
-
-REASONS = {
-    uapi.EXIT_IO: "ports",
-    uapi.EXIT_DEBUG: "the debugger",
-    uapi.EXIT_HLT: "HLT",
-    uapi.EXIT_IOAPIC_EOI: "ends of interrupts",
-    uapi.EXIT_MMIO: "devices' memory",
-    uapi.EXIT_IRQ_WINDOW_OPEN: "an interrupt's window",
-    uapi.EXIT_INTR: "asked for",
-    uapi.EXIT_X86_RDMSR: "RDMSR",
-    uapi.EXIT_X86_WRMSR: "WRMSR",
-    uapi.EXIT_DIRTY_RING_FULL: "a full dirty ring",
-}
 
 OURS = frozenset((Feature.TSC_DEADLINE, Feature.HYPERVISOR, Feature.HTT, Feature.CMP_LEGACY, Feature.X2APIC))
 """Features that need nothing of the hardware: the local APIC is Skep's, and the others only tell what there is."""
@@ -148,6 +136,7 @@ class KvmVm:
         if not self._guest_debug and _has(kvm, uapi.CAP_SET_GUEST_DEBUG):  # before Linux 5.9: none that came later
             self._guest_debug = uapi.GUESTDBG_ENABLE | uapi.GUESTDBG_SINGLESTEP
             self._guest_debug |= uapi.GUESTDBG_USE_SW_BP | uapi.GUESTDBG_USE_HW_BP
+        self._counted = bool(_has(kvm, uapi.CAP_BINARY_STATS_FD))
         self._run_size = uapi.ioctl(kvm, uapi.GET_VCPU_MMAP_SIZE)
         self._vcpus: list[KvmVcpu] = []
         self._memory = memory
@@ -225,8 +214,18 @@ class KvmVm:
         fd = uapi.ioctl(self._fd, uapi.CREATE_VCPU, index)
         model = self._model_of(index)
         hosted = self.local_apics is not None
-        given = self._run_size, self._io, interrupts, self._gate
-        vcpu = KvmVcpu(index, fd, *given, hosted=hosted, synced=self._synced, guest_debug=self._guest_debug)
+        vcpu = KvmVcpu(
+            index,
+            fd,
+            self._run_size,
+            self._io,
+            interrupts,
+            self._gate,
+            hosted=hosted,
+            synced=self._synced,
+            guest_debug=self._guest_debug,
+            counted=self._counted,
+        )
         try:
             if self._rings is not None:
                 self._rings.add(fd)
@@ -259,9 +258,13 @@ class KvmVm:
         pass  # the counters cost nothing, and the guest's code is its own
 
     def statistics(self) -> dict[str, int | float]:
-        by_reason = zip(*(vcpu.counts for vcpu in self._vcpus), strict=True)
-        counts = Counter({reason: sum(each) for reason, each in enumerate(by_reason)})
-        return {f"exits: {REASONS.get(reason, reason)}": count for reason, count in counts.most_common() if count}
+        exits: Counter[str] = Counter()
+        kernels: Counter[str] = Counter()
+        for vcpu in self._vcpus:
+            exits.update(by_cause(vcpu.counts))
+            kernels.update(vcpu.counted.read(*IN_KERNEL))
+        told: dict[str, int | float] = {f"exits: {cause}": count for cause, count in exits.most_common()}
+        return told | {f"in the kernel: {IN_KERNEL[name]}": count for name, count in kernels.most_common()}
 
     def close(self) -> None:
         self._memory.remove_dirty_source(self._dirty)

@@ -34,6 +34,7 @@ CAP_X86_MSR_FILTER = 189
 CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 CAP_DIRTY_LOG_RING = 192
 CAP_SET_GUEST_DEBUG2 = 195
+CAP_BINARY_STATS_FD = 203
 
 EXIT_IO = 2
 EXIT_DEBUG = 4
@@ -423,6 +424,7 @@ GET_MP_STATE, SET_MP_STATE = _ior(0x98, 4), _iow(0x99, 4)
 NMI = _io(0x9A)
 GET_VCPU_EVENTS, SET_VCPU_EVENTS = _ior(0x9F, ctypes.sizeof(VcpuEvents)), _iow(0xA0, ctypes.sizeof(VcpuEvents))
 GET_DEBUGREGS, SET_DEBUGREGS = _ior(0xA1, ctypes.sizeof(Debugregs)), _iow(0xA2, ctypes.sizeof(Debugregs))
+GET_STATS_FD = _io(0xCE)
 SET_GUEST_DEBUG = _iow(0x9B, ctypes.sizeof(GuestDebug))
 ENABLE_CAP = _iow(0xA3, ctypes.sizeof(EnableCap))
 SIGNAL_MSI = _iow(0xA5, ctypes.sizeof(Msi))

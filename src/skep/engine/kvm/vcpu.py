@@ -27,6 +27,7 @@ from skep.engine.contract import Activity, Exit, ExitReason
 from skep.engine.debug import Debug
 from skep.engine.exits import Exits
 from skep.engine.kvm import failures, uapi
+from skep.engine.kvm.counted import Counted, by_cause
 from skep.engine.kvm.debugger import Debugger
 from skep.engine.kvm.interrupts import Hosted, Injected, KvmApic, Way
 from skep.engine.kvm.uapi import ioctl
@@ -99,9 +100,11 @@ class KvmVcpu:
         hosted: bool,
         synced: bool,
         guest_debug: int,
+        counted: bool,
     ) -> None:
         """``gate`` is held by who keeps all vCPUs out of the guest. ``hosted``: KVM has its local APIC; ``synced``: it
-        can leave the registers in the shared page; ``guest_debug``: what it can do for a debugger."""
+        can leave the registers in the shared page; ``guest_debug``: what it can do for a debugger; ``counted``: it
+        counts for us."""
         self.index = index
         self._fd = fd
         self._io = io
@@ -113,6 +116,8 @@ class KvmVcpu:
                 raise InternalError("a board that has the local APICs, with an engine that has them")
             self._way = Hosted(fd, interrupts)
         self._apic = KvmApic(fd)
+        self.counted = Counted(fd, offered=counted)
+        """What KVM counts."""
         self._debugger = Debugger(fd, guest_debug)
         self._map = mmap.mmap(fd, run_size)
         self._run = uapi.Run.from_buffer(self._map)
@@ -191,8 +196,16 @@ class KvmVcpu:
                 signal.pthread_kill(self._thread, KICK_SIGNAL)
 
     @property
-    def asleep(self) -> bool:
-        return False  # HLT ends ``run``, or is KVM's, which does not tell
+    def activity(self) -> Activity:
+        kernels = self.counted.read("blocking", "exits")
+        if not kernels.get("blocking"):
+            return Activity.ACTIVE
+        return Activity.HALTED if kernels["exits"] else Activity.WAITING  # the same to KVM, but for what came before
+
+    def tally(self) -> dict[str, int]:
+        told = by_cause(self.counts)
+        alone = self.counted.read("exits").get("exits", 0) - sum(told.values())
+        return told | ({"in the kernel": alone} if alone > 0 else {})
 
     def frozen(self) -> bool:
         return False
@@ -423,6 +436,7 @@ class KvmVcpu:
             for view in (self._halves, self._words, self._quads):
                 view.release()
         self._way.close()
+        self.counted.close()
         self._bytes.release()
         self._map.close()
         os.close(fd)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from iced_x86 import Mnemonic
 
 from skep.engine.translate.blocks import Cache
 from skep.engine.translate.layout import Kind
-from skep.engine.translate.vcpu import TranslateVcpu
+
+if TYPE_CHECKING:
+    from skep.engine.translate.vcpu import TranslateVcpu
 
 EXITS = {
     Kind.JUMP: "no translation yet",

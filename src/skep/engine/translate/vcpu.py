@@ -17,7 +17,7 @@ from skep.engine.amd64 import cpuid as cpuid_models
 from skep.engine.amd64.debugregisters import DR6_HITS, numbers
 from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, Rflags, Vector
 from skep.engine.amd64.tsc import tsc_hz
-from skep.engine.contract import Exit, ExitReason
+from skep.engine.contract import Activity, Exit, ExitReason
 from skep.engine.debug import Debug
 from skep.engine.exits import Exits
 from skep.engine.translate import breakpoints, delivery, identity, saved, segments
@@ -30,6 +30,7 @@ from skep.engine.translate.loan import ApicLoan
 from skep.engine.translate.modelspecific import ModelSpecific
 from skep.engine.translate.port import DebuggerStop, GuestFault, TripleFault
 from skep.engine.translate.shared import Shared
+from skep.engine.translate.statistics import EXITS
 from skep.engine.translate.turns import PATIENCE
 from skep.engine.translate.watch import Watch
 from skep.errors import HostError
@@ -140,8 +141,11 @@ class TranslateVcpu(Alone):
         return True
 
     @property
-    def asleep(self) -> bool:
-        return not self._closed and self.st.parked == HALTED
+    def activity(self) -> Activity:
+        return Activity.HALTED if not self._closed and self.st.parked == HALTED else Activity.ACTIVE
+
+    def tally(self) -> dict[str, int]:
+        return {name: count for kind, name in EXITS.items() if (count := self.counts[kind])}
 
     def close(self) -> None:
         if not self._closed:
