@@ -69,7 +69,10 @@ def convert(
         spots = _whole_clusters(spots, target.cluster_size or PIECE, step)
     if how.backing_size is not None:
         spots = _not_below(spots, how.backing_size)
-    spots = (spot for spot in spots if spot.end > how.start)
+    elif how.sparse and how.zero_target:
+        spots = (spot for spot in spots if not spot.zeros)
+    if how.start:
+        spots = (spot for spot in spots if spot.end > how.start)
     total = sum(image.size for image in sources)
 
     def done(spot: Spot) -> None:

@@ -10,7 +10,6 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -383,8 +382,8 @@ def _direct_alignment(fd: int, path: str) -> int:
 
 def _is_tmpfs(fd: int) -> bool:
     try:
-        mount = re.search(r"^mnt_id:\s*(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
-        mounts = Path("/proc/self/mountinfo").read_text()
+        with open(f"/proc/self/fdinfo/{fd}") as info, open("/proc/self/mountinfo") as every:
+            mount, mounts = re.search(r"^mnt_id:\s*(\d+)$", info.read(), re.MULTILINE), every.read()
     except OSError:
         return False
     return mount is not None and re.search(rf"^{mount[1]} .* - tmpfs ", mounts, re.MULTILINE) is not None

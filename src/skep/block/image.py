@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from skep.block.backend import BlockBackend, File
-from skep.block.filters import CopyOnRead, Throttle, Trace
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.block.layers import Opening, open_named, open_tree
 from skep.block.naming import REMOTE, backing_path, scheme_of
-from skep.block.options import PASSWORD, BlockOptions
-from skep.block.record import Recorder
 from skep.block.registry import format_named
 from skep.block.secrets import NO_SECRETS, Secrets, secret_of_file
 from skep.block.tree import Tree, parse_layers
 from skep.errors import HostError, UserError
+
+if TYPE_CHECKING:
+    from skep.block.options import BlockOptions
 
 
 def open_image(
@@ -107,6 +108,8 @@ def create_image(
 
 def open_disk(options: BlockOptions) -> BlockBackend:
     """Open, check and lock a VM's disk. Raises UserError, and leaves nothing open then."""
+    from skep.block.options import PASSWORD
+
     name = options.path
     secrets = {} if options.key_file is None else {PASSWORD: secret_of_file(options.key_file, "keyfile")}
     told = {format_named(options.format).key_option: PASSWORD} if secrets and not name.startswith("json:") else {}
@@ -136,6 +139,9 @@ def open_disk(options: BlockOptions) -> BlockBackend:
 
 def _filtered(image: Image, options: BlockOptions) -> BlockBackend:
     """The layers over the image that were asked for."""
+    from skep.block.filters import CopyOnRead, Throttle, Trace  # tools have no use for them
+    from skep.block.record import Recorder
+
     disk: File = image
     try:
         if options.copy_on_read:

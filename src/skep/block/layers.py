@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from skep.block.backend import File
-from skep.block.filters import REQUESTS, CopyOnRead, Delay, Fault, Faulty, Throttle, Trace
 from skep.block.format import BackingName, Can, Image, ImageError
 from skep.block.naming import place_of, scheme_of
 from skep.block.protocol import open_protocol, whole_bytes
 from skep.block.raw import RawImage
-from skep.block.record import Recorder
-from skep.block.registry import FORMATS, format_named, probe
+from skep.block.registry import FILTERS, FORMATS, format_named, probe
 from skep.block.secrets import NO_SECRETS, Secrets
 from skep.block.tree import MOST_LAYERS, Layer, Tree, parse_layers
 from skep.errors import UserError
@@ -102,9 +100,9 @@ def _open_layer(said: Layer, how: Opening, *, image: bool) -> File:
         return open_layer(said, read_only=how.read_only, write_cache=not how.synchronous)
     if driver in FORMATS:
         return _open_format(said, driver, how)
-    if driver in _FILTERS:
+    if driver in FILTERS:
         return _open_filter(said, driver, how, image=image)
-    known = ", ".join(sorted(("file", "host_device", "nbd", *FORMATS, *_FILTERS)))
+    known = ", ".join(sorted(("file", "host_device", "nbd", *FORMATS, *FILTERS)))
     raise UserError(f"no such driver: {driver!r}", said.where("driver"), f"known are {known}")
 
 
@@ -140,7 +138,9 @@ def _open_format(said: Layer, format: str | None, how: Opening) -> Image:
 
 
 def _open_filter(said: Layer, driver: str, how: Opening, *, image: bool) -> File:
-    make, below = _FILTERS[driver](said), said.below("file")
+    from skep.block.filtering import filter_told  # few disks have one
+
+    make, below = filter_told(driver, said), said.below("file")
     said.done()
     if below is None:
         raise UserError("is missing", said.where("file"))
@@ -150,63 +150,6 @@ def _open_filter(said: Layer, driver: str, how: Opening, *, image: bool) -> File
     except BaseException:
         layer.close()
         raise
-
-
-# Filters: what is said of one, and what makes it then.
-
-Make = Callable[[File], File]
-
-
-def _throttle(said: Layer) -> Make:
-    bytes_, requests = said.size("bps"), said.number("iops")
-    if not bytes_ and not requests:
-        raise UserError("is missing, or iops is", said.where("bps"))
-    return lambda below: Throttle(below, bytes_, requests)
-
-
-def _delay(said: Layer) -> Make:
-    milliseconds = said.number("ms")
-    if milliseconds is None:
-        raise UserError("is missing", said.where("ms"))
-    return lambda below: Delay(below, milliseconds / 1000)
-
-
-def _fault(said: Layer) -> Make:
-    what = said.take("what")
-    if what not in (None, *REQUESTS):
-        raise UserError(f"is one of {', '.join(REQUESTS)}, not {what!r}", said.where("what"))
-    start, end = said.size("start"), said.size("end")
-    rule = Fault(what, start or 0, end, said.number("after") or 0, said.number("times"))
-    return lambda below: Faulty(below, rule)
-
-
-def _trace(said: Layer) -> Make:
-    path = said.need("log")
-    return lambda below: Trace(below, path)
-
-
-def _record(said: Layer) -> Make:
-    path = said.need("log")
-    return lambda below: Recorder(below, path)
-
-
-def _copy_on_read(said: Layer) -> Make:
-    def make(below: File) -> File:
-        if not isinstance(below, Image) or below.backing is None or below.read_only:
-            raise UserError("is not an image over another one that is written to", said.where("file"))
-        return CopyOnRead(below)
-
-    return make
-
-
-_FILTERS: Mapping[str, Callable[[Layer], Make]] = {
-    "throttle": _throttle,
-    "delay": _delay,
-    "fault": _fault,
-    "trace": _trace,
-    "record": _record,
-    "copy-on-read": _copy_on_read,
-}
 
 
 # Images.

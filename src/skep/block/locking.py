@@ -16,7 +16,6 @@ import fcntl
 import os
 import struct
 from enum import IntEnum
-from pathlib import Path
 
 from skep.errors import HostError, UserError
 
@@ -74,6 +73,8 @@ def _no_locks(path: str, error: OSError) -> HostError:
 
 def _holder(fd: int, byte: int) -> str:
     """Who holds a lock on the byte: /proc/locks has no process id for these locks, but /proc/PID/fdinfo lists them."""
+    from pathlib import Path  # for who has to wait, not for every image that is opened
+
     mine = os.fstat(fd)
     for process in Path("/proc").iterdir():
         if not process.name.isdecimal():

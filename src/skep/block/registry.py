@@ -10,6 +10,8 @@ from skep.block.backend import File, read_at
 from skep.block.format import Image
 from skep.errors import UserError
 
+FILTERS = ("throttle", "delay", "fault", "trace", "record", "copy-on-read")
+"""What :mod:`skep.block.filtering` makes."""
 _HEAD = 1024
 _SECTOR = 512
 

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from skep.block.words import words
-from skep.config import values
-from skep.config.tree import nearest
 from skep.errors import UserError
 
 Tree = Mapping[str, "str | Tree | None"]
@@ -114,6 +112,8 @@ class Layer:
 
     def size(self, name: str) -> int | None:
         """Bytes, with K, M, G or T behind the number if wanted."""
+        from skep.config import values  # most disks are told by a name alone
+
         value = self.take(name)
         try:
             return None if value is None else values.size(value)
@@ -144,6 +144,8 @@ class Layer:
         known = list(known)
         for name in found:
             if name not in known:
+                from skep.config.tree import nearest
+
                 near = nearest(name, [*known, *self._known])
                 every = ", ".join(sorted({*known, *self._known}))
                 hint = f"the nearest is {self.where(near)}" if near else f"known here: {every}"

@@ -6,6 +6,7 @@ qemu-img does. Exit statuses are qemu-img's too.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -17,10 +18,13 @@ EXIT_NOT_COMPARED = 2
 
 def image(arguments: Sequence[str]) -> int:
     """One subcommand; returns its exit status, and tells mistakes and the host's errors in a line each."""
+    gc.disable()  # modules and words are garbage at the end of the process only
     from skep.block.secrets import read_secrets
     from skep.cli.image.parser import make_parser
 
     parser = make_parser()
+    gc.freeze()
+    gc.enable()
     failed = EXIT_NOT_COMPARED if arguments[:1] == ["compare"] else EXIT_WRONG
     try:
         parsed = parser.parse_args(arguments)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -31,6 +29,8 @@ def c_hex(number: int) -> str:
 
 
 def print_json(value: Any) -> None:
+    import json
+
     print(json.dumps(value, indent=4))
 
 
@@ -146,6 +146,8 @@ class Meter:
                 print(f"    ({math.floor(done * 10000) / 100:.2f}/100%)", end="\r", flush=True)
         elif self._bar and (now := time.monotonic()) >= self._next:
             self._next, self._drawn = now + self._EVERY, True
+            import shutil
+
             width = max(10, min(60, shutil.get_terminal_size().columns - 10))
             full = int(done * width)
             print(f"\r[{'#' * full}{' ' * (width - full)}] {done:6.1%}", end="", file=sys.stderr, flush=True)
