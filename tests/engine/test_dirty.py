@@ -61,10 +61,13 @@ WRITES = """
             movsb
             hlt"""
 WRITTEN = {0, 2, 4, 6, 7, 9, 10, 12, 16}
+READ = {3, 14}
+"""KVM tells of a page at its first use after slots changed, be it only read."""
 
 
 def test_what_was_written_and_nothing_else(boot: Boot) -> None:
     guest = boot(WRITES)
+    guest.run()
     guest.memory.start_dirty()
     for _ in range(3):
         guest.set(rip=PROGRAM)
@@ -148,11 +151,11 @@ def test_what_was_written_before_the_map_changed_is_told(boot: Boot) -> None:
     over = Overlay(AREA + 40 * PAGE, PAGE, Rights.WRITE, file)
     guest.memory.change(add=[over])
     seen = {page - AREA // PAGE for page in pages(guest.memory.take_dirty()) if page >= AREA // PAGE}
-    assert seen == WRITTEN | {40}
+    assert seen - READ == WRITTEN | {40}
     guest.set(rip=PROGRAM)
     guest.run()
     seen = {page - AREA // PAGE for page in pages(guest.memory.take_dirty()) if page >= AREA // PAGE}
-    assert seen == WRITTEN
+    assert seen - READ == WRITTEN
     guest.memory.change(remove=[over])
     assert pages(guest.memory.take_dirty()) == {AREA // PAGE + 40}
     os.close(file)

@@ -21,6 +21,7 @@ from skep.errors import HostError
 from skep.memory import PAGE, GuestMemory, MemoryFault, Overlay, Region, Rights
 
 MIB = 1 << 20
+_POOL = 12
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
 
@@ -167,17 +168,17 @@ def smaps(memory: GuestMemory) -> dict[str, int]:
 
 @pytest.fixture
 def pool() -> Iterator[int]:
-    """Four huge pages more than there were."""
+    """Twelve huge pages more than there were."""
     count = POOL / "nr_hugepages"
     try:
         before = int(count.read_text())
-        count.write_text(str(before + 4))
+        count.write_text(str(before + _POOL))
     except OSError as error:
         pytest.skip(f"no huge pages can be had: {error.strerror}")
     try:
-        if int((POOL / "free_hugepages").read_text()) < 4:
+        if int((POOL / "free_hugepages").read_text()) < _POOL:
             pytest.skip("the host has no memory in pieces of 2 MiB")
-        yield 4
+        yield _POOL
     finally:
         count.write_text(str(before))
 

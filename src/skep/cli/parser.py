@@ -93,6 +93,7 @@ def _add_run(commands: Any) -> None:
         help="virtual CPUs, and how many there could be (1)",
     )
     add("-m", "--memory", metavar="SIZE", write=_leaf("memory.size"), help="512M, 4G; a bare number is MiB (256M)")
+    add("-S", "--wired", nargs=0, write=_leaf("memory.wired"), help="guest memory stays in the host's RAM")
     add(
         "--disk",
         metavar="PATH[,ro][,format=raw]...",

@@ -63,6 +63,8 @@ def _to_its_end(vm: Vm, controller: Controller, messages: Messages, verbose: boo
     with vm:
         if verbose:
             messages.say(f"engine {vm.engine.description}: {vm.engine_why}")
+            if vm.board.memory.kind:
+                messages.say(f"memory: {vm.board.memory.kind}")
         stdio = vm.plugs.stdio
         if stdio is not None:
             from skep.control.monitor import Monitor

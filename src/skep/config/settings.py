@@ -12,6 +12,8 @@ from skep.errors import HostError, UserError
 
 MAX_CPUS = 255
 """What 8-bit APIC identifiers can name, less the broadcast."""
+HUGE_PAGES = {"off": 0, "transparent": 1, "2M": 2 * values.MIB, "1G": 1024 * values.MIB}
+"""The choices of memory.hugepages, for :class:`skep.memory.GuestMemory`."""
 _PAGE = 4096
 _LEAST_MEMORY = 2 * values.MIB
 """The first MiB is spoken for by a PC's history; a guest needs some of its own."""
@@ -34,6 +36,16 @@ class Settings:
     memory_size: int = option(
         values.memory_size, 256 * values.MIB, key="memory.size", doc="guest memory: 512M, 4G; a bare number is MiB"
     )
+    memory_hugepages: str = option(
+        values.choice("off", "transparent", "2M", "1G"),
+        "off",
+        key="memory.hugepages",
+        doc="what pages of the host guest memory is made of: small ones; also huge ones, as far as the host finds any"
+        " (transparent); or huge ones of its pool (2M, 1G), under KVM",
+    )
+    memory_wired: bool = option(
+        values.boolean, False, key="memory.wired", doc="all guest memory is in the host's RAM from the start, and stays"
+    )
     acpi_tables: bool = option(values.boolean, True, doc="describe the board to the guest by ACPI tables")
     rtc_use_localtime: bool = option(
         values.boolean, False, key="rtc.use_localtime", doc="the clock chip keeps local time, otherwise UTC"
@@ -48,6 +60,13 @@ class Settings:
         key="kvm.irqchip",
         doc="under KVM, who has the interrupt controllers: the host's kernel (whole), it the local APICs and Skep the"
         " others (split), Skep (off); auto is split where the kernel can, otherwise off",
+    )
+    kvm_dirty_ring: int = option(
+        values.integer(0, 65536),
+        0,
+        key="kvm.dirty_ring",
+        doc="under KVM, entries of the ring by which each CPU tells what pages it wrote, a power of two from 1024 on;"
+        " 0: a bitmap tells",
     )
     cpu_model: str = option(
         values.choice("baseline", "host"),
@@ -95,6 +114,12 @@ def check_settings(tree: Tree) -> Settings:
         raise UserError(f"{memory} bytes of memory are too few", "memory.size", "give 512M or more to boot a Linux")
     if memory % _PAGE:
         raise UserError(f"{memory} bytes are not whole pages of {_PAGE}", "memory.size")
+    huge = HUGE_PAGES[settings.memory_hugepages]
+    if memory % max(huge, 1):
+        raise UserError(f"{memory >> 20} MiB are not whole pages of {huge >> 20} MiB", "memory.size")
+    ring = settings.kvm_dirty_ring
+    if ring and (ring < 1024 or ring & ring - 1):
+        raise UserError(f"{ring} is no power of two from 1024 on", "kvm.dirty_ring", "use 4096, or 0")
     if settings.max_cpus is not None and settings.max_cpus < settings.cpus:
         raise UserError(f"{settings.max_cpus} is less than cpus, {settings.cpus}", "max_cpus")
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

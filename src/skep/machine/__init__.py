@@ -120,14 +120,14 @@ def build(
 
 
 def choose_engine(
-    wanted: str, code_cache: str, code_size: int = 64 << 20, kvm_irqchip: str = "auto"
+    wanted: str, code_cache: str, code_size: int = 64 << 20, kvm_irqchip: str = "auto", kvm_dirty_ring: int = 0
 ) -> tuple[Engine, str]:
     """The engine for "auto", or for its name, and why it was taken; the others are the settings of those names. Raises
     UserError where it cannot work here."""
     _check_host()
     from skep.machine import amd64
 
-    return amd64.choose_engine(wanted, code_cache, code_size, kvm_irqchip)
+    return amd64.choose_engine(wanted, code_cache, code_size, kvm_irqchip, kvm_dirty_ring)
 
 
 def _check_host() -> None:

@@ -390,16 +390,18 @@ def startup_state(vector: int) -> CpuState:
 # Engines.
 
 
-def choose_engine(wanted: str, code_cache: str, code_size: int, kvm_irqchip: str) -> tuple[Engine, str]:
+def choose_engine(
+    wanted: str, code_cache: str, code_size: int, kvm_irqchip: str, kvm_dirty_ring: int
+) -> tuple[Engine, str]:
     """See :func:`skep.machine.choose_engine`."""
     if wanted == "kvm":
         why = why_not_kvm()
-        return _kvm(kvm_irqchip), "as configured" if why is None else f"as configured, though {why}"
+        return _kvm(kvm_irqchip, kvm_dirty_ring), "as configured" if why is None else f"as configured, though {why}"
     if wanted == "translate":
         return _translate(code_cache, code_size), "as configured"
     why = why_not_kvm()
     if why is None:
-        return _kvm(kvm_irqchip), "the CPU has hardware virtualization, and /dev/kvm opens"
+        return _kvm(kvm_irqchip, kvm_dirty_ring), "the CPU has hardware virtualization, and /dev/kvm opens"
     return _translate(code_cache, code_size), why
 
 
@@ -427,11 +429,11 @@ def why_not_kvm() -> str | None:
     return None
 
 
-def _kvm(irqchip: str) -> Engine:
+def _kvm(irqchip: str, dirty_ring: int) -> Engine:
     from skep.engine.kvm import KvmEngine, can_host_apics
 
     split = irqchip == "split" or (irqchip == "auto" and can_host_apics())
-    return KvmEngine(hosts_apics=split, hosts_chips=irqchip == "whole")
+    return KvmEngine(hosts_apics=split, hosts_chips=irqchip == "whole", dirty_ring=dirty_ring)
 
 
 def _translate(code_cache: str, code_size: int) -> Engine:

@@ -123,6 +123,12 @@ class GuestMemory:
         self._q = self._b[: self.top & ~7].cast("Q")
         self.closed = False
 
+    @property
+    def kind(self) -> str:
+        """What the host was asked for, in words; empty: nothing."""
+        pages = {0: "", 1: "transparent huge pages"}.get(self._huge, f"pages of {self._huge >> 20} MiB")
+        return ", ".join(word for word in (pages, "wired" if self._wired else "") if word)
+
     def _create(self) -> int:
         """The memfd."""
         flags = os.MFD_CLOEXEC

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from skep.chardev.plugs import Plugs
 from skep.config import Tree, check_settings
+from skep.config.settings import HUGE_PAGES
 from skep.config.sugar import add_device, add_disk
 from skep.engine.contract import Activity as Doing
 from skep.engine.contract import Engine, EngineVm
@@ -148,8 +149,13 @@ class Vm:
                 self.settings.code_cache,
                 self.settings.code_size,
                 self.settings.kvm_irqchip,
+                self.settings.kvm_dirty_ring,
             )
-            self._memory = GuestMemory(self.settings.memory_size)
+            self._memory = GuestMemory(
+                self.settings.memory_size,
+                huge=HUGE_PAGES[self.settings.memory_hugepages],
+                wired=self.settings.memory_wired,
+            )
             self._board = build(
                 self.tree,
                 self.settings,
