@@ -45,6 +45,7 @@ TOOLS = ("qemu-system-x86_64", "mke2fs", "setpriv")
 
 _KERNEL = (
     "console=ttyS0 root=/dev/nvme0n1 ro rootfstype=ext4 quiet panic=-1 mitigations=off tsc=reliable no_timer_check"
+    " watchdog_thresh=30 softlockup_panic=1"
     ' init=/bin/sh -- -c "mount -t proc proc /proc; mount -t devtmpfs dev /dev; mount -t ext4 -o ro /dev/nvme0n2 /mnt;'
     ' exec sh /mnt/run.sh"'
 )
