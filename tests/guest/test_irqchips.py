@@ -10,17 +10,17 @@ import pytest
 from skep.guest.debian import Guest
 from tests.linux import Linux
 
-pytestmark = pytest.mark.hardware
+pytestmark = [pytest.mark.hardware, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
     ("irqchip", "words"),
     [
         ("whole", "quiet"),
-        pytest.param("whole", "quiet pci=nomsi", marks=pytest.mark.slow),
-        pytest.param("whole", "quiet nohpet nolapic_timer", marks=pytest.mark.slow),
-        pytest.param("split", "quiet pci=nomsi", marks=pytest.mark.slow),
-        pytest.param("off", "quiet", marks=pytest.mark.slow),
+        ("whole", "quiet pci=nomsi"),
+        ("whole", "quiet nohpet nolapic_timer"),
+        ("split", "quiet pci=nomsi"),
+        ("off", "quiet"),
     ],
 )
 def test_interrupts_come(guest: Guest, tmp_path: Path, irqchip: str, words: str) -> None:

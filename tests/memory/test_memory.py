@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -48,6 +49,15 @@ def test_large_guest_is_lazy_and_has_a_hole() -> None:
 def test_sizes_that_are_not_whole_pages_are_refused(size: int) -> None:
     with pytest.raises(ValueError):
         GuestMemory(size)
+
+
+def test_the_host_can_map_huge_pages_whole() -> None:
+    """Whatever else was mapped before."""
+    for size in (1 << 20, 3 << 20, 5 << 20):
+        with mmap.mmap(-1, size + 4096):
+            memory = GuestMemory(size)
+            assert memory.base % (2 << 20) == 0
+            memory.close()
 
 
 def test_bounds_are_exact() -> None:

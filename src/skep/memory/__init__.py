@@ -34,6 +34,8 @@ __all__ = ["PAGE", "GuestMemory", "MemoryFault", "Overlay", "Region", "Rights"]
 
 _PIECE = 16 << 20
 _MFD_HUGETLB, _MFD_HUGE_SHIFT = 4, 26
+_LARGE = 2 << 20
+"""Where the host makes huge pages by itself, processors and KVM map one whole where both addresses are multiples."""
 _TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 WriteListener = Callable[[int, int], None]
@@ -97,7 +99,7 @@ class GuestMemory:
         """Where something lies over RAM."""
         self.fd = self._create()
         try:
-            self._window = Window(self.end, unit)
+            self._window = Window(self.end, max(unit, _LARGE))
         except OSError as e:
             os.close(self.fd)
             raise HostError(f"the host cannot reserve {size >> 20} MiB of guest memory: {e.strerror}") from None

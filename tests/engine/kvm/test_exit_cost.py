@@ -71,6 +71,9 @@ def in_python(kvm: KvmEngine) -> int:
         memory.close()
 
 
+@pytest.mark.parametrize(
+    "kvm", ["here", pytest.param("hardware", marks=(pytest.mark.hardware, pytest.mark.slow))], indirect=True
+)
 def test_a_round_trip(kvm: KvmEngine, program: Path) -> None:
     """The least of several, taken in turns."""
     times = []
