@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -11,11 +10,9 @@ from typing import Any
 import pytest
 
 from skep.engine.amd64 import hostcpuid
-from skep.engine.contract import Engine, Exit, ExitReason
+from skep.engine.contract import Exit, ExitReason
 from skep.engine.debug import Debug, On, Place
-from skep.engine.kvm import KvmEngine
-from skep.machine.amd64 import why_not_kvm
-from tests.engine.engines import translate
+from tests.engine.engines import NAMES, named
 from tests.engine.tiny import MMIO, Tiny
 
 Boot = Callable[..., Tiny]
@@ -26,23 +23,13 @@ TCG = struct.unpack("<III", b"TCGTCGTCGTCG")
 """QEMU's emulation, as its CPUID has it."""
 
 
-def engine(name: str) -> Engine:
-    if name == "translate":
-        return translate()
-    if name == "kvm" and why_not_kvm() is None:
-        pytest.skip("this host's KVM is the hardware's")
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("/dev/kvm does not open")
-    return KvmEngine()
-
-
-@pytest.fixture(params=["translate", "kvm", pytest.param("hardware", marks=pytest.mark.hardware)])
+@pytest.fixture(params=NAMES)
 def boot(request: pytest.FixtureRequest) -> Iterator[Boot]:
     machines: list[Tiny] = []
 
     def make(text: str, **options: Any) -> Tiny:
         wanted = {"cpu_model": "baseline", "symbols": {"V": V}, **options}
-        machines.append(Tiny(engine(request.param), text, **wanted))
+        machines.append(Tiny(named(request.param), text, **wanted))
         return machines[-1]
 
     make.engine = request.param  # type: ignore[attr-defined]

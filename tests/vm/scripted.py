@@ -101,14 +101,20 @@ class ScriptedVm:
 
 class ScriptedEngine:
     name = description = "scripted"
-    hosts_apics = hosts_chips = False
+    hosts_apics = hosts_chips = scales_tsc = False
 
     def __init__(self, program: Callable[[ScriptedVcpu], Exit]) -> None:
         self.program = program
         self.vms: list[ScriptedVm] = []
 
     def create_vm(
-        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
+        self,
+        memory: GuestMemory,
+        io: IoSpace,
+        max_vcpus: int,
+        cpu_model: str,
+        tsc_offset: int,
+        tsc_hz: int | None = None,
     ) -> ScriptedVm:
         self.vms.append(ScriptedVm(self, memory, io, max_vcpus))
         return self.vms[-1]

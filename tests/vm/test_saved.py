@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from skep.engine.amd64.tsc import tsc_hz
 from skep.errors import UserError
 from skep.vm import End, Vm
 from tests.vm.test_guests import IRQCHIPS, kernel
@@ -25,11 +27,11 @@ class Made:
         self.kernel = kernel
         self.vms: list[Vm] = []
 
-    def __call__(self, how: str, command: str, **options: object) -> Vm:
+    def __call__(self, how: str, command: str, keys: dict[str, str] | None = None, **options: object) -> Vm:
         engine, *more = how.split()
         if engine == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
             pytest.skip("/dev/kvm does not open")
-        config = IRQCHIPS.get(" ".join(more), {})
+        config = {**IRQCHIPS.get(" ".join(more), {}), **(keys or {})}
         self.vms.append(
             Vm(kernel=self.kernel, memory="64M", cmdline=command, engine=engine, config=config, **options)  # type: ignore[arg-type]
         )
@@ -119,5 +121,36 @@ def test_a_state_of_another_machine_is_refused(make: Made) -> None:
         make("translate", "s", cpus=2).load(state)
     with pytest.raises(UserError, match="another machine: virtio-rnd"):
         make("translate", "s", devices=["virtio-rnd"]).load(state)
+    faster = replace(state, hz=2 * state.hz)
+    with pytest.raises(UserError, match=rf"TSC runs at {faster.hz // 1000} kHz.*make it {faster.hz // 1000}"):
+        make("translate", "s").load(faster)
     with pytest.raises(UserError, match="load a state into a VM that is frozen"):
         first.load(state)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_tsc_of_another_frequency(make: Made, engine: str) -> None:
+    """The host's own is what any engine has; another needs a processor that scales, or is refused in a line."""
+    khz = tsc_hz() // 1000
+    same = make(engine, "s", keys={"cpu.tsc_khz": str(khz)})
+    assert same.board.clock.hz == tsc_hz()
+    if same.engine.scales_tsc:
+        assert make(engine, "s", keys={"cpu.tsc_khz": str(khz // 2)}).board.clock.hz == khz // 2 * 1000
+        return
+    with pytest.raises(UserError, match=f"every guest's TSC runs at {khz} kHz") as told:
+        make(engine, "s", keys={"cpu.tsc_khz": str(khz // 2)})
+    assert "\n" not in str(told.value) and "cpu.tsc_khz" in str(told.value)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_tsc_stands_still_while_the_vm_does(make: Made, engine: str) -> None:
+    vm = make(engine, "s")
+    vm.start()
+    vm.console.expect("Hi\n", timeout=20)
+    vm.freeze()
+    stood = vm.board.clock.tsc()
+    time.sleep(0.2)
+    assert vm.board.clock.tsc() == stood
+    vm.thaw()
+    vm.freeze()
+    assert 0 <= vm.board.clock.tsc() - stood < tsc_hz() // 10

@@ -72,6 +72,9 @@ def _to_its_end(vm: Vm, controller: Controller, messages: Messages, verbose: boo
             stdio.overlay = Monitor(controller, stdio)
         with Signals(vm.power_button, vm.stop, stdio.look_at_size if stdio is not None else None):
             vm.start()
+            if verbose and vm.withheld:
+                without = ", ".join(vm.withheld)
+                messages.say(f"CPU model {vm.settings.cpu_model}, without what this host cannot give: {without}")
             outcome = vm.wait()
     assert outcome is not None, "a wait without a timeout"
     return outcome

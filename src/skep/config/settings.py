@@ -74,6 +74,12 @@ class Settings:
         key="cpu.model",
         doc="baseline (x86-64-v2, the same on every host) or host (all that this host has)",
     )
+    cpu_tsc_khz: int | None = option(
+        values.integer(100_000, 100_000_000),
+        None,
+        key="cpu.tsc_khz",
+        doc="the frequency of the guest's TSC; the host's if not given, and any other only under a KVM that can scale",
+    )
     boot_kernel: str | None = option(
         values.text, None, key="boot.kernel", doc="the kernel to boot: a Linux bzImage, or an ELF vmlinux (PVH)"
     )

@@ -105,6 +105,8 @@ class EngineVm(Protocol):
     """Where :attr:`Engine.hosts_chips`."""
     doorbells: Doorbells | None
     """Where it has any."""
+    withheld: tuple[str, ...]
+    """Features of the CPU model that this host cannot give the guest, by the manuals' names."""
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> Vcpu:
         """``interrupts`` are :class:`~skep.contracts.interrupts.HostedInterrupts` where the engine hosts the APICs."""
@@ -143,7 +145,21 @@ class Engine(Protocol):
     hosts_chips: bool
     """They have the I/O APIC, the pair of 8259s and the 8254, too."""
 
-    def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> EngineVm:
-        """``cpu_model`` is "baseline" or "host"; the guest's TSC is the host's plus ``tsc_offset``.
+
+    @property
+    def scales_tsc(self) -> bool:
+        """It can give guests a TSC of another frequency than the host's."""
+
+    def create_vm(
+        self,
+        memory: GuestMemory,
+        io: IoSpace,
+        max_vcpus: int,
+        cpu_model: str,
+        tsc_offset: int,
+        tsc_hz: int | None = None,
+    ) -> EngineVm:
+        """``cpu_model`` is "baseline" or "host"; the guest's TSC is the host's, made ``tsc_hz`` fast (None: as it is),
+        plus ``tsc_offset``.
 
         Raises skep.errors.UserError where the host cannot do it."""

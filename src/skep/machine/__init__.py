@@ -110,13 +110,17 @@ def build(
     *,
     hosts_apics: bool,
     hosts_chips: bool,
+    scales_tsc: bool,
 ) -> Board:
-    """The board that a frozen tree describes, for an engine that has local APICs, all interrupt controllers, or none.
-    Raises UserError for what is wrong in the tree, and leaves nothing behind."""
+    """The board that a frozen tree describes, for an engine that has local APICs, all interrupt controllers, or none,
+    and can give the guest another TSC than the host's, or not. Raises UserError for what is wrong in the tree, and
+    leaves nothing behind."""
     _check_host()
     from skep.machine.amd64 import Amd64Board
 
-    return Amd64Board(tree, settings, memory, events, plug, hosts_apics=hosts_apics, hosts_chips=hosts_chips)
+    return Amd64Board(
+        tree, settings, memory, events, plug, hosts_apics=hosts_apics, hosts_chips=hosts_chips, scales_tsc=scales_tsc
+    )
 
 
 def choose_engine(

@@ -29,7 +29,7 @@ from skep.devices.virtio.pci import VirtioPci
 from skep.devices.vmgenid import VmGenId
 from skep.engine.amd64.cpuid import PHYSICAL_BITS
 from skep.engine.amd64.registers import Attr, CpuState, Cr0, Rflags, Segment
-from skep.engine.amd64.tsc import read_tsc, tsc_hz
+from skep.engine.amd64.tsc import guest_counter, tsc_hz
 from skep.engine.contract import Engine, EngineVm
 from skep.errors import HostError, UserError
 from skep.firmware import acpi
@@ -90,9 +90,12 @@ class Amd64Board:
         *,
         hosts_apics: bool = False,
         hosts_chips: bool = False,
+        scales_tsc: bool = False,
     ) -> None:
-        """``hosts_apics``: the engine has the local APICs; ``hosts_chips``: and the other interrupt controllers."""
+        """``hosts_apics``: the engine has the local APICs; ``hosts_chips``: and the other interrupt controllers;
+        ``scales_tsc``: it can give the guest a TSC of any frequency."""
         options = view(tree.node("lpc"), LpcOptions)
+        counter, hz = _guest_counter(settings.cpu_tsc_khz, scales_tsc)
         self._image = _open_image(settings)
         self.cpus = settings.cpus
         self.memory = memory
@@ -103,7 +106,7 @@ class Amd64Board:
         """Everything with a life, in the order in which it pauses; closed the other way round."""
         with ExitStack() as undo:
             undo.callback(self.close)
-            self.clock = GuestClock(read_tsc, tsc_hz(), self.lock, events.failed)
+            self.clock = GuestClock(counter, hz, self.lock, events.failed)
             self.bus = Bus(self.lock)
             self._hosted_chips: list[HostedIoApic | HostedPic | HostedPit] = []
             self._interrupt_controllers(events, hosts_apics, hosts_chips)
@@ -112,7 +115,7 @@ class Amd64Board:
             if options.pc_testdev:
                 self._test_device(events)
             self._serial = self._serial_ports((options.com1, options.com2, options.com3, options.com4), plug)
-            self._tables = make_tables(tree, settings, memory, self._serial)
+            self._tables = make_tables(tree, settings, memory, self._serial, hz)
             undo.pop_all()
 
     def _interrupt_controllers(self, events: Events, hosts_apics: bool, hosts_chips: bool) -> None:
@@ -388,6 +391,15 @@ def startup_state(vector: int) -> CpuState:
 
 
 # Engines.
+
+
+def _guest_counter(khz: int | None, scales_tsc: bool) -> tuple[Callable[[], int], int]:
+    """See :func:`skep.engine.amd64.tsc.guest_counter`. Raises HostError where the engine has only the host's."""
+    counter, hz = guest_counter(khz)
+    if hz != tsc_hz() and not scales_tsc:
+        what = f"on this host every guest's TSC runs at {tsc_hz() // 1000} kHz, for nothing here can scale it"
+        raise HostError(what, "cpu.tsc_khz", "leave it out, or use KVM on a processor with TSC scaling")
+    return counter, hz
 
 
 def choose_engine(

@@ -10,7 +10,6 @@ from skep.boot.e820 import E820, RangeType
 from skep.config import Settings, Tree, option, values, view
 from skep.devices import i8042, pm
 from skep.engine.amd64 import cpuid
-from skep.engine.amd64.tsc import tsc_hz
 from skep.firmware import acpi, mptable, smbios
 from skep.irqchip import hpet, ioapic, lapic
 from skep.irqchip.lines import PIT_PIN
@@ -51,11 +50,11 @@ class Tables(NamedTuple):
 
 
 def make_tables(
-    tree: Tree, settings: Settings, memory: GuestMemory, serial: tuple[acpi.Serial, ...]
+    tree: Tree, settings: Settings, memory: GuestMemory, serial: tuple[acpi.Serial, ...], tsc_hz: int
 ) -> Tables:
-    """All of them, as the tree wants them. Raises UserError for what it says wrong."""
-    model = cpuid.make(settings.cpu_model, tsc_hz(), cpus=settings.cpus)
-    places = {SMBIOS_BASE: _smbios(tree, settings, memory, model)}
+    """All of them, as the tree wants them; ``tsc_hz`` is the guest's TSC's. Raises UserError for what it says wrong."""
+    model = cpuid.make(settings.cpu_model, tsc_hz, cpus=settings.cpus)
+    places = {SMBIOS_BASE: _smbios(tree, settings, memory, model, tsc_hz)}
     if view(tree.node("x86"), X86Options).mptable:
         places[MPTABLE_BASE] = _mptable(settings, model)
     if not settings.acpi_tables:
@@ -133,7 +132,7 @@ def _mptable(settings: Settings, model: cpuid.Cpuid) -> bytes:
     return mptable.build(machine, MPTABLE_BASE)
 
 
-def _smbios(tree: Tree, settings: Settings, memory: GuestMemory, model: cpuid.Cpuid) -> bytes:
+def _smbios(tree: Tree, settings: Settings, memory: GuestMemory, model: cpuid.Cpuid, tsc_hz: int) -> bytes:
     signature, _, _, features = model.table[1, 0]
     machine = smbios.Machine(
         bios=view(tree.node("bios"), smbios.BiosStrings),
@@ -145,7 +144,7 @@ def _smbios(tree: Tree, settings: Settings, memory: GuestMemory, model: cpuid.Cp
             manufacturer=model.vendor.decode("ascii"),
             brand=cpuid.BRAND.decode("ascii"),
             identifier=features << 32 | signature,
-            mhz=round(tsc_hz() / 1_000_000),
+            mhz=round(tsc_hz / 1_000_000),
             cores=_possible_cpus(settings),
             enabled_cores=settings.cpus,
         ),

@@ -131,6 +131,8 @@ class Vm:
         self._engine_vm: EngineVm | None = None
         self.statistics: dict[str, int | float] = {}
         """What the engine did from the last power-on to the end, where the tree says ``stats``."""
+        self.withheld: tuple[str, ...] = ()
+        """Features of the CPU model that this host cannot give the guest; known from the start on."""
         self._tuned = False
         self._parting = False
         """The guest asked for its end or a reset, and may well halt for good until that comes."""
@@ -164,6 +166,7 @@ class Vm:
                 self.plugs.plug,
                 hosts_apics=self._engine.hosts_apics,
                 hosts_chips=self._engine.hosts_chips,
+                scales_tsc=self._engine.scales_tsc,
             )
         except BaseException:
             self._free()
@@ -447,8 +450,9 @@ class Vm:
             INTERPRETER.enter()
         board = self.board
         self._engine_vm = self._engine.create_vm(
-            board.memory, board.io, board.cpus, self.settings.cpu_model, board.clock.tsc_offset
+            board.memory, board.io, board.cpus, self.settings.cpu_model, board.clock.tsc_offset, board.clock.hz
         )
+        self.withheld = self._engine_vm.withheld
         board.adopt(self._engine_vm)
         self._engine_vm.answer_ports(board.bus.constants)
         if self.settings.stats or self.settings.perf_map:

@@ -45,7 +45,8 @@ def put(board: Board, state: VmState) -> None:
         todo = "load it into one of the same configuration"
         raise UserError(f"the state is of another machine: {strange}", None, todo)
     if abs(state.hz - board.clock.hz) > state.hz // 1000:
-        raise UserError(f"the state's time counts {state.hz} ticks a second, this host's {board.clock.hz}")
+        what = f"the state's TSC runs at {state.hz // 1000} kHz, this one's at {board.clock.hz // 1000}"
+        raise UserError(what, "cpu.tsc_khz", f"make it {state.hz // 1000}, under KVM on a processor with TSC scaling")
     for gpa, contents in state.memory:
         board.memory.write(gpa, contents)
     board.clock.load(state.ticks)

@@ -35,3 +35,18 @@ def test_host_cpuid() -> None:
     with open("/proc/cpuinfo") as cpuinfo:
         assert f"vendor_id\t: {vendor.decode()}" in cpuinfo.read()
     assert xcr0() & 3 == 3
+
+
+def test_a_guests_counter_is_the_hosts_or_as_fast_as_it_should_be() -> None:
+    hz = tsc.tsc_hz()
+    khz = hz // 1000
+    for own in (None, khz, khz + khz // 5000, khz - khz // 5000):
+        assert tsc.guest_counter(own) == (tsc.read_tsc, hz)
+    for wanted in (khz // 2, khz * 3, 1_000_000):
+        counter, told = tsc.guest_counter(wanted)
+        assert told == wanted * 1000
+        before = tsc.read_tsc()
+        value = counter()
+        after = tsc.read_tsc()
+        ratio = wanted / khz
+        assert before * ratio * (1 - 1e-6) <= value <= after * ratio * (1 + 1e-6)

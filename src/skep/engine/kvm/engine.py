@@ -11,7 +11,7 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from skep.contracts.io import Doorbells, IoSpace
 from skep.engine.amd64 import cpuid, msrs
 from skep.engine.amd64.cpuid import SUBLEAVES, Feature
 from skep.engine.amd64.native import function
-from skep.engine.amd64.tsc import tsc_hz
+from skep.engine.amd64.tsc import tsc_hz as host_tsc_hz
 from skep.engine.contract import EngineVm
 from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.apics import KvmApics
@@ -81,14 +81,26 @@ class KvmEngine:
         self.hosts_chips = hosts_chips
         self.dirty_ring = dirty_ring
 
-    def create_vm(self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int) -> EngineVm:
+    @property
+    def scales_tsc(self) -> bool:
+        return _offers(self.device, (uapi.CAP_TSC_CONTROL,))
+
+    def create_vm(
+        self,
+        memory: GuestMemory,
+        io: IoSpace,
+        max_vcpus: int,
+        cpu_model: str,
+        tsc_offset: int,
+        tsc_hz: int | None = None,
+    ) -> EngineVm:
         try:
             fd = os.open(self.device, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise failures.not_opened(self.device, error) from None
         try:
             return KvmVm(
-                fd, memory, io, max_vcpus, cpu_model, tsc_offset,
+                fd, memory, io, max_vcpus, cpu_model, tsc_offset, tsc_hz or host_tsc_hz(),
                 hosts_apics=self.hosts_apics, hosts_chips=self.hosts_chips, dirty_ring=self.dirty_ring,
             )  # fmt: skip
         except OSError as error:
@@ -108,6 +120,7 @@ class KvmVm:
         max_vcpus: int,
         cpu_model: str,
         tsc_offset: int,
+        tsc_hz: int,
         *,
         hosts_apics: bool,
         hosts_chips: bool,
@@ -130,6 +143,7 @@ class KvmVm:
         self._io = io
         self._model = cpu_model
         self._tsc_offset = tsc_offset
+        self._tsc_hz = tsc_hz
         self._supported = _supported_cpuid(kvm)
         self._synced = bool(_has(kvm, uapi.CAP_SYNC_REGS) & uapi.SYNC_X86_REGS)
         self._guest_debug = _has(kvm, uapi.CAP_SET_GUEST_DEBUG2)
@@ -141,7 +155,7 @@ class KvmVm:
         self._vcpus: list[KvmVcpu] = []
         self._memory = memory
         self._gate = Lock("the way into the guest", Order.ENGINE)
-        self._model_of(0)  # a model that does not exist is told here
+        self.withheld = tuple(sorted(one.name for one in self._absent(self._model_of(0))))
         self._fd = uapi.ioctl(kvm, uapi.CREATE_VM)
         try:
             uapi.ioctl(self._fd, uapi.SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(TSS_PAGES - 4096))
@@ -232,6 +246,8 @@ class KvmVm:
                 vcpu.handle(uapi.EXIT_DIRTY_RING_FULL, self._rings.full)
             vcpu.set_cpuid(self._cpuid(model))
             vcpu.set_state({"msrs": msrs.mtrr_reset(model.physical_bits)})
+            if self._tsc_hz != host_tsc_hz():
+                uapi.ioctl(fd, uapi.SET_TSC_KHZ, self._tsc_hz // 1000)
             vcpu.set_tsc_offset(self._tsc_offset)
             vcpu.attach_apic()
         except BaseException:
@@ -279,15 +295,21 @@ class KvmVm:
             self._fd = -1
 
     def _model_of(self, index: int) -> cpuid.Cpuid:
-        return cpuid.make(self._model, tsc_hz(), index, self.max_vcpus)
+        return cpuid.make(self._model, self._tsc_hz, index, self.max_vcpus)
+
+    def _absent(self, model: cpuid.Cpuid) -> list[Feature]:
+        """What of the CPU model this hardware or this KVM has not."""
+        return [feature for feature in model.features - OURS if not self._has_feature(*feature.value)]
+
+    def _has_feature(self, leaf: int, subleaf: int, register: int, bit: int) -> bool:
+        return bool(self._supported.get((leaf, subleaf), (0, 0, 0, 0))[register] >> bit & 1)
 
     def _cpuid(self, model: cpuid.Cpuid) -> list[uapi.CpuidEntry]:
         """The CPU model's CPUID, less the features that this hardware or this KVM has not."""
         absent: dict[tuple[int, int], list[int]] = {}
-        for feature in model.features - OURS:
+        for feature in self._absent(model):
             leaf, subleaf, register, bit = feature.value
-            if not self._supported.get((leaf, subleaf), (0, 0, 0, 0))[register] >> bit & 1:
-                absent.setdefault((leaf, subleaf), [0, 0, 0, 0])[register] |= 1 << bit
+            absent.setdefault((leaf, subleaf), [0, 0, 0, 0])[register] |= 1 << bit
         return [
             uapi.CpuidEntry(
                 leaf,
@@ -301,12 +323,16 @@ class KvmVm:
 
 def can_host_apics(device: str = DEVICE) -> bool:
     """Whether this host's KVM has all that it takes to have the local APICs; False where it cannot be asked."""
+    return _offers(device, _NEEDED_TO_HOST | _SPLIT)
+
+
+def _offers(device: str, capabilities: Iterable[int]) -> bool:
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        return all(_has(fd, capability) for capability in _NEEDED_TO_HOST | _SPLIT)
+        return all(_has(fd, capability) for capability in capabilities)
     except OSError:  # another device
         return False
     finally:

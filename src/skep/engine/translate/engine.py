@@ -25,7 +25,7 @@ class TranslateEngine:
     """Runs guests without hardware virtualization (docs/translator.md)."""
 
     name = "translate"
-    hosts_apics = hosts_chips = False
+    hosts_apics = hosts_chips = scales_tsc = False
     description = f"translate, {'pure Python' if emission.__file__.endswith('.py') else 'compiled by mypyc'}"
 
     def __init__(self, code_cache: Path | None = None, code_size: int = CODE_SIZE) -> None:
@@ -35,7 +35,13 @@ class TranslateEngine:
         self._code_size = code_size
 
     def create_vm(
-        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int
+        self,
+        memory: GuestMemory,
+        io: IoSpace,
+        max_vcpus: int,
+        cpu_model: str,
+        tsc_offset: int,
+        tsc_hz: int | None = None,
     ) -> TranslateVm:
         features.require()
         if memory.page_size > PAGE:
@@ -57,6 +63,7 @@ class TranslateVm:
         self.local_apics: LocalApics | None = None
         self.chips: EngineChips | None = None
         self.doorbells: Doorbells | None = None
+        self.withheld: tuple[str, ...] = ()
         self.shared = Shared(memory, io, max_vcpus, cpu_model, tsc_offset, cache)
         self.cache = self.shared.cache
         self.vcpus: list[TranslateVcpu] = []
