@@ -76,6 +76,7 @@ class ScriptedVm:
         self.vcpus: list[ScriptedVcpu] = []
         self.offsets: list[int] = []
         self.local_apics = self.chips = self.doorbells = None
+        self.withheld: tuple[str, ...] = ()
         self.closed = False
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> ScriptedVcpu:
