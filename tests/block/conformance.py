@@ -9,21 +9,26 @@ The random traffic comes from a seed, so a failure happens again.
 
 from __future__ import annotations
 
+import bisect
 import os
 import random
 import shutil
 import subprocess
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import IO, ClassVar, NamedTuple
 
 import pytest
 
-from skep.block.backend import Extent, read_at, write_at
+from skep.block.backend import Buffers, Extent, File, read_at, write_at
 from skep.block.file import open_file
 from skep.block.format import Can, Image
 from skep.block.image import create_image, open_image
+from skep.block.over import Over
 from skep.block.record import Kind, Recorder, Replay, mark, read_log
 from skep.block.registry import format_named
 from skep.errors import UserError
@@ -263,17 +268,15 @@ class ImageConformance:
         raw.unlink()
 
     def power_cuts(self, options: Mapping[str, str], rng: random.Random, steps: int, cuts: int) -> None:
-        before = self.make(options)
-        start = before.read_bytes()
-        log = before.with_suffix(".log")
-        image = self.recorded(before, log)
+        recording = Recording(self.make(options))
         model = bytearray(self.size)
         history = [bytes(model)]
-        """What the disk was, after each mark in the log."""
+        """What the disk was, step by step."""
         durable = [0]
         """Of those, the ones that had just been flushed."""
-        marks = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        with image:
+        ends = [0]
+        """The moments at which they were so."""
+        with self.recorded(recording) as image:
             for _ in range(steps):
                 self.traffic(image, model, rng, 1)
                 flushes = rng.random() < 0.2
@@ -281,28 +284,17 @@ class ImageConformance:
                     image.flush()
                     durable.append(len(history))
                 history.append(bytes(model))
-                mark(marks, b"")
-        os.close(marks)
-        entries = read_log(str(log))
-        cut, sure = before.with_suffix(".cut"), before.with_suffix(".sure")
-        sure.write_bytes(start)
-        with open(sure, "r+b") as file:
-            replay = Replay(entries, file.fileno())
-            for count in sorted(rng.randrange(len(entries) + 1) for _ in range(cuts)):
-                replay.advance(count)
-                shutil.copyfile(sure, cut)
-                with open(cut, "r+b") as left:
-                    for offset, piece in replay.survivors(rng):
-                        os.pwrite(left.fileno(), piece, offset)
-                now = sum(entry.kind is Kind.MARK for entry in entries[:count])
+                ends.append(recording.moment)
+        with recording.replayed() as replayed:
+            for moment in sorted(rng.randrange(recording.moment + 1) for _ in range(cuts)):
+                now = bisect.bisect_right(ends, moment) - 1
                 flushed = max(one for one in durable if one <= now)
-                self.survived(cut, history[flushed : now + 2])
-        for path in (cut, sure, log):
-            path.unlink()
+                self.survived(replayed.cut(moment, rng), history[flushed : now + 2])
 
-    def recorded(self, path: Path, log: Path) -> Image:
-        file = Recorder(open_file(str(path), lock=False), str(log))
-        return format_named(self.format)(file)  # type: ignore[call-arg]
+    def recorded(self, recording: Recording) -> Image:
+        image = format_named(self.format)(recording.open())  # type: ignore[call-arg]
+        image.open_files(recording.open)
+        return image
 
     def survived(self, cut: Path, allowed: list[bytes]) -> None:
         """Each sector is as in one of ``allowed``, the disk from the last flush on."""
@@ -323,6 +315,126 @@ class ImageConformance:
             for at in range(first, min(first + step, len(disk)), SECTOR):
                 sector = disk[at : at + SECTOR]
                 assert any(one[at : at + SECTOR] == sector for one in allowed), f"sector {at // SECTOR}"
+
+
+class Recording:
+    """Logs of all the files that an image is in, and of which entry of each came when: the power of all goes at one
+    moment. A moment is over when a request to any of them has completed."""
+
+    def __init__(self, path: Path) -> None:
+        self.moment = 0
+        self._path = path
+        self._parts: list[_Part] = []
+
+    def open(self, name: str | None = None) -> File:
+        """The file of that name beside the first one, or the first one."""
+        path = self._path if name is None else self._path.with_name(name)
+        self._parts.append(part := _Part(path, path.read_bytes(), path.with_name(f"{path.name}.log"), self.moment))
+        return _Moments(Recorder(open_file(str(path), lock=False), str(part.log)), self._next)
+
+    def _next(self) -> None:
+        self.moment += 1
+        for part in self._parts:
+            fd = os.open(part.log, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            mark(fd, b"")
+            os.close(fd)
+
+    @contextmanager
+    def replayed(self) -> Iterator[Replayed]:
+        """When the image is closed."""
+        directory, names = self._path.with_name("cut"), {part.path.name for part in self._parts}
+        directory.mkdir()
+        for other in self._path.parent.iterdir():  # what lies below is not touched
+            if other.is_file() and other.name not in names:
+                (directory / other.name).symlink_to(other)
+        try:
+            with ExitStack() as stack:
+                yield Replayed(directory, self._path.name, [one.replayed(stack) for one in self._parts])
+        finally:
+            shutil.rmtree(directory)
+            for part in self._parts:
+                part.log.unlink()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of the files."""
+
+    path: Path
+    start: bytes
+    """What was in it when it was opened."""
+    log: Path
+    born: int
+    """The moment when it was."""
+
+    def replayed(self, stack: ExitStack) -> ReplayedPart:
+        sure = stack.enter_context(tempfile.TemporaryFile(dir=self.path.parent, buffering=0))  # noqa: SIM115
+        sure.write(self.start)
+        entries = read_log(str(self.log))
+        ends = [0] * (self.born + 1) + [i for i, entry in enumerate(entries) if entry.kind is Kind.MARK]
+        return ReplayedPart(self.path.name, sure, Replay(entries, sure.fileno()), ends)
+
+
+class ReplayedPart(NamedTuple):
+    name: str
+    sure: IO[bytes]
+    """What is certainly left."""
+    replay: Replay
+    ends: list[int]
+    """Of each moment, how many entries there were then."""
+
+
+class Replayed:
+    """What losses of power leave, one after another, in files of the same names in another directory."""
+
+    def __init__(self, directory: Path, first: str, parts: list[ReplayedPart]) -> None:
+        self._directory = directory
+        self._first = first
+        self._parts = parts
+
+    def cut(self, moment: int, rng: random.Random) -> Path:
+        """The power goes at this moment, which is no earlier than the last. Returns the first file."""
+        for part in self._parts:
+            part.replay.advance(part.ends[moment])
+            with open(self._directory / part.name, "wb") as left:
+                part.sure.seek(0)
+                shutil.copyfileobj(part.sure, left)
+                left.flush()
+                for offset, piece in part.replay.survivors(rng):
+                    os.pwrite(left.fileno(), piece, offset)
+        return self._directory / self._first
+
+
+class _Moments(Over):
+    """Tells when a request that changes the file has completed."""
+
+    def __init__(self, below: File, ended: Callable[[], None]) -> None:
+        super().__init__(below)
+        self._ended = ended
+
+    def pwritev(self, buffers: Buffers, offset: int) -> None:
+        super().pwritev(buffers, offset)
+        self._ended()
+
+    def discard(self, offset: int, length: int) -> None:
+        super().discard(offset, length)
+        self._ended()
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        super().write_zeroes(offset, length, unmap)
+        self._ended()
+
+    def resize(self, size: int) -> None:
+        super().resize(size)
+        self._ended()
+
+    def allocate(self, offset: int, length: int) -> None:
+        super().allocate(offset, length)
+        self._ended()
+
+    def flush(self) -> None:
+        super().flush()
+        self._ended()
 
 
 def run(*command: str | Path) -> str:

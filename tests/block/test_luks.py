@@ -15,14 +15,12 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from skep.block.backend import read_at, write_at
-from skep.block.file import open_file
 from skep.block.format import Image
 from skep.block.image import create_image, open_image
 from skep.block.luks.cipher import SectorCipher
 from skep.block.luks.image import LuksImage
-from skep.block.record import Recorder
 from skep.errors import UserError
-from tests.block.conformance import SECTOR, ImageConformance, run, write_sparse
+from tests.block.conformance import SECTOR, ImageConformance, Recording, run, write_sparse
 
 MIB = 1 << 20
 SECRETS = {"one": b"open sesame", "two": b"12345", "wrong": b"please"}
@@ -55,8 +53,8 @@ class TestLuks(ImageConformance):
     def open(self, path: Path | None = None, **how: bool) -> Image:
         return open_image(path or self.path, format="luks", options=KEY, secrets=SECRETS, **how)  # type: ignore[arg-type]
 
-    def recorded(self, path: Path, log: Path) -> Image:
-        return LuksImage.open(Recorder(open_file(str(path)), str(log)), KEY, SECRETS)
+    def recorded(self, recording: Recording) -> Image:
+        return LuksImage.open(recording.open(), KEY, SECRETS)
 
     def judge(self, model: bytes | bytearray) -> None:
         raw = self.path.with_suffix(".model")

@@ -11,13 +11,11 @@ from typing import ClassVar
 import pytest
 
 from skep.block.backend import read_at, write_at
-from skep.block.file import open_file
 from skep.block.format import BackingName, Can, Image
 from skep.block.image import create_image, open_image
 from skep.block.qcow2.image import Qcow2Image
-from skep.block.record import Recorder
 from skep.errors import UserError
-from tests.block.conformance import SECTOR, ImageConformance, run, write_sparse
+from tests.block.conformance import SECTOR, ImageConformance, Recording, run, write_sparse
 
 MIB = 1 << 20
 SECRETS = {"one": b"open sesame", "two": b"12345"}
@@ -47,8 +45,8 @@ class TestEncryptedQcow2(ImageConformance):
     def open(self, path: Path | None = None, **how: bool) -> Image:
         return open_image(path or self.path, format="qcow2", options=KEY, secrets=SECRETS, **how)  # type: ignore[arg-type]
 
-    def recorded(self, path: Path, log: Path) -> Image:
-        return Qcow2Image.open(Recorder(open_file(str(path)), str(log)), KEY, SECRETS)
+    def recorded(self, recording: Recording) -> Image:
+        return Qcow2Image.open(recording.open(), KEY, SECRETS)
 
     def judge(self, model: bytes | bytearray) -> None:
         with self.open(read_only=True) as image:
