@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from skep.block.image import open_disk
-from skep.block.options import BlockOptions
 from skep.bus.pci import HostBridge, PciFunction
 from skep.config import Node, keys_of, view
 from skep.config.views import NoKeys
-from skep.devices.virtio.blk import VirtioBlk
 from skep.devices.virtio.console import MOST_PORTS, PortOptions, VirtioConsole, port_options
 from skep.devices.virtio.pci import VirtioPci
 from skep.devices.virtio.rnd import VirtioRnd
@@ -48,7 +45,7 @@ def describe() -> Iterator[str]:
     """Every device and its keys, a line each."""
     for name, kind in _KINDS.items():
         yield f"{name}: {kind.about}"
-        for key, about in kind.keys.items():
+        for key, about in kind.keys().items():
             yield f"  {key:<16}{about}"
 
 
@@ -67,6 +64,10 @@ def _hostbridge(name: str, node: Node, board: Surroundings) -> PciFunction:
 
 
 def _virtio_blk(name: str, node: Node, board: Surroundings) -> PciFunction:
+    from skep.block.image import open_disk  # here, for a VM without disks starts sooner without all of this
+    from skep.block.options import BlockOptions
+    from skep.devices.virtio.blk import VirtioBlk
+
     options = BlockOptions.from_node(node)
     queues = options.queues or min(board.cpus, _QUEUES)
     blk = VirtioBlk(name, board.memory, board.lock, open_disk(options), options, queues, board.say)
@@ -87,19 +88,33 @@ def _virtio_rnd(name: str, node: Node, board: Surroundings) -> PciFunction:
     return VirtioPci(VirtioRnd(name, board.memory, board.lock, board.say))
 
 
+def _no_keys() -> dict[str, str]:
+    return {}
+
+
+def _disk_keys() -> dict[str, str]:
+    from skep.block.options import BlockOptions
+
+    return keys_of(BlockOptions)
+
+
+def _port_keys() -> dict[str, str]:
+    return {f"port.N.{key}": about for key, about in keys_of(PortOptions).items()}
+
+
 class _Kind(NamedTuple):
     make: Callable[[str, Node, Surroundings], PciFunction]
     about: str
-    keys: dict[str, str]
+    keys: Callable[[], dict[str, str]]
 
 
 _KINDS = {
-    "hostbridge": _Kind(_hostbridge, "what every PCI bus begins with", {}),
-    "virtio-blk": _Kind(_virtio_blk, "a disk: virtio-blk,PATH[,KEY[=VALUE]]...", keys_of(BlockOptions)),
+    "hostbridge": _Kind(_hostbridge, "what every PCI bus begins with", _no_keys),
+    "virtio-blk": _Kind(_virtio_blk, "a disk: virtio-blk,PATH[,KEY[=VALUE]]...", _disk_keys),
     "virtio-console": _Kind(
         _virtio_console,
         f"terminals and named ports, up to {MOST_PORTS}: virtio-console[,NAME=PATH]..., and console=PATH is a terminal",
-        {f"port.N.{key}": about for key, about in keys_of(PortOptions).items()},
+        _port_keys,
     ),
-    "virtio-rnd": _Kind(_virtio_rnd, "the host's random numbers", {}),
+    "virtio-rnd": _Kind(_virtio_rnd, "the host's random numbers", _no_keys),
 }
