@@ -110,7 +110,7 @@ def _culprit(cause: Cause, seen: Sequence[Seen], panicked: int | None) -> int:
     """Who panicked stops the others, which halt; otherwise whoever still does something."""
     if cause is Cause.PANIC and panicked is not None:
         return panicked
-    order = (Activity.FAULTED, Activity.SPINNING, Activity.RUNNING, Activity.HALTED, Activity.IDLE)
+    order = (Activity.FAULTED, Activity.STOPPED, Activity.SPINNING, Activity.RUNNING, Activity.HALTED, Activity.IDLE)
     return next((one.index for activity in order for one in seen if one.activity is activity), 0)
 
 

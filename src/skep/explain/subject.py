@@ -39,6 +39,8 @@ class Activity(enum.Enum):
     SPINNING = "spins"
     RUNNING = "runs"
     FAULTED = "faulted"
+    STOPPED = "was stopped"
+    """By its engine, which cannot go on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,8 @@ class Processor:
         self._next_state: Any = None
         self._halted: bool | None = None
         """It executed HLT; the value is RFLAGS.IF."""
-        self._faulted = False
-        """It had a triple fault."""
+        self._end: Activity | None = None
+        """How it ended: FAULTED, by a triple fault, or STOPPED."""
         board.on_kick(index, self.kick)
 
     # From other threads.
@@ -154,12 +154,12 @@ class Processor:
     def seen(self, places: tuple[int, ...] = ()) -> Seen:
         """What it is doing, while it is parked; ``places`` are where it was, at several moments, before."""
         vcpu = self._vcpu
-        if vcpu is None or (self._held and not self._faulted):
+        if vcpu is None or (self._held and self._end is None):
             return Seen(self.index, Activity.NOT_STARTED, {})
         registers = vcpu.get_state()
         activity = Activity.RUNNING
-        if self._faulted:
-            activity = Activity.FAULTED
+        if self._end is not None:
+            activity = self._end
         elif registers.get("activity") == Doing.WAITING:
             activity = Activity.NOT_STARTED
         elif registers.get("activity") == Doing.HALTED:
@@ -352,9 +352,10 @@ class Processor:
                     self.hopeless = True
                     self._tell_hopeless()
             case ExitReason.SHUTDOWN:
-                self._faulted = True
+                self._end = Activity.FAULTED
                 self._over(Outcome(End.TRIPLE_FAULT, vcpu.get_state()))
             case ExitReason.FAILED:
+                self._end = Activity.STOPPED
                 self._fail(EngineLimit(str(exit_.detail.get("message", "the engine gave no reason"))))
 
     def _fail(self, error: BaseException) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from skep.engine.amd64.registers import Cr4
+from skep.engine.amd64.registers import Attr, Cr4
 from skep.engine.contract import ExitReason
 from skep.engine.kvm import KvmEngine, uapi
 from skep.errors import UserError
+from skep.machine.amd64 import why_not_kvm
 from skep.memory import GuestMemory
 from tests.engine.tiny import MMIO, RecordingIo, Tiny
 
@@ -126,6 +127,19 @@ def test_a_refused_entry_is_told(boot: Callable[..., Tiny]) -> None:
     left = vcpu._handlers[uapi.EXIT_FAIL_ENTRY]()
     assert left.reason is ExitReason.FAILED
     assert "refuses to enter the guest, reason 0x80000021, invalid guest state" in left.detail["message"]
+
+
+def test_an_entry_that_the_processor_refuses(boot: Callable[..., Tiny]) -> None:
+    """A code segment both of 64 and of 32 bits (APM 2, 15.5.1), which KVM lets anybody set. The state can be had."""
+    if why_not_kvm() is not None:
+        pytest.skip("an emulation refuses nothing")
+    guest = boot("hlt")
+    code = guest.state["cs"]
+    guest.set(cs={**code, "attributes": code["attributes"] | Attr.L | Attr.D})
+    left = guest.vcpu.run()
+    assert left.reason is ExitReason.FAILED
+    assert "refuses to enter the guest, reason 0x" in left.detail["message"] and "\n" not in left.detail["message"]
+    assert guest.state["cs"]["attributes"] & Attr.D and guest.reg("rip") == guest.program.address
 
 
 def test_a_state_that_this_processor_cannot_have(boot: Callable[..., Tiny]) -> None:
