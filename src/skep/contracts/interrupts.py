@@ -137,6 +137,10 @@ class EngineChips(Protocol):
         """GSI 0 is input 0 of the pair and input 2 of the I/O APIC, those up to 15 are the same input of both. The
         8254's wire is another one to GSI 0."""
 
+    def bind_line(self, gsi: int, assert_fd: int, ended_fd: int) -> None:
+        """The GSI is asserted from when something is added to the eventfd ``assert_fd`` until the guest ends its
+        interrupt; then 1 is added to ``ended_fd``."""
+
     def ioapic(self) -> Registers:
         """``id``, ``select``, ``entries``."""
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from skep.irqchip.hosted import HostedApic
-from skep.irqchip.ioapic import ENTRY, LEVEL, IoApic
+from skep.irqchip.ioapic import ENTRY, LEVEL, PINS, REMOTE_IRR, IoApic
 from skep.irqchip.lines import PIT_PIN
 from skep.irqchip.pic import CASCADE, I8259, Pic
 from skep.irqchip.pit import Counter, Pit
+from skep.irqchip.resampler import Resampler
 
 if TYPE_CHECKING:
     from skep.clock import GuestClock
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from skep.contracts.io import IrqLine
     from skep.irqchip.apicbus import ApicBus
     from skep.locks import Lock
+
+
+PCI_PIN = 16
+"""The first of those that no ISA interrupt has."""
 
 
 class LinkedApic(HostedApic):
@@ -37,23 +42,39 @@ class LinkedApic(HostedApic):
 
 
 class HostedIoApic(IoApic):
-    """``lines`` are the wires as the board's devices drive them."""
+    """``lines`` are the wires as the board's devices drive them. Those that are PCI's alone go by eventfd."""
 
     def __init__(self, apics: ApicBus, ioapic_id: int, lock: Lock) -> None:
         super().__init__(apics, ioapic_id)
         self._lock = lock
         self._engine: EngineChips | None = None
+        self._resampler = Resampler(range(PCI_PIN, PINS), self._wanted, lock)
+        self._closed = False
 
     def adopt(self, engine: EngineChips | None) -> None:
         """Whose it is from now on; None: it is nowhere."""
-        self._engine = engine
-        self.resume()
+        with self._lock:
+            self._engine = engine
+            if engine is not None:
+                self._resampler.adopt(engine)
+            self.resume()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._resampler.close()
+
+    def _wanted(self, pin: int) -> bool:
+        return bool(self.lines >> pin & 1)
 
     def set_line(self, pin: int, level: bool) -> None:
         """For the 8259 pair, too: the engine has one wire to both."""
         bit = 1 << pin
         self.lines = self.lines | bit if level else self.lines & ~bit
-        if self._engine is not None:
+        if pin >= PCI_PIN:
+            if level and self._engine is not None:
+                self._resampler.assert_line(pin)
+        elif self._engine is not None:
             self._engine.set_line(0 if pin == PIT_PIN else pin, level)
 
     def pause(self) -> None:
@@ -69,6 +90,8 @@ class HostedIoApic(IoApic):
             if self._engine is not None:
                 levels = sum(1 << pin for pin, entry in enumerate(self.entries) if entry & LEVEL) & self.lines
                 self._engine.set_ioapic({"id": self.id, "select": self.select, "entries": self.entries}, levels)
+                served = (pin for pin, entry in enumerate(self.entries) if entry & REMOTE_IRR or levels >> pin & 1)
+                self._resampler.hold(served)
 
 
 class HostedPic(Pic):

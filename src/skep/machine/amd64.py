@@ -145,7 +145,9 @@ class Amd64Board:
         views: list[IoSpace] = [lapic.ApicView(self.bus, apic) for apic in self.lapics]
         self._seats = _Seats(self.bus, views)
         self.io: IoSpace = views[0] if self.cpus == 1 else self._seats
-        self.wiring: list[Device] = [self.lines, *self.lapics, self.ioapic, self.pic]
+        # Where the engine has them: what the I/O APIC sends while they pause must be in its state or in a local APIC's,
+        # and nothing may be sent to a local APIC that is not yet what it was.
+        self.wiring: list[Device] = [self.lines, self.ioapic, self.pic, *self.lapics]
         self.devices += self.wiring
 
     def _legacy_devices(self, settings: Settings, events: Events) -> None:
@@ -171,7 +173,8 @@ class Amd64Board:
         self.pm = pm.AcpiPm(self.clock, self.lines.source(pm.SCI_GSI), events.power_off, events.reset)
         self.pm.attach(self.bus)
         self.generation = VmGenId(self.memory, VMGENID_BASE, lambda: self.pm.raise_event(VMGENID_GPE))
-        self.devices += [pit, rtc, timer, controller, self.pm, self.generation]
+        self.devices.insert(0, pit)  # an engine's ticks by itself, and a tick that is lost would be the last
+        self.devices += [rtc, timer, controller, self.pm, self.generation]
 
     def _host_pit(self, irq0: IrqLine, timer: hpet.Hpet) -> Pit:
         pit = HostedPit(self.clock, irq0, self.lock)

@@ -41,6 +41,9 @@ class KvmChips:
     def set_line(self, gsi: int, level: bool) -> None:
         ioctl(self._fd, uapi.IRQ_LINE, uapi.IrqLevel(gsi, level))
 
+    def bind_line(self, gsi: int, assert_fd: int, ended_fd: int) -> None:
+        ioctl(self._fd, uapi.IRQFD, uapi.Irqfd(assert_fd, gsi, uapi.IRQFD_FLAG_RESAMPLE, ended_fd))
+
     # The I/O APIC.
 
     def ioapic(self) -> Registers:

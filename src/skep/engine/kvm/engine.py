@@ -55,6 +55,7 @@ _WHOLE = {
     uapi.CAP_IRQCHIP: "the irqchip",
     uapi.CAP_PIT2: "the 8254",
     uapi.CAP_PIT_STATE2: "the 8254's state",
+    uapi.CAP_IRQFD_RESAMPLE: "wires by eventfd",
 }
 _NEEDED_TO_HOST = {
     uapi.CAP_X2APIC_API: "the x2APIC API",
