@@ -22,6 +22,8 @@ class Order(enum.IntEnum):
 
     VM = 10
     """The VM's state machine: what it is doing, and what was asked of it."""
+    POSTED = 15
+    """Writes of guests that an engine kept back are made, one after the other."""
     BOARD = 20
     """Every register of every device of one VM; vCPU threads, timers and backends' callbacks take it."""
     BLOCK = 30

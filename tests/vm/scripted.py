@@ -75,7 +75,7 @@ class ScriptedVm:
         self.max_vcpus = max_vcpus
         self.vcpus: list[ScriptedVcpu] = []
         self.offsets: list[int] = []
-        self.local_apics = self.chips = self.doorbells = None
+        self.local_apics = self.chips = self.doorbells = self.posted = None
         self.withheld: tuple[str, ...] = ()
         self.closed = False
 

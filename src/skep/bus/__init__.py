@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from skep.contracts.constantports import ConstantPorts
-from skep.contracts.io import Doorbells, IoRegion
+from skep.contracts.io import Doorbells, IoRegion, PostedWrites
 
 _REMEMBERED = 64  # unknown addresses; a guest that scans all of them must not fill our memory
 
@@ -45,6 +45,7 @@ class Bus:
         self._starts: list[int] = []
         self._doorbells: dict[int, int] = {}
         self._engine: Doorbells | None = None
+        self._posted: list[int] = []
 
     def close(self) -> None:
         """After the engine's VM."""
@@ -108,6 +109,17 @@ class Bus:
             fd = self._doorbells.pop(gpa)
             if self._engine is not None:
                 self._engine.remove(gpa, fd)
+
+    def post_port(self, port: int) -> None:
+        """Bytes written to this port may wait until the guest is next left for something else: its device only takes
+        note of them. Before the first engine's VM is adopted."""
+        self._posted.append(port)
+
+    def adopt_posted(self, engine: PostedWrites | None) -> None:
+        """An engine's VM was made that can keep writes back, or not (None)."""
+        if engine is not None:
+            for port in self._posted:
+                engine.add(port)
 
     def adopt_doorbells(self, engine: Doorbells | None) -> None:
         """An engine's VM was made that has them, or is about to go (None)."""

@@ -57,6 +57,14 @@ class BoundSink(MsiSink, Protocol):
         """No longer; ``fd`` may be closed."""
 
 
+class PostedWrites(Protocol):
+    """Guest writes that may wait until a vCPU next leaves guest code, where an engine can keep them back."""
+
+    def add(self, port: int) -> None:
+        """From now on bytes that are written to this port wait. They are made before whatever any vCPU of the VM leaves
+        guest code for afterwards, and when the VM stands still."""
+
+
 class Doorbells(Protocol):
     """Guest writes that only wake somebody, where an engine can do that without leaving guest code for it."""
 

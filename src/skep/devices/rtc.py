@@ -113,6 +113,7 @@ class Rtc(Fields):
 
     def attach(self, bus: Bus) -> None:
         bus.add_ports(0x70, 2, self)
+        bus.post_port(0x70)
 
     # The ports.
 

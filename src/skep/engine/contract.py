@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import EngineChips, LocalApics, LocalInterrupts
-from skep.contracts.io import Doorbells, IoSpace
+from skep.contracts.io import Doorbells, IoSpace, PostedWrites
 from skep.engine.debug import Debug
 from skep.engine.exits import Exits
 from skep.memory import GuestMemory
@@ -105,6 +105,8 @@ class EngineVm(Protocol):
     """Where :attr:`Engine.hosts_chips`."""
     doorbells: Doorbells | None
     """Where it has any."""
+    posted: PostedWrites | None
+    """Likewise."""
     withheld: tuple[str, ...]
     """Features of the CPU model that this host cannot give the guest, by the manuals' names."""
 

@@ -268,6 +268,7 @@ class Amd64Board:
         for chip in self._hosted_chips:
             chip.adopt(vm.chips if vm is not None else None)
         self.bus.adopt_doorbells(vm.doorbells if vm is not None else None)
+        self.bus.adopt_posted(vm.posted if vm is not None else None)
 
     def interrupts(self, index: int) -> LocalInterrupts:
         return self.lapics[index]

@@ -12,6 +12,8 @@ import pytest
 from skep.engine.kvm import uapi
 
 STRUCTURES = {
+    uapi.CoalescedMmio: "kvm_coalesced_mmio", uapi.CoalescedMmioRing: "kvm_coalesced_mmio_ring",
+    uapi.CoalescedMmioZone: "kvm_coalesced_mmio_zone",
     uapi.ClearDirtyLog: "kvm_clear_dirty_log", uapi.CpuidEntry: "kvm_cpuid_entry2",
     uapi.DirtyGfn: "kvm_dirty_gfn", uapi.DirtyLog: "kvm_dirty_log", uapi.Debugregs: "kvm_debugregs",
     uapi.DeviceAttr: "kvm_device_attr",

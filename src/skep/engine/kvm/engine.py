@@ -17,7 +17,7 @@ from typing import Any
 
 from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import EngineChips, LocalApics, LocalInterrupts
-from skep.contracts.io import Doorbells, IoSpace
+from skep.contracts.io import Doorbells, IoSpace, PostedWrites
 from skep.engine.amd64 import cpuid, msrs
 from skep.engine.amd64.cpuid import SUBLEAVES, Feature
 from skep.engine.amd64.native import function
@@ -28,6 +28,7 @@ from skep.engine.kvm.apics import KvmApics
 from skep.engine.kvm.chips import KvmChips
 from skep.engine.kvm.counted import IN_KERNEL, by_cause
 from skep.engine.kvm.doorbells import KvmDoorbells
+from skep.engine.kvm.posted import Posted
 from skep.engine.kvm.rings import Rings
 from skep.engine.kvm.slots import Slots
 from skep.engine.kvm.vcpu import KICK_SIGNAL, KvmVcpu
@@ -172,6 +173,10 @@ class KvmVm:
             self.doorbells: Doorbells | None = None
             if _has(kvm, uapi.CAP_IOEVENTFD_ANY_LENGTH):
                 self.doorbells = KvmDoorbells(self._fd)
+            self.posted: PostedWrites | None = None
+            self._posted: Posted | None = None
+            if _has(kvm, uapi.CAP_COALESCED_PIO):
+                self.posted = self._posted = Posted(self._fd, _has(kvm, uapi.CAP_COALESCED_MMIO), io)
             self._take_msrs()
             _install_kick_handler()
         except BaseException:
@@ -236,6 +241,7 @@ class KvmVm:
             self._io,
             interrupts,
             self._gate,
+            self._posted,
             hosted=hosted,
             synced=self._synced,
             guest_debug=self._guest_debug,

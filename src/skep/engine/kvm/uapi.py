@@ -16,6 +16,7 @@ CAP_IRQCHIP = 0
 CAP_USER_MEMORY = 3
 CAP_NR_MEMSLOTS = 10
 CAP_SET_GUEST_DEBUG = 23
+CAP_COALESCED_MMIO = 15
 CAP_IRQ_ROUTING = 25
 CAP_TSC_CONTROL = 60
 CAP_IRQFD = 32
@@ -31,6 +32,7 @@ CAP_SPLIT_IRQCHIP = 121
 CAP_IOEVENTFD_ANY_LENGTH = 122
 CAP_X2APIC_API = 129
 CAP_IMMEDIATE_EXIT = 136
+CAP_COALESCED_PIO = 162
 CAP_X86_USER_SPACE_MSR = 188
 CAP_X86_MSR_FILTER = 189
 CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
@@ -280,6 +282,20 @@ class Ioeventfd(Structure):
     )  # fmt: skip
 
 
+class CoalescedMmioZone(Structure):
+    _fields_ = (("addr", c_uint64), ("size", c_uint32), ("pio", c_uint32))
+
+
+class CoalescedMmio(Structure):
+    _fields_ = (("phys_addr", c_uint64), ("len", c_uint32), ("pio", c_uint32), ("data", c_uint8 * 8))
+
+
+class CoalescedMmioRing(Structure):
+    """``CoalescedMmio`` follow, as many as the page has room for."""
+
+    _fields_ = (("first", c_uint32), ("last", c_uint32))
+
+
 class Irqfd(Structure):
     _fields_ = (
         ("fd", c_uint32), ("gsi", c_uint32), ("flags", c_uint32), ("resamplefd", c_uint32), ("pad", c_uint8 * 16),
@@ -413,6 +429,7 @@ SET_IRQCHIP = _ior(0x63, ctypes.sizeof(Irqchip))
 CREATE_PIT2 = _iow(0x77, ctypes.sizeof(PitConfig))
 GET_PIT2, SET_PIT2 = _ior(0x9F, ctypes.sizeof(PitState2)), _iow(0xA0, ctypes.sizeof(PitState2))
 SET_GSI_ROUTING = _iow(0x6A, 8)
+REGISTER_COALESCED_MMIO = _iow(0x67, ctypes.sizeof(CoalescedMmioZone))
 IRQFD = _iow(0x76, ctypes.sizeof(Irqfd))
 IOEVENTFD = _iow(0x79, ctypes.sizeof(Ioeventfd))
 RUN = _io(0x80)

@@ -30,6 +30,7 @@ from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.counted import Counted, by_cause
 from skep.engine.kvm.debugger import Debugger
 from skep.engine.kvm.interrupts import Hosted, Injected, KvmApic, Way
+from skep.engine.kvm.posted import EMPTY, Posted
 from skep.engine.kvm.uapi import ioctl
 from skep.errors import InternalError
 from skep.locks import Lock
@@ -96,6 +97,7 @@ class KvmVcpu:
         io: IoSpace,
         interrupts: LocalInterrupts,
         gate: Lock,
+        posted: Posted | None,
         *,
         hosted: bool,
         synced: bool,
@@ -123,6 +125,8 @@ class KvmVcpu:
         self._run = uapi.Run.from_buffer(self._map)
         # The same page for what is done at every exit: a field of a ctypes structure costs three times as much.
         self._bytes = memoryview(self._map)
+        self._posted = posted
+        self._ring = EMPTY if posted is None else posted.ring(self._map)
         self._halves, self._words, self._quads = (self._bytes.cast("H"), self._bytes.cast("I"), self._bytes.cast("Q"))
         self._run.kvm_valid_regs = uapi.SYNC_X86_REGS if synced else 0
         self._guard = threading.Lock()  # of _thread, and of the signal to it
@@ -217,7 +221,7 @@ class KvmVcpu:
     def _enter(self) -> Exit | None:
         """KVM_RUN, and what it left for, again and again until there is something to look at."""
         fd, halves, words, quads = self._fd, self._halves, self._words, self._quads
-        counts, handlers = self.counts, self._handlers
+        counts, handlers, ring = self.counts, self._handlers, self._ring
         interrupts, injected, tpr = self._interrupts, not self._hosted, 0
         while True:
             if injected:
@@ -225,6 +229,8 @@ class KvmVcpu:
             self.inside = True
             failed = _enter(fd)
             self.inside = False
+            if ring[0] != ring[1]:
+                self._make_posted()
             if not failed:
                 reason = words[_REASON]
             elif failed in (-errno.EINTR, -errno.EAGAIN):  # kicked; started by another processor
@@ -239,6 +245,10 @@ class KvmVcpu:
                 return left
             if halves[_WANTED]:  # nothing begins to wait without a kick
                 return self._look()
+
+    def _make_posted(self) -> None:
+        if self._posted is not None:
+            self._posted.make(self._ring, self.exits.note)
 
     def _port(self) -> None:
         data, io, note = self._bytes, self._io, self.exits.note
@@ -435,6 +445,8 @@ class KvmVcpu:
             self._run = uapi.Run()
             for view in (self._halves, self._words, self._quads):
                 view.release()
+            if self._posted is not None:
+                self._ring.release()
         self._way.close()
         self.counted.close()
         self._bytes.release()
@@ -449,7 +461,7 @@ class KvmVcpu:
                 ioctl(self._fd, uapi.RUN)
             except OSError as error:
                 if error.errno == errno.EINTR:
-                    return
+                    return self._make_posted()
                 raise
             match self._run.exit_reason:
                 case uapi.EXIT_IO:  # the next piece of the same access

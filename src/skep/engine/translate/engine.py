@@ -6,7 +6,7 @@ from pathlib import Path
 
 from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import EngineChips, LocalApics, LocalInterrupts
-from skep.contracts.io import Doorbells, IoSpace
+from skep.contracts.io import Doorbells, IoSpace, PostedWrites
 from skep.engine.amd64 import features
 from skep.engine.translate import emission
 from skep.engine.translate.blocks import CODE_SIZE, Cache
@@ -63,6 +63,7 @@ class TranslateVm:
         self.local_apics: LocalApics | None = None
         self.chips: EngineChips | None = None
         self.doorbells: Doorbells | None = None
+        self.posted: PostedWrites | None = None
         self.withheld: tuple[str, ...] = ()
         self.shared = Shared(memory, io, max_vcpus, cpu_model, tsc_offset, cache)
         self.cache = self.shared.cache
