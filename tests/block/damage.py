@@ -93,6 +93,10 @@ def tables(format: str, image: Sparse) -> list[Table]:
     def each(fields: tuple[tuple[int, int], ...], base: int = 0) -> list[Table]:
         return [Table(base + at, 1, width) for at, width in fields]
 
+    def luks(base: int) -> list[Table]:
+        slots = [Table(base + 208 + 48 * i + at, 1, 4) for i in range(8) for at in (0, 4, 40, 44)]
+        return [*each(((6, 2), (104, 4), (108, 4), (164, 4)), base), Table(base + 8, 24, 4), *slots]
+
     match format:
         case "qcow2":
             fields = [(8, 8), (16, 4), (20, 4), (24, 8), (32, 4), (36, 4), (40, 8), (48, 8), (56, 4), (60, 4), (64, 8)]
@@ -105,6 +109,8 @@ def tables(format: str, image: Sparse) -> list[Table]:
             found += [Table(one, min(cluster // 8, 128), 8) for one in at if one]
             if block := big(refcounts.at, 8):
                 found += [Table(block, 64, 2), Table(block, min(cluster // 8, 64), 8)]
+            for at_luks in encryption_headers(image.read(0, 4096)):
+                found += luks(at_luks)
             return found
         case "qcow":
             l1 = Table(big(40, 8), 8, 8)
@@ -151,12 +157,17 @@ def tables(format: str, image: Sparse) -> list[Table]:
             fields = [(16, 4), (20, 4), (24, 4), (28, 4), (32, 4), (36, 8), (44, 4), (48, 4), (52, 4), (56, 8)]
             return [*each(tuple(fields)), *[Table(64, 16, 4)] * 3]
         case "luks":
-            slots = [Table(208 + 48 * i + at, 1, 4) for i in range(8) for at in (0, 4, 40, 44)]
-            return [*each(((6, 2), (104, 4), (108, 4), (164, 4))), Table(8, 24, 4), *slots]
+            return luks(0)
         case "dmg":
             at = image.size - 512
             return [*each(((8, 4), (24, 8), (32, 8), (40, 8), (48, 8)), at), *each(((216, 8), (224, 8), (492, 8)), at)]
     return []
+
+
+def encryption_headers(head: bytes) -> list[int]:
+    """Where a qcow2 image, which begins so, may have a LUKS header: what its extensions say, in order."""
+    found = re.finditer(rb"\x05\x37\xbe\x77.{4}(.{8})", head, re.DOTALL)  # type, length, offset
+    return [int.from_bytes(one[1], "big") for one in found]
 
 
 def mutate(image: Sparse, format: str, rng: random.Random, known: list[Table]) -> Sparse:

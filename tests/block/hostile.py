@@ -27,7 +27,7 @@ from skep.block.format import Image
 from skep.block.image import create_image, open_image
 from skep.block.qcow2.image import Qcow2Image
 from skep.errors import UserError
-from tests.block.damage import Sparse, mutate, tables
+from tests.block.damage import MOST, Sparse, encryption_headers, mutate, tables
 
 MIB = 1 << 20
 LONGEST = 10
@@ -38,6 +38,8 @@ MEMORY = 64 * MIB
 
 LUKS: dict[str, Any] = {"options": {"key-secret": "it"}, "secrets": {"it": b"password"}}
 """How such an image is made and opened."""
+SMALLEST_KEY = {"cipher-alg": "aes-128", "cipher-mode": "cbc", "ivgen-alg": "plain64", "iter-time": "1"}
+"""Each slot has it 4000 times."""
 MOST_ITERATIONS = 1 << 20
 """Of a hash. To try a password costs what the image says, and we have little time: beyond, nobody tries."""
 
@@ -84,6 +86,7 @@ def seeds(format: str, directory: Path) -> list[Path]:
                 {"cluster_size": "16k", "extended_l2": "on"},
             ):
                 add(lambda path, options=options: with_snapshot(path, options))
+            add(encrypted)
         case "vhdx":
             for options in ({"block_size": "1M"}, {"block_size": "1M", "subformat": "fixed"}):
                 add(lambda path, options=options: written(path, format, options))
@@ -98,9 +101,7 @@ def seeds(format: str, directory: Path) -> list[Path]:
         case "vdi":
             add(lambda path: written(path, format, {}))
         case "luks":
-            # The smallest key: each slot has it 4000 times.
-            mode = {"cipher-alg": "aes-128", "cipher-mode": "cbc", "ivgen-alg": "plain64", "iter-time": "1"}
-            options = {**LUKS["options"], **mode}
+            options = LUKS["options"] | SMALLEST_KEY
             add(lambda path: create_image(path, "luks", MIB, options=options, secrets=LUKS["secrets"]))
         case "qcow":
             add(lambda path: by_qemu(path, format))
@@ -114,6 +115,17 @@ def seeds(format: str, directory: Path) -> list[Path]:
             add(lambda path: path.write_bytes(dmg(small_disk(), kinds)) and None)
             add(lambda path: path.write_bytes(dmg(small_disk(), kinds, plist=False)) and None)
     return made
+
+
+def encrypted(path: Path) -> None:
+    """A qcow2 image with LUKS, and the smallest key."""
+    how = {f"encrypt.{name}": value for name, value in (LUKS["options"] | SMALLEST_KEY).items()}
+    options = {"cluster_size": "4096", "encrypt.format": "luks", **how}
+    create_image(path, "qcow2", MIB, options=options, secrets=LUKS["secrets"])
+    with opened(path, "qcow2") as image:
+        write_at(image, 0, b"data" * 256)
+        image.snapshot_create("first")
+        write_at(image, 4096, b"more" * 256)
 
 
 def with_snapshot(path: Path, options: Mapping[str, str]) -> None:
@@ -141,12 +153,28 @@ def with_log(source: Path, path: Path) -> None:
 
 def opened(path: Path, format: str, *, read_only: bool = False) -> Image:
     how: dict[str, Any] = {}
-    if format == "luks":
-        with path.open("rb") as file:
-            head = file.read(1024).ljust(1024, b"\0")
-        iterations = [int.from_bytes(head[at : at + 4], "big") for at in (164, *range(212, 592, 48))]
-        how = LUKS if sum(iterations) < MOST_ITERATIONS else {"may_stay_locked": True}
+    if format in ("luks", "qcow2"):
+        cheap = sum(iterations(path, at) for at in luks_headers(path, format)) < MOST_ITERATIONS
+        how = LUKS if cheap else {"may_stay_locked": True}
+        if cheap and format == "qcow2":
+            how = {**LUKS, "options": {"encrypt.key-secret": "it"}}
     return open_image(path, format=format, read_only=read_only, inside=(str(path.parent),), **how)
+
+
+def luks_headers(path: Path, format: str) -> list[int]:
+    """Where in the file one may be."""
+    if format == "luks":
+        return [0]
+    with path.open("rb") as file:
+        return [min(at, MOST) for at in encryption_headers(file.read(4096))]
+
+
+def iterations(path: Path, at: int) -> int:
+    """All that the header there says."""
+    with path.open("rb") as file:
+        file.seek(at)
+        head = file.read(1024).ljust(1024, b"\0")
+    return sum(int.from_bytes(head[at : at + 4], "big") for at in (164, *range(212, 592, 48)))
 
 
 def use(path: Path, format: str, rng: random.Random) -> str:
