@@ -10,10 +10,9 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Self
 
 from skep.block.backend import Buffers, Extent, Located, split, write_zeroes_as_data
+from skep.block.closing import Closing
 from skep.block.locking import lock_image
 from skep.errors import HostError, UserError
 from skep.locks import Lock, Order
@@ -33,7 +32,7 @@ _WARY_NS = 100_000_000
 """For how long it is to be expected of others then."""
 
 
-class HostFile:
+class HostFile(Closing):
     """A regular file or a block device of the host. Make one with :func:`open_file` or :func:`create_file`.
 
     A :class:`skep.block.backend.Storage` that takes any offset and length, not only whole sectors. What lies beyond its
@@ -206,14 +205,6 @@ class HostFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _aligned(self, buffers: Buffers, offset: int) -> bool:
         mask = self.alignment - 1

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from mmap import mmap
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from skep.block.backend import Buffers, Extent, File, Located, write_zeroes_as_data
 from skep.block.bytewise import Bytewise
+from skep.block.closing import Closing
 from skep.block.secrets import NO_SECRETS, Secrets
 from skep.errors import UserError
 
@@ -159,7 +159,7 @@ class BackingName(NamedTuple):
     format: str | None
 
 
-class Image(ABC):
+class Image(Closing, ABC):
     """An open disk image. Offsets and lengths are bytes and multiples of 512; it may be called from several threads at
     once, but for ``resize``, ``repair``, ``close`` and what changes snapshots or bitmaps, which come alone.
 
@@ -192,7 +192,7 @@ class Image(ABC):
         Raises UserError."""
         return cls(file)  # type: ignore[call-arg]  # every format is made from a file
 
-    def open_files(self, opener: Callable[[str], File]) -> None:  # noqa: B027 - most formats have one file
+    def open_files(self, opener: Callable[[str], File]) -> None:
         """Open what other files the image is in, by the names that it has for them. Before all else; once."""
 
     # A disk is a File too, of whole sectors (skep.block.backend.File): filters lie over either.
@@ -266,7 +266,7 @@ class Image(ABC):
     def locate(self, offset: int, length: int, write: bool) -> Located | None:
         return None
 
-    def discard(self, offset: int, length: int) -> None:  # noqa: B027 - a format that cannot need not
+    def discard(self, offset: int, length: int) -> None:
         """Nothing, in a format that cannot."""
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
@@ -353,7 +353,7 @@ class Image(ABC):
         """Change what the image says is below it. Only the name: the data is the caller's affair."""
         raise self.cannot("lies over no other")
 
-    def check_backing(self, backing: Image) -> None:  # noqa: B027 - most formats cannot tell
+    def check_backing(self, backing: Image) -> None:
         """Raises ImageError if that is not what this image was made over."""
 
     def resize(self, size: int) -> None:
@@ -440,14 +440,6 @@ class Image(ABC):
 
     def cannot(self, what: str) -> ImageError:
         return ImageError(f"a {self.format} image {what}", self.path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _views(buffers: Buffer | Sequence[Buffer]) -> Buffers:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Self
 
 from skep.block.backend import Buffers, Extent, File, Located
+from skep.block.closing import Closing
 
 
-class Over:
+class Over(Closing):
     """A :class:`skep.block.backend.File` that passes everything on. It closes what is below."""
 
     def __init__(self, below: File) -> None:
@@ -78,11 +77,3 @@ class Over:
 
     def close(self) -> None:
         self.below.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -7,10 +7,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Self
 
 from skep.block.backend import Buffers, Extent, File, Located, split, write_zeroes_as_data
+from skep.block.closing import Closing
 from skep.block.nbd.address import Address, of_layer, parse
 from skep.block.nbd.connection import FUA, NO_HOLE, Command, Connection, ProtocolError
 from skep.block.nbd.handshake import Flag, shake_hands
@@ -34,7 +33,7 @@ def open_layer(said: Layer, *, read_only: bool, write_cache: bool) -> File:
     return NbdFile(of_layer(said), read_only=read_only, write_cache=write_cache)
 
 
-class NbdFile:
+class NbdFile(Closing):
     """Its size stays. Transfers are multiples of ``alignment``. Many may be under way, each from a thread of its own.
 
     When the connection is lost, what is under way fails, unless the address allows to reconnect: then it is tried again
@@ -229,11 +228,3 @@ class NbdFile:
         link, self._link = self._link, None
         if link is not None:
             link.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

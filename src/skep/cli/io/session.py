@@ -6,10 +6,9 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Self
 
 from skep.block.backend import BlockBackend, read_at
+from skep.block.closing import Closing
 from skep.block.filters import CopyOnRead
 from skep.block.format import SECTOR, BackingName, Image
 from skep.block.image import create_image, open_image
@@ -52,7 +51,7 @@ class Opening:
         self.how = replace(self.how, cache=mode)
 
 
-class Session:
+class Session(Closing):
     """At most one image, and what is done to it. A context manager, which closes it."""
 
     def __init__(self, secrets: Secrets) -> None:
@@ -83,14 +82,6 @@ class Session:
                     image.flush()
             finally:
                 image.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def disk(self) -> BlockBackend:
