@@ -21,7 +21,7 @@ from skep.engine.kvm import KvmEngine, uapi
 from skep.errors import UserError
 from skep.machine.amd64 import why_not_kvm
 from skep.memory import GuestMemory
-from tests.engine.tiny import MMIO, RecordingIo, Tiny
+from tests.engine.tiny import MMIO, STACK, RecordingIo, Tiny
 
 NOBODY = 65534
 
@@ -139,7 +139,7 @@ def test_an_entry_that_the_processor_refuses(boot: Callable[..., Tiny]) -> None:
     left = guest.vcpu.run()
     assert left.reason is ExitReason.FAILED
     assert "refuses to enter the guest, reason 0x" in left.detail["message"] and "\n" not in left.detail["message"]
-    assert guest.state["cs"]["attributes"] & Attr.D and guest.reg("rip") == guest.program.address
+    assert guest.state["cs"]["attributes"] & Attr.D and guest.reg("rsp") == STACK
 
 
 def test_a_state_that_this_processor_cannot_have(boot: Callable[..., Tiny]) -> None:

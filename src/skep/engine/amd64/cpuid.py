@@ -284,7 +284,7 @@ def _fixed(
         (0, 0): (MAX_BASIC, vendor_b, vendor_c, vendor_d),
         (1, 0): (signature, clflush_quadwords << 8 | min(cpus, 255) << 16 | (apic_id & 0xFF) << 24, 0, 0),
         (0xB, 0): (0, 1, 1 << 8, apic_id),  # threads: one a core
-        (0xB, 1): (core_bits, cpus, 2 << 8, apic_id),
+        (0xB, 1): (core_bits, cpus, 2 << 8 | 1, apic_id),
         (0x15, 0): _tsc_and_crystal(tsc_hz),
         (0x16, 0): (round(tsc_hz / 10**6), round(tsc_hz / 10**6), 100, 0),
         (7, 0): (2, 0, 0, 0),  # the last subleaf
