@@ -43,6 +43,18 @@ def test_statistics_count_what_the_guest_did(command: list[str]) -> None:
     assert stats["seconds in Python"] > stats["seconds translating"] > 0
 
 
+@pytest.mark.parametrize("irqchip", ["split", "off", "whole"])
+def test_under_kvm_they_are_exits_by_cause(command: list[str], irqchip: str) -> None:
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("/dev/kvm does not open")
+    words = [*command[:-1], "kvm", "-o", f"kvm.irqchip={irqchip}", "--stats"]
+    done = subprocess.run(words, input=b"x" * 50 + b"q", capture_output=True, check=True, timeout=WAIT, env=ENVIRONMENT)
+    assert done.stdout == b"B" + b"x" * 50
+    stats = told(done.stderr)
+    assert stats["exits: ports"] >= 100  # the byte in, the byte out
+    assert {"in the kernel: HLT", "in the kernel: pages mapped"} < stats.keys()
+
+
 def test_every_kind_of_exit_has_a_name() -> None:
     assert set(EXITS) == {value for value in vars(Kind).values() if isinstance(value, int)}
 
