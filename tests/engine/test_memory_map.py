@@ -128,6 +128,7 @@ READS = """
             je again
     wrong:  mov [rip + bad], rbx
     done:   hlt
+            align 8
     wanted: dq 0
     turns:  dq 0
     bad:    dq 0
