@@ -19,14 +19,14 @@ Boot = Callable[[str], Tiny]
 
 @pytest.fixture(params=NAMES)
 def boot(request: pytest.FixtureRequest) -> Iterator[Boot]:
-    """A guest with a window at W."""
+    """A guest with a window at W; behind its two pages they are seen once more, the second first."""
     machines: list[Tiny] = []
 
     def make(text: str, window: int = HOLE, cpus: int = 1) -> Tiny:
         given = {"symbols": {"W": window}, "reach": HOLE + 4 * PAGE, "cpus": cpus}
         guest = Tiny(named(request.param), text, cpu_model="baseline", **given)
-        for page in range(4):
-            guest.map(window + page * PAGE, window + page * PAGE)
+        for page, frame in enumerate((0, 1, 1, 0)):
+            guest.map(window + page * PAGE, window + frame * PAGE)
         machines.append(guest)
         return guest
 
@@ -136,6 +136,7 @@ READS = """
 LOOKS = {
     "data": "mov rbx, [rcx]",
     "two pages": "mov rbx, [rcx + 4092]",
+    "no neighbours": "mov rbx, [rcx + 3*4096 - 4]",
     "code": "call rcx",
 }
 
@@ -154,6 +155,8 @@ def test_a_window_is_swapped_under_a_running_guest(
             data = value.to_bytes(8, "little")
         elif look == "two pages":
             data = bytes(4092) + value.to_bytes(8, "little")
+        elif look == "no neighbours":
+            data = bytes(2 * PAGE - 4) + value.to_bytes(4, "little")
         files.append(backing(data))
     guest = boot(READS.format(look=LOOKS[look]), where)
     memory = guest.memory
@@ -175,6 +178,50 @@ def test_a_window_is_swapped_under_a_running_guest(
     runner.join()
     assert guest.load("bad") == 0 and guest.exception is None
     assert guest.load("turns") > 100 and not guest.io.log
+
+
+@pytest.mark.parametrize("where", [HOLE, OVER_RAM])
+def test_rights_change_under_a_running_guest(boot: Boot, backing: Callable[[bytes], int], where: int) -> None:
+    """What it writes goes to memory, to the bus, and to memory again."""
+    guest = boot(
+        """
+        start:  mov rcx, W
+        again:  inc qword [rip + turns]
+                inc qword [rcx]
+                cmp byte [rip + enough], 0
+                je again
+                hlt
+                align 8
+        turns:  dq 0
+        enough: dq 0""",
+        where,
+    )
+    memory, file, log = guest.memory, backing(b""), guest.io.log
+    shown = Overlay(where, PAGE, Rights.WRITE, file)
+    memory.change(add=[shown])
+    runner = threading.Thread(target=guest.run, args=(60,))
+    runner.start()
+
+    def some_turns() -> None:
+        seen = memory.load_u64(guest.program["turns"])
+        while memory.load_u64(guest.program["turns"]) < seen + 3 and runner.is_alive():
+            pass
+
+    for rights in (Rights.READ, Rights.NONE) * 3:
+        some_turns()
+        count, told = os.pread(file, 8, 0), len(log)
+        some_turns()
+        assert os.pread(file, 8, 0) != count and len(log) == told
+        other = Overlay(where, PAGE, rights, file if rights else -1)
+        memory.change([shown], [other])
+        some_turns()
+        count, told = os.pread(file, 8, 0), len(log)
+        some_turns()
+        assert os.pread(file, 8, 0) == count and len(log) > told
+        memory.change([other], [shown])
+    memory.store_u64(guest.program["enough"], 1)
+    runner.join()
+    assert guest.exception is None
 
 
 def test_what_goes_is_the_buss_at_once(boot: Boot, backing: Callable[[bytes], int]) -> None:
@@ -199,7 +246,7 @@ def test_all_cpus_keep_running_while_the_map_changes(boot: Boot, backing: Callab
                 inc rdx
                 cmp byte [rip + enough], 0
                 je again
-                mov [rcx + rdi*8 + 8192], rdx
+                mov [rcx + rdi*8 + 4096 + 64], rdx
                 hlt
         enough: dq 0""",
         OVER_RAM,
@@ -217,6 +264,6 @@ def test_all_cpus_keep_running_while_the_map_changes(boot: Boot, backing: Callab
             pass
     memory.store_u64(guest.program["enough"], 1)
     runner.join()
-    counts, own = ([memory.load_u64(OVER_RAM + at + 8 * i) for i in range(3)] for at in (PAGE, 2 * PAGE))
+    counts, own = ([memory.load_u64(OVER_RAM + at + 8 * i) for i in range(3)] for at in (PAGE, PAGE + 64))
     assert counts == own and min(counts) > 0
     assert memory.is_ram(0, RAM)

@@ -18,9 +18,9 @@ import pytest
 from skep.engine.amd64.registers import Attr, Cr4
 from skep.engine.contract import ExitReason
 from skep.engine.kvm import KvmEngine, uapi
-from skep.errors import UserError
+from skep.errors import HostError, UserError
 from skep.machine.amd64 import why_not_kvm
-from skep.memory import GuestMemory
+from skep.memory import PAGE, GuestMemory, Overlay, Rights
 from tests.engine.tiny import MMIO, STACK, RecordingIo, Tiny
 
 NOBODY = 65534
@@ -88,6 +88,36 @@ def test_no_more_slots(kvm: KvmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(uapi, "ioctl", ioctl)
     assert "maps 0 pieces of memory" in refusal(kvm)
+
+
+def test_no_more_slots_for_what_comes_later(kvm: KvmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has changed then, and the guest runs on."""
+    really = uapi.ioctl
+
+    def ioctl(fd: int, number: int, argument: Any = 0) -> int:
+        few = number == uapi.CHECK_EXTENSION and argument == uapi.CAP_NR_MEMSLOTS
+        return 2 if few else really(fd, number, argument)
+
+    monkeypatch.setattr(uapi, "ioctl", ioctl)
+    with Tiny(kvm, "mov al, [0x180000]\n out 0x80, al\n hlt", cpu_model="baseline") as guest:
+        guest.memory.store_u8(0x180000, 7)
+        with pytest.raises(HostError, match="maps 2 pieces of memory, and the VM has 3"):
+            guest.memory.change(add=[Overlay(0x180000, PAGE, Rights.READ, guest.memory.fd)])
+        assert guest.memory.regions == guest.memory.ram
+        guest.run()
+        assert guest.io.outs(0x80) == [7]
+
+
+def test_dirty_rings_that_are_not_to_be_had(kvm: KvmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "rings of" in refusal(KvmEngine(dirty_ring=1 << 24))
+    really = uapi.ioctl
+
+    def ioctl(fd: int, number: int, argument: Any = 0) -> int:
+        old = number == uapi.CHECK_EXTENSION and argument == uapi.CAP_DIRTY_LOG_RING
+        return 0 if old else really(fd, number, argument)
+
+    monkeypatch.setattr(uapi, "ioctl", ioctl)
+    assert "no dirty rings" in refusal(KvmEngine(dirty_ring=1024))
 
 
 def test_what_this_kvm_lacks_is_named(kvm: KvmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
