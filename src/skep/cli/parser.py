@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 from skep import __version__
 from skep.config import Tree
 from skep.config.sugar import add_console, add_device, add_disk, file_name, set_cpus
-from skep.control.actions import ACTIONS
 from skep.errors import UserError
 
 DEFAULT_CMDLINE = "console=ttyS0"
@@ -20,6 +19,15 @@ DEFAULT_CMDLINE = "console=ttyS0"
 
 class Parser(argparse.ArgumentParser):
     """A mistake is one line, like every other mistake of the user."""
+
+    fill: Callable[[Parser], None] | None = None
+    """Adds its arguments when it is asked: a command that is not given costs no imports."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.fill is not None:
+            fill, self.fill = self.fill, None
+            fill(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, None, f"see `{self.prog} --help`")
@@ -203,6 +211,13 @@ def _add_ctl(commands: Any) -> None:
         help="ask something of a VM that runs",
         description="Ask something of a VM of this user's that runs; `skep list` shows them.",
     )
+    ctl.fill = _fill_ctl
+    ctl.set_defaults(command=_ctl)
+
+
+def _fill_ctl(ctl: Parser) -> None:
+    from skep.control.actions import ACTIONS
+
     ctl.add_argument("name", metavar="NAME", help="the VM's name")
     asked = ctl.add_subparsers(metavar="ACTION", dest="action", required=True, parser_class=Parser)
     for name, kind in ACTIONS.items():
@@ -214,11 +229,11 @@ def _add_ctl(commands: Any) -> None:
             else:
                 action.add_argument(f"--{field.name}", metavar="N", type=words["from_words"], help=about)
         action.add_argument("--json", action="store_true", help="print the answer as it came")
-    ctl.set_defaults(command=_ctl)
 
 
 def _ctl(arguments: argparse.Namespace) -> int:
     from skep.cli.ctl import ctl
+    from skep.control.actions import ACTIONS
 
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ACTIONS[arguments.action])}
     return ctl(arguments.name, arguments.action, given, arguments.json)
