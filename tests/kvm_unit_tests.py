@@ -100,12 +100,11 @@ def skep(case: Case, scratch: Path, model: str, engine: str) -> list[str]:
 
 
 def qemu(case: Case, program: str, engine: str) -> list[str]:
-    words = shlex.split(case.qemu)
-    if engine != "kvm":
-        words = shlex.split(re.sub(r"-enable-kvm|,kernel-irqchip=split", "", case.qemu))
-        for i, word in enumerate(words):
-            if words[i - 1] == "-cpu" and word.startswith("host"):
-                words[i] = "max"
+    of_kvm = "-enable-kvm" if engine == "kvm" else "-enable-kvm|,kernel-irqchip=split"
+    words = shlex.split(re.sub(of_kvm, "", case.qemu))
+    for i, word in enumerate(words):
+        if engine != "kvm" and words[i - 1] == "-cpu" and word.startswith("host"):
+            words[i] = "max"
     if "-cpu" not in words:
         words += ["-cpu", "max"]
     if "-m" not in words:
