@@ -16,8 +16,8 @@ from skep.block.format import BackingName
 from skep.block.image import create_image, open_disk, open_image, open_layers
 from skep.block.options import BlockOptions
 from skep.block.record import Kind, read_log
-from skep.block.tree import nested, parse_layers
-from skep.config.tree import Tree
+from skep.block.tree import Tree, nested, parse_layers
+from skep.config.tree import Tree as Configuration
 from skep.errors import UserError
 from tests.block.conformance import run
 
@@ -47,6 +47,36 @@ def test_words_and_json_tell_the_same() -> None:
     told = '"file":{"driver":"throttle","bps":"1M","file.filename":"a,b"}'
     assert parse_layers(f'json:{{"driver":"qcow2","read-only":true,{told}}}') == tree
     assert parse_layers('json:{"driver":"qcow2","backing":null}') == {"driver": "qcow2", "backing": None}
+
+
+@pytest.mark.parametrize(
+    "between",
+    [(), ({"driver": "throttle", "iops": "100000"},), ({"driver": "raw"}, {"driver": "trace", "log": "/dev/null"})],
+    ids=["at once", "a filter", "raw and a filter"],
+)
+@pytest.mark.parametrize("kind", ["qcow2", "vmdk", "vdi"])
+def test_tables_do_not_lie_over_tables(
+    tmp_path: Path, qcow2: Path, kind: str, between: tuple[dict[str, str], ...]
+) -> None:
+    """Told at once, and not by the first request that takes a lock twice."""
+    create_image(tmp_path / "inner", kind, MIB // 2)
+    with open_image(qcow2) as image:
+        image.write_from((tmp_path / "inner").read_bytes()[: MIB // 2])
+    before = descriptors()
+    layers: Tree = {"driver": "qcow2", "file": {"filename": str(qcow2)}}
+    for one in reversed(between):
+        layers = {**one, "file": layers}
+    with pytest.raises(UserError, match=f"a {kind} image cannot lie over one of qcow2"):
+        open_layers({"driver": kind, "file": layers})
+    assert descriptors() == before
+
+
+def test_a_data_file_with_tables_is_refused(tmp_path: Path, qcow2: Path) -> None:
+    create_image(tmp_path / "disk", "qcow2", MIB, options={"data_file": "data"})
+    before = descriptors()
+    with pytest.raises(UserError, match="a qcow2 image cannot lie over one of qcow2"):
+        open_layers(f"driver=qcow2,file.filename={tmp_path}/disk,data-file.driver=qcow2,data-file.file.filename={qcow2}")
+    assert descriptors() == before
 
 
 def test_layers_below_a_format(tmp_path: Path, qcow2: Path) -> None:
@@ -203,7 +233,7 @@ def test_mistakes(qcow2: Path, stack: str, says: str) -> None:
 
 def node(**keys: str) -> BlockOptions:
     told = {f"pci.0.3.0.{key.replace('__', '.').replace('_', '-')}": value for key, value in keys.items()}
-    return BlockOptions.from_node(Tree({"pci.0.3.0.device": "virtio-blk", **told}).node("pci.0.3.0"))
+    return BlockOptions.from_node(Configuration({"pci.0.3.0.device": "virtio-blk", **told}).node("pci.0.3.0"))
 
 
 def test_a_vms_disk(tmp_path: Path, qcow2: Path) -> None:

@@ -183,6 +183,8 @@ class Image(Closing, ABC):
     can: Can = Can.NOTHING
     fits_devices: ClassVar[bool] = False
     """It can be made in what has a size of its own: a block device, an NBD export."""
+    locks_tables: ClassVar[bool] = False
+    """It asks the file below while it holds the lock of its tables, so another such image cannot be that file."""
     backing: Image | None = None
     """What is below, read where this layer has nothing. Set by who opens the chain."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from skep.block.backend import File
 from skep.block.format import BackingName, Can, Image, ImageError
 from skep.block.naming import place_of, scheme_of
+from skep.block.over import Over
 from skep.block.protocol import open_protocol, whole_bytes
 from skep.block.raw import RawImage
 from skep.block.registry import FILTERS, FORMATS, format_named, probe
@@ -160,7 +161,12 @@ def _open_image(file: File, format: str | None, options: Mapping[str, str], data
 
     def open_other(name: str) -> File:
         if data is not None:
-            return _file_over(data, how)
+            other = _file_over(data, how)
+            try:
+                return _fit(kind, other)
+            except ImageError:
+                other.close()
+                raise
         return _open_place(place_of(file.path, name, how.inside), how)
 
     image = None
@@ -174,7 +180,7 @@ def _open_image(file: File, format: str | None, options: Mapping[str, str], data
                 raise ImageError(f"a {kind.format} image is not opened with {name!r}", file.path, f"known are: {known}")
         if not how.read_only and Can.WRITE not in kind.can:
             raise ImageError(f"{kind.format} images are only read", file.path, "say ro")
-        image = kind.open(file, options, how.secrets)
+        image = kind.open(_fit(kind, file), options, how.secrets)
         image.open_files(open_other)
         if image.locked and not how.may_stay_locked:
             todo = f"say {image.key_option}=ID, and --object secret,id=ID,file=PATH"
@@ -183,6 +189,19 @@ def _open_image(file: File, format: str | None, options: Mapping[str, str], data
         (file if image is None else image).close()
         raise
     return image
+
+
+def _fit(kind: type[Image], file: File) -> File:
+    """The file, if an image of this kind can lie over it. Raises ImageError."""
+    layer = file
+    while kind.locks_tables:
+        if isinstance(layer, Image) and layer.locks_tables:
+            what = f"a {kind.format} image cannot lie over one of {layer.format}"
+            raise ImageError(what, file.path, "skep image convert makes a raw one of that")
+        if not isinstance(layer, Image | Over):
+            break
+        layer = layer.file if isinstance(layer, Image) else layer.below
+    return file
 
 
 def _with_chain(image: Image, how: Opening) -> Image:

@@ -49,6 +49,8 @@ class SparseImage(Image):
     to a place (:meth:`_bind`), and how its tables are committed. ``backing`` may be shorter than the disk.
     """
 
+    locks_tables = True
+
     def __init__(
         self,
         file: File,

@@ -46,6 +46,7 @@ class Mapped(Image):
     """The tables of an open image, and what can be done by looking at them."""
 
     format = "qcow2"
+    locks_tables = True
     key_option = "encrypt.key-secret"
 
     def __init__(self, file: File, cache: int | None, refcount_cache: int | None) -> None:

@@ -43,6 +43,7 @@ class VmdkImage(Image):
     """VMware's "Virtual Disk Format 5.0". The first write of all changes the content ID, as overlays expect."""
 
     format = "vmdk"
+    locks_tables = True
     can = Can.WRITE | Can.DISCARD | Can.ZERO | Can.COMPRESS | Can.CHECK | Can.REPAIR | Can.BACKING
     create_options: ClassVar = {
         "adapter_type": Option("Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX"),
