@@ -101,3 +101,24 @@ def test_the_footer_is_at_the_end_after_each_flush(tmp_path: Path) -> None:
             image.flush()
             data = path.read_bytes()
             assert data[-512:] == data[:512]
+
+
+def test_one_repair_is_enough(tmp_path: Path) -> None:
+    """An entry is dropped for lying in another's block: what else it had is nobody's then. The footer stays in its
+    place."""
+    path = tmp_path / "disk.vhd"
+    create_image(path, "vpc", 6 * MIB)
+    with open_image(path) as image:
+        for number in range(2):
+            write_at(image, number * 2 * MIB, b"x" * MIB)
+    data = bytearray(path.read_bytes())
+    table = int.from_bytes(data[528:536], "big")  # "Table Offset" of the dynamic disk header
+    first = int.from_bytes(data[table : table + 4], "big")
+    data[table + 4 : table + 8] = (first + 2048).to_bytes(4, "big")
+    path.write_bytes(data)
+    with open_image(path) as image:
+        result = image.repair()
+        assert (result.corruptions, result.corruptions_fixed) == (1, 1) and result.leaks == result.leaks_fixed > 0
+        assert (found := image.check()).clean, found
+        assert read_at(image, 0, MIB) == b"x" * MIB
+    assert len(path.read_bytes()) == len(data)

@@ -75,6 +75,8 @@ def examine(
         marks, taken = _mark(first, last, step, reserved, owned)
         for number in taken:
             bad(number, f"entry {number} has a place in the file that is not its own")
+        if taken and forget is not None:  # what else they claimed may be nobody's now
+            marks, _ = _mark(first, marks.end, step, reserved, owned)
         for start, end in marks.free(step, file.size):
             if end - start >= unit:
                 _leak(file, result, start, end, unit, mend)

@@ -426,8 +426,6 @@ class SparseImage(Image):
             self._after_write()
 
         result = examine(self.file, self._unit, self._reserved, self._owned, None if leaks_only else forget, mend=True)
-        with self._lock:
-            self._end = max(self._end if not result.leaks_fixed else 0, self.file.size)
         self.flush()
         return result
 
