@@ -22,6 +22,8 @@ from tests.linux import BOOT, Linux
 from tests.vm.building import FINISH, START, builder, make_disk, natively
 
 DOING = DISK, SLEEPS, RUNS = "the disk works", "the processor sleeps", "the processor runs"
+RING = 4
+"""Descriptors that a disk takes when for the first time a request has to wait for the host."""
 
 
 def the_disk(vm: Vm) -> VirtioBlk:
@@ -218,7 +220,8 @@ def test_a_build_is_frozen_and_thawed(guest: Guest, tmp_path: Path, cpus: int, t
             assert still(vm, disk) == as_is
             frozen_ns += time.monotonic_ns() - stopped
             vm.thaw()
-        assert (threads_by_name(), len(os.listdir("/proc/self/fd"))) == (threads, fds)
+        assert threads_by_name() == threads
+        assert len(os.listdir("/proc/self/fd")) - fds in (0, RING)
         gone = float(linux("cat /proc/uptime").split()[0]) - uptime
         assert gone == pytest.approx((vm.board.clock.now_ns() - now) / 1e9, abs=1.5), f"{frozen_ns / 1e9} s frozen"
         clocks, *rounds = linux(FINISH).splitlines()
