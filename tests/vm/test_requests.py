@@ -58,8 +58,13 @@ next:   inc ebp
 sleep:  cli
         cmp [rbx + 24], ebp
         je done
+        cmp dword [rbx + 60], 0
+        jne awake
         sti
         hlt
+        jmp sleep
+awake:  sti
+        pause
         jmp sleep
 done:   dec ecx
         jne next
@@ -198,6 +203,8 @@ def test_a_wire_interrupts_until_it_is_let_go_of(requester: type[Requester], irq
 @pytest.mark.parametrize("irqchip", ["off", "split", "whole"])
 def test_no_interrupt_is_lost_by_a_freeze(requester: type[Requester], irqchip: str, msix: bool) -> None:
     one = requester(irqchip, msix=msix)
+    # It does not halt: in L1 an interrupt may come between STI and HLT, as if QEMU had dropped STI's shadow at an exit.
+    one.memory.store_u32(MAILBOX + 60, 1)
     one.make(20)
     one.memory.store_u32(MAILBOX, 2000)
     freezes = 0

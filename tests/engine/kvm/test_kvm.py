@@ -19,6 +19,8 @@ from skep.memory import GuestMemory
 from tests.engine.tiny import MMIO, NULL_SEGMENT, PROGRAM, RAM, RecordingIo, TestInterrupts, Tiny
 
 HARDWARE = why_not_kvm() is None
+TIMES = 1000
+"""That something is tried whose moment matters."""
 
 
 # Accesses that leave the guest
@@ -200,6 +202,43 @@ def test_a_kick_from_another_thread_makes_it_look(boot: Callable[..., Tiny]) -> 
     left = guest.run()
     raiser.join()
     assert left.reason is ExitReason.HALTED and left.detail == {"interrupts": False}
+
+
+@pytest.mark.parametrize("loop", ["pause", "out 0x80, al"], ids=["in the guest", "leaving it"])
+@pytest.mark.parametrize("what", ["interrupt", "NMI"])
+def test_no_kick_is_lost(boot: Callable[..., Tiny], what: str, loop: str) -> None:
+    """Each is raised at whatever moment the one before was seen to have come."""
+    text = f"""
+start:  sti
+again:  {loop}
+        jmp again
+counts: inc qword [rip + count]
+        iretq
+ends:   cli
+        hlt
+count:  dq 0
+"""
+    guest = boot(text, handlers={2: "counts", 0x40: "counts", 0x41: "ends"})
+    where, lost = guest.program["count"], []
+
+    def ask() -> None:
+        for number in range(1, TIMES + 1):
+            if what == "NMI":
+                guest.interrupts.raise_nmi()
+            else:
+                guest.interrupts.raise_vector(0x40)
+            end = time.monotonic() + 10
+            while guest.memory.load_u64(where) != number and not lost:
+                time.sleep(0)
+                if time.monotonic() > end:
+                    lost.append(number)
+        guest.interrupts.raise_vector(0x41)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    guest.run(timeout=60)
+    asker.join()
+    assert not lost and guest.load("count") == TIMES
 
 
 def test_request_exit_is_never_lost(boot: Callable[..., Tiny]) -> None:
