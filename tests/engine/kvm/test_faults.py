@@ -17,6 +17,7 @@ import pytest
 
 from skep.engine.amd64.registers import Attr, Cr4
 from skep.engine.contract import ExitReason
+from skep.engine.debug import Debug, On, Place
 from skep.engine.kvm import KvmEngine, uapi
 from skep.errors import HostError, UserError
 from skep.machine.amd64 import why_not_kvm
@@ -129,6 +130,22 @@ def test_what_this_kvm_lacks_is_named(kvm: KvmEngine, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(uapi, "ioctl", ioctl)
     assert "lacks MSR filters" in refusal(kvm)
+
+
+def test_a_kvm_without_guest_debug(kvm: KvmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = uapi.ioctl
+
+    def ioctl(fd: int, number: int, argument: Any = 0) -> int:
+        asked = number == uapi.CHECK_EXTENSION and argument in (uapi.CAP_SET_GUEST_DEBUG, uapi.CAP_SET_GUEST_DEBUG2)
+        return 0 if asked else really(fd, number, argument)
+
+    monkeypatch.setattr(uapi, "ioctl", ioctl)
+    with Tiny(kvm, "hlt", cpu_model="baseline") as guest:
+        for wanted in (Debug(step=True), Debug(instruction=True), Debug(places=(Place(0, On.EXECUTE),))):
+            with pytest.raises(UserError, match="this KVM lacks guest debug of that kind"):
+                guest.vcpu.set_debug(wanted)
+        guest.vcpu.set_debug(Debug())
+        assert guest.run().reason is ExitReason.HALTED
 
 
 def test_too_many_processors_and_unknown_models(kvm: KvmEngine) -> None:
