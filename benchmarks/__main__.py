@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.processors:
         result["processors"] = processors.run(kernel, guest.obtain(), options.processors, options.rounds, say)
     if options.boots:
-        payload = Payload(kernel, initrd, options.boot_cmdline, options.boot_engine)
+        payload = Payload(kernel, initrd, options.boot_cmdline, options.boot_engine, tuple(options.boot_option))
         qemu = result["host"]["qemu"] is not None
         result["boot"] = boots.run(payload, options.boots, options.boot_timeout, qemu, say)
     return result
@@ -121,6 +121,9 @@ def main() -> int:
     parser.add_argument("--boot-cmdline", default=BOOT_CMDLINE, metavar="TEXT", help="default: %(default)s")
     parser.add_argument(
         "--boot-engine", choices=["translate", "kvm"], default="translate", help="kvm: QEMU with -accel kvm, too"
+    )
+    parser.add_argument(
+        "--boot-option", action="append", default=[], metavar="KEY=VALUE", help="Skep's; may be given several times"
     )
     parser.add_argument("--boot-timeout", type=float, default=120, metavar="S", help="for one (default %(default)g)")
     parser.add_argument(

@@ -19,6 +19,8 @@ class Payload:
     cmdline: str
     engine: str = "translate"
     """Or "kvm", beside which QEMU runs with -accel kvm."""
+    options: tuple[str, ...] = ()
+    """Of Skep alone: KEY=VALUE."""
 
 
 def skep_program() -> list[str]:
@@ -31,7 +33,7 @@ def skep_command(payload: Payload, options: Sequence[str] = (), cpus: int = 1) -
     return [
         *skep_program(), "run", "--kernel", str(payload.kernel), "--initrd", str(payload.initrd),
         "--cmdline", payload.cmdline, "--memory", f"{MEMORY_MIB}M", "--cpus", str(cpus), "--engine", payload.engine,
-        "--no-reboot", *options,
+        "--no-reboot", *(word for option in payload.options for word in ("-o", option)), *options,
     ]  # fmt: skip
 
 
