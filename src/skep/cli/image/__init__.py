@@ -22,7 +22,7 @@ def image(arguments: Sequence[str]) -> int:
     from skep.block.secrets import read_secrets
     from skep.cli.image.parser import make_parser
 
-    parser = make_parser()
+    parser = make_parser(arguments[0] if arguments else None)
     gc.freeze()
     gc.enable()
     failed = EXIT_NOT_COMPARED if arguments[:1] == ["compare"] else EXIT_WRONG

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 from skep import __version__
 from skep.block.qcow2.create import parse_size
@@ -32,26 +32,39 @@ def size(text: str) -> int:
     return found
 
 
-def make_parser() -> Parser:
+class _Subcommand(NamedTuple):
+    do: Callable[[Any], int]
+    about: str
+    groups: tuple[Callable[[Parser], None], ...]
+    """Words that others have too."""
+    words: Callable[[Parser], None]
+
+
+def make_parser(asked: str | None = None) -> Parser:
+    """Of all subcommands, or of the one that is asked for, if there is such a one: the others would take longer to make
+    than many a command takes."""
     parser = Parser(prog="skep image", description="Make, look at, check, convert and change disk images.")
     parser.add_argument("-V", "--version", action="version", version=f"skep image {__version__}")
     subcommands = parser.add_subparsers(metavar="SUBCOMMAND", parser_class=Parser)
-
-    def command(name: str, do: Callable[[Any], int], about: str, *groups: Callable[[Parser], None]) -> Parser:
-        made: Parser = subcommands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        made.set_defaults(command=do)
+    for name in (asked,) if asked is not None and asked in _SUBCOMMANDS else _SUBCOMMANDS:
+        one = _SUBCOMMANDS[name]
+        made: Parser = subcommands.add_parser(name, help=one.about, description=one.about, allow_abbrev=False)
+        made.set_defaults(command=one.do)
         made.add_argument("--object", dest="objects", action="append", default=[], metavar="OBJECT", help=_SECRET)
         if name != "create":
             made.add_argument("--image-opts", action="store_true", help=_IMAGE_OPTS)
-        for group in groups:
+        for group in one.groups:
             group(made)
-        return made
+        one.words(made)
+    return parser
 
-    one = command("info", commands.info, "What an image is", _output, _format, _shared)
+
+def _info(one: Parser) -> None:
     one.add_argument("--backing-chain", action="store_true", help="and the images below it")
     _file(one)
 
-    one = command("create", commands.create, "Make an image", _quiet, _options)
+
+def _create(one: Parser) -> None:
     one.set_defaults(image_opts=False)
     one.add_argument("-f", dest="format", default="raw", metavar="FORMAT", help="of the image (raw)")
     one.add_argument("-b", dest="backing", metavar="FILE", help="lie over this image")
@@ -60,12 +73,14 @@ def make_parser() -> Parser:
     one.add_argument("file", nargs="?", metavar="FILE", help="(none with -o help)")
     one.add_argument("size", nargs="?", type=size, help="of the disk: bytes, or 10M, 1G and so on")
 
-    one = command("check", commands.check, "Look for damage, and mend it", _output, _format, _shared, _quiet)
+
+def _check(one: Parser) -> None:
     one.add_argument("-r", dest="repair", choices=("leaks", "all"), help="mend only what costs space, or everything")
     one.add_argument("-T", dest="source_cache", choices=CACHES, help="how the host's cache is used")
     _file(one)
 
-    one = command("convert", commands.convert, "Copy images into a new one", _progress, _quiet, _shared, _options)
+
+def _convert(one: Parser) -> None:
     one.add_argument("-f", dest="format", metavar="FORMAT", help="of the sources; otherwise found out")
     one.add_argument("-O", dest="target_format", metavar="FORMAT", help="of the new image (raw)")
     one.add_argument("-B", dest="backing", metavar="FILE", help="the new image lies over this one")
@@ -88,31 +103,36 @@ def make_parser() -> Parser:
     one.add_argument("--salvage", action="store_true", help="zeros instead of what cannot be read")
     one.add_argument("files", nargs="*", metavar="FILE", help="the sources, and the new image (none with -o help)")
 
-    one = command("compare", commands.compare, "Whether two disks are the same", _shared, _quiet, _progress, _format)
+
+def _compare(one: Parser) -> None:
     one.add_argument("-F", dest="second_format", metavar="FORMAT", help="of the second image")
     one.add_argument("-T", dest="source_cache", choices=CACHES, help="how the host's cache is used")
     one.add_argument("-s", dest="strict", action="store_true", help="sizes and allocation have to be the same too")
     _file(one)
     one.add_argument("second", metavar="FILE2")
 
-    one = command("map", commands.map_, "Where the data of a disk is", _output, _format, _shared)
+
+def _map(one: Parser) -> None:
     one.add_argument("--start-offset", type=size, default=0, metavar="OFFSET")
     one.add_argument("--max-length", type=size, metavar="LENGTH")
     _file(one)
 
-    one = command("measure", commands.measure, "What an image would take", _output, _format, _shared, _options)
+
+def _measure(one: Parser) -> None:
     one.add_argument("-O", dest="target_format", default="raw", metavar="FORMAT", help="of the image (raw)")
     one.add_argument("--size", type=size, help="of a disk that is not there yet")
     one.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="as the disk was then")
     one.add_argument("file", nargs="?", metavar="FILE")
 
-    one = command("resize", commands.resize, "Make a disk larger or smaller", _format, _quiet)
+
+def _resize(one: Parser) -> None:
     one.add_argument("--preallocation", choices=("off", "metadata", "falloc", "full"), default="off")
     one.add_argument("--shrink", action="store_true", help="lose what is beyond the new end")
     _file(one)
     one.add_argument("size", metavar="[+|-]SIZE")
 
-    one = command("snapshot", commands.snapshot, "Snapshots inside an image", _quiet, _shared, _format)
+
+def _snapshot(one: Parser) -> None:
     what = one.add_mutually_exclusive_group()
     what.add_argument("-l", dest="listing", action="store_true", help="show them")
     what.add_argument("-c", dest="make", metavar="NAME", help="take one")
@@ -120,14 +140,16 @@ def make_parser() -> Parser:
     what.add_argument("-d", dest="delete", metavar="NAME", help="forget one")
     _file(one)
 
-    one = command("commit", commands.commit, "Write an image into the one below it", _format, _quiet, _progress)
+
+def _commit(one: Parser) -> None:
     one.add_argument("-t", dest="cache", choices=CACHES, help="how it is written")
     one.add_argument("-b", dest="base", metavar="FILE", help="the one of the chain to write into (the next)")
     one.add_argument("-d", dest="keep", action="store_true", help="leave the image as it is")
     one.add_argument("-r", dest="rate", type=size, metavar="BYTES", help="a second, at most")
     _file(one)
 
-    one = command("rebase", commands.rebase, "Lie over another image", _format, _quiet, _progress, _shared)
+
+def _rebase(one: Parser) -> None:
     one.add_argument("-t", dest="cache", choices=CACHES, help="how it is written")
     one.add_argument("-T", dest="source_cache", choices=CACHES, help="how it is read")
     one.add_argument("-u", dest="unsafe", action="store_true", help="change the name only")
@@ -135,12 +157,14 @@ def make_parser() -> Parser:
     one.add_argument("-F", dest="backing_format", metavar="FORMAT", help="of the image below")
     _file(one)
 
-    one = command("amend", commands.amend, "Change options of an image", _format, _quiet, _progress, _options)
+
+def _amend(one: Parser) -> None:
     one.add_argument("-t", dest="cache", choices=CACHES, help="how it is written")
     one.add_argument("--force", action="store_true", help="even if it makes the data unreadable for ever")
     one.add_argument("file", nargs="?", metavar="FILE", help="(none with -o help)")
 
-    one = command("bitmap", commands.bitmap, "Persistent bitmaps of what was written", _format)
+
+def _bitmap(one: Parser) -> None:
     for name in ("add", "remove", "clear", "enable", "disable"):
         one.add_argument(f"--{name}", dest="actions", action="append_const", const=(name, None))
     one.add_argument("--merge", dest="actions", action="append", type=lambda text: ("merge", text), metavar="SOURCE")
@@ -150,12 +174,14 @@ def make_parser() -> Parser:
     _file(one)
     one.add_argument("bitmap")
 
-    one = command("dd", commands.dd, "Copy a part: if=FILE of=FILE [bs=N] [count=N] [skip=N]", _shared)
+
+def _dd(one: Parser) -> None:
     one.add_argument("-f", dest="format", metavar="FORMAT", help="of the source")
     one.add_argument("-O", dest="target_format", default="raw", metavar="FORMAT", help="of the new image (raw)")
     one.add_argument("operands", nargs="+", metavar="KEY=VALUE")
 
-    one = command("bench", commands.bench, "How fast requests are", _format, _quiet, _shared)
+
+def _bench(one: Parser) -> None:
     one.add_argument("-c", dest="count", type=int, default=75000, metavar="N", help="requests (75000)")
     one.add_argument("-d", dest="depth", type=int, default=64, metavar="N", help="at once (64)")
     one.add_argument("-n", dest="native", action="store_true", help="ignored: see -i")
@@ -169,7 +195,6 @@ def make_parser() -> Parser:
     one.add_argument("--flush-interval", type=int, default=0, metavar="N", help="flush after so many writes")
     one.add_argument("--no-drain", action="store_true", help="ignored")
     _file(one)
-    return parser
 
 
 def _file(parser: Parser) -> None:
@@ -199,3 +224,30 @@ def _shared(parser: Parser) -> None:
 def _options(parser: Parser) -> None:
     about = "options of the format; or `help`"
     parser.add_argument("-o", dest="options", action="append", metavar="NAME=VALUE,...", help=about)
+
+
+_SUBCOMMANDS: Mapping[str, _Subcommand] = {
+    "info": _Subcommand(commands.info, "What an image is", (_output, _format, _shared), _info),
+    "create": _Subcommand(commands.create, "Make an image", (_quiet, _options), _create),
+    "check": _Subcommand(commands.check, "Look for damage, and mend it", (_output, _format, _shared, _quiet), _check),
+    "convert": _Subcommand(
+        commands.convert, "Copy images into a new one", (_progress, _quiet, _shared, _options), _convert
+    ),
+    "compare": _Subcommand(
+        commands.compare, "Whether two disks are the same", (_shared, _quiet, _progress, _format), _compare
+    ),
+    "map": _Subcommand(commands.map_, "Where the data of a disk is", (_output, _format, _shared), _map),
+    "measure": _Subcommand(
+        commands.measure, "What an image would take", (_output, _format, _shared, _options), _measure
+    ),
+    "resize": _Subcommand(commands.resize, "Make a disk larger or smaller", (_format, _quiet), _resize),
+    "snapshot": _Subcommand(commands.snapshot, "Snapshots inside an image", (_quiet, _shared, _format), _snapshot),
+    "commit": _Subcommand(
+        commands.commit, "Write an image into the one below it", (_format, _quiet, _progress), _commit
+    ),
+    "rebase": _Subcommand(commands.rebase, "Lie over another image", (_format, _quiet, _progress, _shared), _rebase),
+    "amend": _Subcommand(commands.amend, "Change options of an image", (_format, _quiet, _progress, _options), _amend),
+    "bitmap": _Subcommand(commands.bitmap, "Persistent bitmaps of what was written", (_format,), _bitmap),
+    "dd": _Subcommand(commands.dd, "Copy a part: if=FILE of=FILE [bs=N] [count=N] [skip=N]", (_shared,), _dd),
+    "bench": _Subcommand(commands.bench, "How fast requests are", (_format, _quiet, _shared), _bench),
+}
