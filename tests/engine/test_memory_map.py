@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -14,7 +14,7 @@ from tests.engine.tiny import PROGRAM, RAM, Tiny
 
 HOLE, OVER_RAM = 0x2000000, 0x800000
 """Places for a window: where nothing is, and where RAM is."""
-Boot = Callable[[str], Tiny]
+Boot = Callable[..., Tiny]
 
 
 @pytest.fixture(params=NAMES)
@@ -22,8 +22,8 @@ def boot(request: pytest.FixtureRequest) -> Iterator[Boot]:
     """A guest with a window at W; behind its two pages they are seen once more, the second first."""
     machines: list[Tiny] = []
 
-    def make(text: str, window: int = HOLE, cpus: int = 1) -> Tiny:
-        given = {"symbols": {"W": window}, "reach": HOLE + 4 * PAGE, "cpus": cpus}
+    def make(text: str, window: int = HOLE, cpus: int = 1, overlays: Sequence[Overlay] = ()) -> Tiny:
+        given = {"symbols": {"W": window}, "reach": HOLE + 4 * PAGE, "cpus": cpus, "overlays": overlays}
         guest = Tiny(named(request.param), text, cpu_model="baseline", **given)
         for page, frame in enumerate((0, 1, 1, 0)):
             guest.map(window + page * PAGE, window + frame * PAGE)
@@ -90,6 +90,14 @@ def test_rom_is_read_and_not_written(boot: Boot, backing: Callable[[bytes], int]
     ]  # fmt: skip
     assert os.pread(below, 2, PAGE - 2) == b"\x55\x55"
     os.close(below)
+
+
+def test_a_vm_that_is_made_later_knows_what_is_there(boot: Boot, backing: Callable[[bytes], int]) -> None:
+    rom = Overlay(OVER_RAM, PAGE, Rights.READ, backing(b"12345678"))
+    guest = boot("mov rcx, W\n mov rax, [rcx]\n mov [rcx], cl\n hlt", OVER_RAM, overlays=[rom])
+    guest.run()
+    assert guest.reg("rax").to_bytes(8, "little") == b"12345678"
+    assert guest.io.log == [("write", OVER_RAM, 1, OVER_RAM & 0xFF)]
 
 
 def test_a_device_over_ram_hides_it(boot: Boot) -> None:

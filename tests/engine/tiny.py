@@ -30,7 +30,7 @@ from skep.contracts.interrupts import Loan
 from skep.engine.amd64.registers import Cr0, Cr4, Efer, Pte
 from skep.engine.contract import Engine, Exit, ExitReason, Vcpu
 from skep.irqchip.lapic import LocalApic
-from skep.memory import GuestMemory
+from skep.memory import GuestMemory, Overlay
 from tests.engine.assemble import Program, assemble
 from tests.engine.place import GPRS, PAGE
 
@@ -204,7 +204,8 @@ class Tiny:
     ``handlers`` gives vectors to labels of the program (interrupt gates); ``ist`` gives vectors to IST stacks 1 to 7;
     ``user`` starts the program in ring 3, its pages and :data:`USER_STACK` being the user's. ``apic`` is a real one, in
     place of :attr:`interrupts`, and ``other_apics`` are the other vCPUs'; ``constants`` are ports that the engine may
-    answer; overlays may lie below ``reach``.
+    answer; ``overlays``, there from the beginning, and others may lie below
+    ``reach``.
     """
 
     def __init__(
@@ -224,9 +225,11 @@ class Tiny:
         other_apics: Sequence[LocalApic] = (),
         constants: ConstantPorts | None = None,
         reach: int = 0,
+        overlays: Sequence[Overlay] = (),
     ) -> None:
         self.base = base
         self.memory = GuestMemory(RAM, reach=reach)
+        self.memory.change(add=overlays)
         self.io = RecordingIo()
         self.interrupts = TestInterrupts()
         self._timed_out = threading.Event()

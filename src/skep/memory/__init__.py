@@ -94,7 +94,8 @@ class GuestMemory:
         self._dirty_sources: tuple[DirtySource, ...] = ()
         self._dirty: DirtyPages | None = None
         self._map_lock = Lock("memory map", Order.MAP)
-        self._overlays: tuple[Overlay, ...] = ()
+        self.overlays: tuple[Overlay, ...] = ()
+        """What lies over RAM and beside it, the topmost last."""
         self._covered: tuple[tuple[int, int], ...] = ()
         """Where something lies over RAM."""
         self.fd = self._create()
@@ -333,12 +334,12 @@ class GuestMemory:
         """
         remove, add = tuple(remove), tuple(add)
         with self._map_lock:
-            if any(one not in self._overlays for one in remove):
+            if any(one not in self.overlays for one in remove):
                 raise ValueError("an overlay that is not there")
             for one in add:
                 if (one.gpa | one.size | one.offset) % PAGE or one.size <= 0 or not 0 <= one.gpa < one.end <= self.end:
                     raise ValueError(f"no place for an overlay: {one.gpa:#x}-{one.end - 1:#x}")
-            overlays = (*(one for one in self._overlays if one not in remove), *add)
+            overlays = (*(one for one in self.overlays if one not in remove), *add)
             regions = layered(self.ram, overlays, self.base)
             where = tuple((one.gpa, one.end) for one in (*remove, *add))
             with ExitStack() as stack:
@@ -346,7 +347,7 @@ class GuestMemory:
                     stack.enter_context(listener.changing(self.regions, regions, where))
                 for start, end in where:
                     self._show(overlays, start, end)
-                self._overlays, self.regions = overlays, regions
+                self.overlays, self.regions = overlays, regions
                 self._covered = tuple(
                     (one.gpa, one.end) for one in overlays if one.gpa < self.low_size or one.end > self.high_base
                 )
@@ -358,7 +359,7 @@ class GuestMemory:
         """Have the window show what lies in [start, end); behind a device's window that is what it hides."""
         before, after = (
             backings(layered(self.ram, (o for o in some if o.rights is not Rights.NONE), self.base), start, end)
-            for some in (self._overlays, overlays)
+            for some in (self.overlays, overlays)
         )
         if before == after:
             return

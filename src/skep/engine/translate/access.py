@@ -57,7 +57,7 @@ class Access:
                 return memory.read(gpa, n)
             except MemoryFault:  # something was put over it
                 pass
-        if memory.regions is not memory.ram:
+        if memory.overlays:
             with self.cache.world.lock:  # it stays there meanwhile
                 if memory.allows(gpa, n, Rights.READ):
                     return bytes(memory.behind(gpa, n))
@@ -72,7 +72,7 @@ class Access:
                 return True
             except MemoryFault:
                 pass
-        if memory.regions is not memory.ram:
+        if memory.overlays:
             with self.cache.world.lock:
                 if memory.allows(gpa, len(data), Rights.WRITE):
                     memory.behind(gpa, len(data))[:] = data

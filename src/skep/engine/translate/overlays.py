@@ -29,6 +29,8 @@ class Overlays:
         self._cache = cache
         self._pairs = pairs
         self._table: mmap.mmap | None = None
+        if memory.overlays:
+            self._learn(memory.regions, [(one.gpa, one.end) for one in memory.overlays])
 
     @contextmanager
     def changing(
@@ -37,14 +39,7 @@ class Overlays:
         cache = self._cache
         with cache.world.stopped():
             yield
-            table = self._known()
-            for start, end in where:
-                table[start // PAGE : end // PAGE] = bytes((_KNOWN,)) * ((end - start) // PAGE)
-                for region in after:
-                    part = region.cut(start, end)
-                    if part.size > 0:
-                        frames = slice(part.gpa // PAGE, part.end // PAGE)
-                        table[frames] = bytes((_KNOWN | part.rights,)) * (part.size // PAGE)
+            self._learn(after, where)
             for st in cache.world.blocks:
                 st.overlays = self.address
             cache.forget_pages()
@@ -52,8 +47,14 @@ class Overlays:
             for start, end in where:
                 cache.written(start, end - start)
 
-    def _known(self) -> mmap.mmap:
+    def _learn(self, regions: Sequence[Region], where: Sequence[tuple[int, int]]) -> None:
         if self._table is None:
             self._table = mmap.mmap(-1, self.frames, flags=_NORESERVE)
             self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._table))
-        return self._table
+        for start, end in where:
+            self._table[start // PAGE : end // PAGE] = bytes((_KNOWN,)) * ((end - start) // PAGE)
+            for region in regions:
+                part = region.cut(start, end)
+                if part.size > 0:
+                    frames = slice(part.gpa // PAGE, part.end // PAGE)
+                    self._table[frames] = bytes((_KNOWN | part.rights,)) * (part.size // PAGE)
