@@ -212,7 +212,7 @@ ports:  dw 0x20
         dw 0x40
         db 0xa9
         dw 0
-        db 4
+        db 16
 """
 
 Make = Callable[..., Vm]
