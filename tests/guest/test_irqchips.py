@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.hardware, pytest.mark.slow]
     [
         ("whole", "quiet"),
         ("whole", "quiet pci=nomsi"),
-        ("whole", "quiet nohpet nolapic_timer"),
+        ("whole", "quiet nohpet"),
         ("split", "quiet pci=nomsi"),
         ("off", "quiet"),
     ],
