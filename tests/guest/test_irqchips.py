@@ -1,5 +1,4 @@
-"""A Linux with each share of the interrupt controllers that KVM may have: by messages and by wires, with the timers
-that it takes and others, frozen and thawed in between."""
+"""A Linux with each share of the interrupt controllers that KVM may have: by messages and by wires, also frozen."""
 
 from __future__ import annotations
 
@@ -18,7 +17,6 @@ pytestmark = [pytest.mark.hardware, pytest.mark.slow]
     [
         ("whole", "quiet"),
         ("whole", "quiet pci=nomsi"),
-        ("whole", "quiet nohpet"),
         ("split", "quiet pci=nomsi"),
         ("off", "quiet"),
     ],
