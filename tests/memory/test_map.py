@@ -199,15 +199,34 @@ def test_huge_pages(pool: int) -> None:
     assert int((POOL / "free_hugepages").read_text()) == free
 
 
-def test_transparent_huge_pages_are_asked_for_or_refused() -> None:
-    enabled = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
-    if "[never]" in enabled or "[deny]" in enabled:
-        with pytest.raises(HostError, match="no transparent huge pages"):
-            GuestMemory(4 * MIB, huge=1)
-        return
-    memory = GuestMemory(4 * MIB, huge=1)
-    assert "hg" in smaps(memory)
+@pytest.mark.parametrize("huge", [1, None])
+def test_transparent_huge_pages(huge: int | None) -> None:
+    """Whatever the host's ``shmem_enabled`` says, where we may have a file system of our own."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    memory = GuestMemory(64 * MIB, low_limit=32 * MIB, high_base=64 * MIB, huge=huge)
+    assert "hg" in smaps(memory) and memory.kind == "transparent huge pages"
+    for gpa in (5, 30 * MIB, 90 * MIB):
+        memory.write(gpa, b"text")
+    found = smaps(memory)
+    if found["ShmemPmdMapped"] == 0:
+        pytest.skip("the host has no memory in pieces of 2 MiB")
+    assert found["ShmemPmdMapped"] == found["Rss"] == 4 << 10
+    assert [(gpa, data.count(b"text")) for gpa, data in memory.written()] == [
+        (0, 1), (30 * MIB, 1), (90 * MIB, 1)
+    ]  # fmt: skip
+    memory.clear()
+    assert list(memory.written()) == [] and memory.read(30 * MIB, 4) == bytes(4)
     memory.close()
+
+
+def test_transparent_huge_pages_that_are_refused() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(skep.__file__ or "").parent.parent)}
+    command = [sys.executable, "-c", NOBODY]
+    said = subprocess.run(command, check=True, timeout=60, env=environment, capture_output=True, text=True).stdout
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text():
+        assert "no transparent huge pages" in said and "be root" in said
+    assert said.splitlines()[-1] == "done"
 
 
 def test_wired_memory_is_there_from_the_beginning_and_stays() -> None:
@@ -218,6 +237,20 @@ def test_wired_memory_is_there_from_the_beginning_and_stays() -> None:
     assert memory.load_u8(0) == 0 and smaps(memory)["Locked"] == smaps(memory)["Rss"] == 2048
     memory.close()
 
+
+NOBODY = """
+import os
+from skep.errors import HostError
+from skep.memory import GuestMemory
+if os.geteuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+try:
+    GuestMemory(4 << 20, huge=1).close()
+except HostError as error:
+    print(error)
+GuestMemory(4 << 20, huge=None).close()
+print("done")
+"""
 
 UNPRIVILEGED = """
 import resource, os

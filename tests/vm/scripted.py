@@ -102,7 +102,7 @@ class ScriptedVm:
 
 class ScriptedEngine:
     name = description = "scripted"
-    hosts_apics = hosts_chips = scales_tsc = False
+    hosts_apics = hosts_chips = scales_tsc = wants_huge_pages = False
 
     def __init__(self, program: Callable[[ScriptedVcpu], Exit]) -> None:
         self.program = program

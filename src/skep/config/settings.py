@@ -12,7 +12,7 @@ from skep.errors import HostError, UserError
 
 MAX_CPUS = 255
 """What 8-bit APIC identifiers can name, less the broadcast."""
-HUGE_PAGES = {"off": 0, "transparent": 1, "2M": 2 * values.MIB, "1G": 1024 * values.MIB}
+HUGE_PAGES = {"auto": None, "off": 0, "transparent": 1, "2M": 2 * values.MIB, "1G": 1024 * values.MIB}
 """The choices of memory.hugepages, for :class:`skep.memory.GuestMemory`."""
 _PAGE = 4096
 _LEAST_MEMORY = 2 * values.MIB
@@ -37,11 +37,11 @@ class Settings:
         values.memory_size, 256 * values.MIB, key="memory.size", doc="guest memory: 512M, 4G; a bare number is MiB"
     )
     memory_hugepages: str = option(
-        values.choice("off", "transparent", "2M", "1G"),
-        "off",
+        values.choice(*HUGE_PAGES),
+        "auto",
         key="memory.hugepages",
         doc="what pages of the host guest memory is made of: small ones; also huge ones, as far as the host finds any"
-        " (transparent); or huge ones of its pool (2M, 1G), under KVM",
+        " (transparent; auto: under KVM, where the host makes any); or huge ones of its pool (2M, 1G), under KVM",
     )
     memory_wired: bool = option(
         values.boolean, False, key="memory.wired", doc="all guest memory is in the host's RAM from the start, and stays"
@@ -120,8 +120,8 @@ def check_settings(tree: Tree) -> Settings:
         raise UserError(f"{memory} bytes of memory are too few", "memory.size", "give 512M or more to boot a Linux")
     if memory % _PAGE:
         raise UserError(f"{memory} bytes are not whole pages of {_PAGE}", "memory.size")
-    huge = HUGE_PAGES[settings.memory_hugepages]
-    if memory % max(huge, 1):
+    huge = HUGE_PAGES[settings.memory_hugepages] or 1
+    if memory % huge:
         raise UserError(f"{memory >> 20} MiB are not whole pages of {huge >> 20} MiB", "memory.size")
     ring = settings.kvm_dirty_ring
     if ring and (ring < 1024 or ring & ring - 1):

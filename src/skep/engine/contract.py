@@ -146,7 +146,8 @@ class Engine(Protocol):
     run from the beginning, and HLT does not end ``run``."""
     hosts_chips: bool
     """They have the I/O APIC, the pair of 8259s and the 8254, too."""
-
+    wants_huge_pages: bool
+    """A guest's first use of each of the host's pages costs much, so that fewer and larger ones are faster."""
 
     @property
     def scales_tsc(self) -> bool:

@@ -1,9 +1,9 @@
 """Guest-physical memory: RAM below and above the hole under 4 GiB, one host mapping, one door for writers.
 
-The RAM of a VM is one memfd. It is mapped into one window of host addresses in which ``host = base + gpa``
-holds everywhere: low RAM lies at the window's start, high RAM at ``high_base``, and what is between them (the PCI
-hole) is PROT_NONE. Nothing is populated before the guest touches it, whatever the size, unless the RAM is wired. There
-is no second copy and no second mapping: Python, the engine and the kernel see the same pages.
+The RAM of a VM is one file without a name (file.py). It is mapped into one window of host addresses in which
+``host = base + gpa`` holds everywhere: low RAM lies at the window's start, high RAM at ``high_base``, and what is
+between them (the PCI hole) is PROT_NONE. Nothing is populated before the guest touches it, whatever the size, unless
+the RAM is wired. There is no second copy and no second mapping: Python, the engine and the kernel see the same pages.
 
 What lies over RAM or in the hole (ROM, a device's own memory, a device's window over RAM) is an overlay, and changes
 while the guest runs (regions.py). Devices reach RAM only, where nothing lies over it; so no view leads elsewhere.
@@ -27,16 +27,15 @@ from pathlib import Path
 from skep.errors import HostError
 from skep.locks import Lock, Order
 from skep.memory.dirty import PAGE, DirtyPages, DirtySource
+from skep.memory.file import SMALL, TRANSPARENT, ram_file
 from skep.memory.regions import MapListener, Overlay, Region, Rights, backings, layered
 from skep.memory.window import Window
 
 __all__ = ["PAGE", "GuestMemory", "MemoryFault", "Overlay", "Region", "Rights"]
 
 _PIECE = 16 << 20
-_MFD_HUGETLB, _MFD_HUGE_SHIFT = 4, 26
 _LARGE = 2 << 20
 """Where the host makes huge pages by itself, processors and KVM map one whole where both addresses are multiples."""
-_TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 WriteListener = Callable[[int, int], None]
 """``listener(gpa, n)``: n bytes of RAM at gpa were changed by somebody who is not the guest's CPU."""
@@ -61,9 +60,9 @@ class GuestMemory:
     ``high_base``. Reading and writing may happen from any thread; the guest's CPUs do so at the same time.
 
     ``reach``: overlays may lie below this address, and in any case below the end of RAM. ``huge``: bytes of the host's
-    huge pages that RAM is made of, from the host's pool; or 1: transparent ones, as far as the host finds any.
-    ``wired``: all of it is in the host's RAM from the beginning and stays there. Raises HostError where the host has
-    not got it.
+    huge pages that RAM is made of, from the host's pool; or 1: transparent ones, as far as the host finds any; None:
+    the same, where this host makes them at all. ``wired``: all of it is in the host's RAM from the beginning and stays
+    there. Raises HostError where the host has not got it.
     """
 
     def __init__(
@@ -73,10 +72,10 @@ class GuestMemory:
         high_base: int = 4 << 30,
         *,
         reach: int = 0,
-        huge: int = 0,
+        huge: int | None = SMALL,
         wired: bool = False,
     ) -> None:
-        unit = max(PAGE, huge)
+        unit = max(PAGE, huge or SMALL)
         if size <= 0 or size % unit or low_limit <= 0 or low_limit % unit or high_base % unit or high_base <= low_limit:
             raise ValueError(f"guest memory: {size}, {low_limit} of it low, the rest from {high_base}, pages of {unit}")
         self.size = size
@@ -88,7 +87,7 @@ class GuestMemory:
         """The end of what can be guest memory; of RAM it is ``top``."""
         self.page_size = unit
         """Of the host's pages that RAM is made of, as far as that is sure."""
-        self._huge, self._wired = huge, wired
+        self._wired = wired
         self._listeners: tuple[WriteListener, ...] = ()
         self._map_listeners: tuple[MapListener, ...] = ()
         self._dirty_sources: tuple[DirtySource, ...] = ()
@@ -98,7 +97,7 @@ class GuestMemory:
         """What lies over RAM and beside it, the topmost last."""
         self._covered: tuple[tuple[int, int], ...] = ()
         """Where something lies over RAM."""
-        self.fd = self._create()
+        self.fd, self._huge = ram_file(size, huge)
         try:
             self._window = Window(self.end, max(unit, _LARGE))
         except OSError as e:
@@ -129,38 +128,22 @@ class GuestMemory:
     @property
     def kind(self) -> str:
         """What the host was asked for, in words; empty: nothing."""
-        pages = {0: "", 1: "transparent huge pages"}.get(self._huge, f"pages of {self._huge >> 20} MiB")
+        pages = {SMALL: "", TRANSPARENT: "transparent huge pages"}.get(self._huge, f"pages of {self._huge >> 20} MiB")
         return ", ".join(word for word in (pages, "wired" if self._wired else "") if word)
-
-    def _create(self) -> int:
-        """The memfd."""
-        flags = os.MFD_CLOEXEC
-        if self._huge > 1:
-            flags |= _MFD_HUGETLB | self._huge.bit_length() - 1 << _MFD_HUGE_SHIFT
-        elif self._huge and _setting(_TRANSPARENT) in ("never", "deny"):
-            what = "this host makes no transparent huge pages of shared memory"
-            raise HostError(what, "memory.hugepages", f"write advise to {_TRANSPARENT}, or ask for 2M")
-        try:
-            fd = os.memfd_create("skep-guest", flags)
-        except OSError as error:
-            what = f"this host has no pages of {self._huge >> 20} MiB: {error.strerror}"
-            raise HostError(what, "memory.hugepages", "use off") from None
-        os.ftruncate(fd, self.size)
-        return fd
 
     def _populate(self, region: Region) -> None:
         """Map a piece of RAM, of the pages that were asked for."""
         try:
-            self._window.show(region.gpa, region.size, region.fd, region.offset, reserve=self._huge > 1)
+            self._window.show(region.gpa, region.size, region.fd, region.offset, reserve=self._huge > TRANSPARENT)
         except OSError as error:
-            if self._huge <= 1:
+            if self._huge <= TRANSPARENT:
                 what = f"the host cannot map {self.size >> 20} MiB of guest memory: {error.strerror}"
                 raise HostError(what) from None
             pool = Path(f"/sys/kernel/mm/hugepages/hugepages-{self._huge >> 10}kB")
-            free, needed = int(_setting(pool / "free_hugepages") or 0), self.size // self._huge
+            free, needed = int((pool / "free_hugepages").read_text()), self.size // self._huge
             what = f"the VM needs {needed} pages of {self._huge >> 20} MiB, and this host has {free} free"
             raise HostError(what, "memory.hugepages", f"write a larger number to {pool}/nr_hugepages") from None
-        if self._huge == 1:
+        if self._huge == TRANSPARENT:
             self._window.advise_huge(region.gpa, region.size)
         if self._wired:
             self._wire(region)
@@ -295,7 +278,7 @@ class GuestMemory:
     def clear(self) -> None:
         """All RAM back to zero, and its pages back to the host, unless it is to keep them. No vCPU and no device may be
         running."""
-        if self._huge > 1:  # given back, they could be gone for good
+        if self._huge > TRANSPARENT:  # given back, they could be gone for good
             for region in self.ram:
                 for at in self._window.touched(region.gpa, region.size, self._huge):
                     ctypes.memset(self.base + at, 0, self._huge)
@@ -452,12 +435,3 @@ class GuestMemory:
             if self._dirty is not None:
                 source.collect_dirty(self._dirty.mark)
             self._dirty_sources = tuple(one for one in self._dirty_sources if one is not source)
-
-
-def _setting(path: Path) -> str:
-    """A file of sysfs, or of its choices the one in brackets; empty where there is none."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return ""
-    return text.partition("[")[2].partition("]")[0] or text

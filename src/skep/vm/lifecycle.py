@@ -153,9 +153,10 @@ class Vm:
                 self.settings.kvm_irqchip,
                 self.settings.kvm_dirty_ring,
             )
+            huge = HUGE_PAGES[self.settings.memory_hugepages]
             self._memory = GuestMemory(
                 self.settings.memory_size,
-                huge=HUGE_PAGES[self.settings.memory_hugepages],
+                huge=0 if huge is None and not self._engine.wants_huge_pages else huge,
                 wired=self.settings.memory_wired,
             )
             self._board = build(

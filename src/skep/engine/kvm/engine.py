@@ -72,6 +72,7 @@ class KvmEngine:
 
     name = "kvm"
     description = "kvm"
+    wants_huge_pages = True
 
     def __init__(
         self, device: str = DEVICE, *, hosts_apics: bool = False, hosts_chips: bool = False, dirty_ring: int = 0

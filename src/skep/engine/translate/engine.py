@@ -25,7 +25,7 @@ class TranslateEngine:
     """Runs guests without hardware virtualization (docs/translator.md)."""
 
     name = "translate"
-    hosts_apics = hosts_chips = scales_tsc = False
+    hosts_apics = hosts_chips = scales_tsc = wants_huge_pages = False
     description = f"translate, {'pure Python' if emission.__file__.endswith('.py') else 'compiled by mypyc'}"
 
     def __init__(self, code_cache: Path | None = None, code_size: int = CODE_SIZE) -> None:
