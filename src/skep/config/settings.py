@@ -59,7 +59,7 @@ class Settings:
         "auto",
         key="kvm.irqchip",
         doc="under KVM, who has the interrupt controllers: the host's kernel (whole), it the local APICs and Skep the"
-        " others (split), Skep (off); auto is split where the kernel can, otherwise off",
+        " others (split), Skep (off); auto is the first of these that the kernel can do",
     )
     kvm_dirty_ring: int = option(
         values.integer(0, 65536),

@@ -446,10 +446,11 @@ def why_not_kvm() -> str | None:
 
 
 def _kvm(irqchip: str, dirty_ring: int) -> Engine:
-    from skep.engine.kvm import KvmEngine, can_host_apics
+    from skep.engine.kvm import KvmEngine, can_host_apics, can_host_chips
 
-    split = irqchip == "split" or (irqchip == "auto" and can_host_apics())
-    return KvmEngine(hosts_apics=split, hosts_chips=irqchip == "whole", dirty_ring=dirty_ring)
+    if irqchip == "auto":
+        irqchip = "whole" if can_host_chips() else "split" if can_host_apics() else "off"
+    return KvmEngine(hosts_apics=irqchip == "split", hosts_chips=irqchip == "whole", dirty_ring=dirty_ring)
 
 
 def _translate(code_cache: str, code_size: int) -> Engine:

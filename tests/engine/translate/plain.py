@@ -7,6 +7,7 @@ from iced_x86 import Encoder, Instruction
 from skep.contracts.interrupts import Loan
 from skep.engine.amd64 import cpuid as cpuid_models
 from skep.engine.amd64.registers import Attr, Cr0, Cr4, Efer, PfError, Pte, Vector, canonical
+from skep.engine.debug import Debug
 from skep.engine.exits import Exits
 from skep.engine.translate import segments
 from skep.engine.translate.emulate import Emulator
@@ -113,6 +114,7 @@ class PlainCpu:
         self.flushes: list[bool | int] = []
         self.changes = 0
         self.hits = 0
+        self.debug = Debug()
         self.cpuid = cpuid_models.make(model, TSC_HZ, vendor=vendor)
         self.msrs = ModelSpecific(self.st, self.interrupts, self.cpuid, Exits())
         self.emulator = Emulator(self, self.cpuid, self.msrs)

@@ -334,6 +334,11 @@ def can_host_apics(device: str = DEVICE) -> bool:
     return _offers(device, _NEEDED_TO_HOST | _SPLIT)
 
 
+def can_host_chips(device: str = DEVICE) -> bool:
+    """The same of all interrupt controllers and the 8254."""
+    return _offers(device, _NEEDED_TO_HOST | _WHOLE)
+
+
 def _offers(device: str, capabilities: Iterable[int]) -> bool:
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
