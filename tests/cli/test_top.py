@@ -95,7 +95,7 @@ def test_two_that_run(run: Start) -> None:
     assert (spins["pid"], polls["pid"]) == (one.process.pid, two.process.pid)
     assert spins["state"] in ("guest", "blocked") and waits["state"] == "waiting"
     assert spins["host_cpu"] in range(os.cpu_count() or 1)
-    assert spins["busy"] > 0 and 0.2 < spins["busy"] + spins["steal"] < 1.2
+    assert spins["busy"] > 0 and 0.2 < spins["busy"] + spins["steal"] <= 1
     assert polls["causes"]["ports"] > 100 and polls["exits"] >= polls["causes"]["ports"]
     assert spins["causes"].get("ports", 0) == 0 and waits["exits"] == 0
     assert waits["busy"] == 0 and waits["engine"] == polls["engine"]

@@ -115,7 +115,8 @@ def _rates(before: _Seen | None, now: _Seen) -> tuple[float, float, float, dict[
     seconds = now.at - before.at
     counted = {cause: count - before.exits.get(cause, 0) for cause, count in now.exits.items()}
     causes = {cause: count / seconds for cause, count in counted.items() if count > 0}  # a reset begins anew
-    busy = max(now.thread.ran - before.thread.ran, 0) / 1e9 / seconds
-    steal = max(now.thread.waited - before.thread.waited, 0) / 1e9 / seconds
+    busy = min(max(now.thread.ran - before.thread.ran, 0) / 1e9 / seconds, 1.0)
+    # Linux counts a wait when it is over, all of it: there may be more than fits.
+    steal = min(max(now.thread.waited - before.thread.waited, 0) / 1e9 / seconds, 1.0 - busy)
     ordered = dict(sorted(causes.items(), key=lambda item: -item[1]))
     return busy, steal, sum(causes.values()), ordered
