@@ -11,6 +11,11 @@ ring = ctypes.PyDLL(None).eventfd_write
 ring.argtypes = (ctypes.c_int, ctypes.c_uint64)
 
 
+def hang() -> int:
+    """A new one, that does not block."""
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+
 def answer(fd: int) -> int:
     """What was added since the last time, to an eventfd that does not block."""
     try:

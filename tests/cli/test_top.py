@@ -98,7 +98,8 @@ def test_two_that_run(run: Start) -> None:
     assert spins["busy"] > 0 and 0.2 < spins["busy"] + spins["steal"] <= 1
     assert polls["causes"]["ports"] > 100 and polls["exits"] >= polls["causes"]["ports"]
     assert spins["causes"].get("ports", 0) == 0 and waits["exits"] == 0
-    assert waits["busy"] == 0 and waits["engine"] == polls["engine"]
+    assert waits["busy"] < 0.01  # its thread may still have been on its way to sleep
+    assert waits["engine"] == polls["engine"]
 
 
 def test_frozen_and_halted_ones(run: Start) -> None:

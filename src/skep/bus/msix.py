@@ -102,7 +102,7 @@ class MsiX(Fields):
     def _bind(self, vector: int, sink: MsiSink) -> None:
         if isinstance(sink, BoundSink):
             if vector not in self._eventfds:
-                self._eventfds[vector] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                self._eventfds[vector] = bells.hang()
             if sink.bind(self._eventfds[vector], *_message(self.table[vector])):
                 self._bound[vector] = self._eventfds[vector]
 

@@ -29,9 +29,9 @@ class Resampler:
         self._lock = lock
         self._held: set[int] = set()
         """Wires that the engine asserts: we told it to, and of no end since."""
-        self._raise = {gsi: _eventfd() for gsi in gsis}
-        self._ended = {gsi: _eventfd() for gsi in self._raise}
-        self._closing = _eventfd()
+        self._raise = {gsi: bells.hang() for gsi in gsis}
+        self._ended = {gsi: bells.hang() for gsi in self._raise}
+        self._closing = bells.hang()
         self._thread: threading.Thread | None = None
 
     def adopt(self, engine: EngineChips) -> None:
@@ -82,7 +82,3 @@ class Resampler:
             self._held.discard(gsi)
             if self._wanted(gsi):
                 self.assert_line(gsi)
-
-
-def _eventfd() -> int:
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -12,7 +12,7 @@ from skep.block.backend import Buffers, File, fill_zeroes, split, write_zeroes_a
 from skep.block.format import BackingName, Bitmap, Can, CheckResult, ImageError, Option, Snapshot
 from skep.block.qcow2 import amend, bitmaps, check, create, snapshots
 from skep.block.qcow2.header import MOST_L1_BYTES, Autoclear, Compression, Extension, Incompatible
-from skep.block.qcow2.refcounts import Refcounts, write_words
+from skep.block.qcow2.refcounts import Refcounts
 from skep.block.qcow2.writing import Written
 from skep.block.secrets import NO_SECRETS, Secrets, secret_named
 
@@ -193,13 +193,7 @@ class Qcow2Image(Written):
         """Another L1 table of so many entries, zeros behind ``parts``, of a disk of another size. Everything has been
         flushed; the old table's tree is the caller's affair."""
         old = (self._tables.l1_offset >> self._bits, -(-len(self._tables.l1) * 8 // self._cluster))
-        with self._lock:
-            clusters = max(1, -(-entries * 8 // self._cluster))
-            at = offset = self.take_row(clusters) << self._bits
-        for words in parts:
-            write_words(self.file, at, words, len(words) * 8)
-            at += len(words) * 8
-        write_zeroes_as_data(self.file, at, offset + (clusters << self._bits) - at)
+        offset = self.place_words(parts, entries)
         self.flush()
         self.header.l1_table_offset, self.header.l1_size = offset, entries
         self._set_size(size)

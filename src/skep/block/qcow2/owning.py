@@ -6,9 +6,9 @@ The package's docstring has the rules.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from skep.block.backend import ZEROES, File, read_at, write_at
+from skep.block.backend import ZEROES, File, read_at, write_at, write_zeroes_as_data
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import Incompatible
 from skep.block.qcow2.mapping import Mapped
@@ -222,12 +222,15 @@ class Owning(Mapped):
         write_at(self.file, offset, data.ljust(-(-len(data) // self._cluster) * self._cluster, b"\0"))
         return offset
 
-    def place_words(self, words: array[int]) -> int:
-        """The same of a table that may be as long as an L1 table."""
-        clusters = -(-len(words) * 8 // self._cluster)
+    def place_words(self, parts: Iterable[array[int]], count: int) -> int:
+        """The same of a table that may be as long as an L1 table: ``count`` words, zeros behind ``parts``."""
+        clusters = max(1, -(-count * 8 // self._cluster))
         with self._lock:
-            offset = self.take_row(clusters) << self._bits
-        write_words(self.file, offset, words, clusters << self._bits)
+            at = offset = self.take_row(clusters) << self._bits
+        for words in parts:
+            write_words(self.file, at, words, len(words) * 8)
+            at += len(words) * 8
+        write_zeroes_as_data(self.file, at, offset + (clusters << self._bits) - at)
         return offset
 
     def set_copied_flags(self, l1_index: int) -> None:

@@ -150,7 +150,7 @@ def create(image: Qcow2Image, name: str) -> None:
         _count(image, l1, 1)
         set_flags(image)
         image.settle()
-        offset = image.place_words(l1) if l1 else 0
+        offset = image.place_words([l1], len(l1)) if l1 else 0
         _write(image, [*entries, Entry(taken, offset, len(l1))])
 
 
