@@ -11,8 +11,8 @@ import enum
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 from skep.errors import InternalError
 
@@ -128,8 +128,7 @@ class Lock:
         return self._owner == threading.get_ident()
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
+class Holding(NamedTuple):
     """Who has to do with one lock at this moment; threads by ``threading.get_ident``, as names need not be unique."""
 
     lock: str

@@ -12,8 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from skep.block.backend import Extent, write_zeroes_as_data
 from skep.block.copying import PIECE, Progress, Spot, nothing, pieces
@@ -28,8 +28,7 @@ _SPARE = 2
 """Pieces that are read before their turn, beyond one for each thread."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
+class Conversion(NamedTuple):
     """What is asked of :func:`convert`."""
 
     compress: bool = False

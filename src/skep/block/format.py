@@ -17,7 +17,6 @@ import errno
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from mmap import mmap
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -85,7 +84,6 @@ class Option(NamedTuple):
     """`skep image create` tells its value even if nobody chose it."""
 
 
-@dataclass(slots=True)
 class CheckResult:
     """What a check found. A leak costs space, a corruption data."""
 
@@ -101,10 +99,12 @@ class CheckResult:
     allocated: int = 0
     fragmented: int = 0
     compressed: int = 0
-    messages: list[str] = field(default_factory=list)
-    """At most ``MOST_MESSAGES``; a hostile image could have millions."""
 
     MOST_MESSAGES: ClassVar[int] = 1000
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        """At most ``MOST_MESSAGES``; a hostile image could have millions."""
 
     @property
     def clean(self) -> bool:
@@ -123,8 +123,7 @@ class CheckResult:
             self.messages.append(message)
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """An earlier state of the disk, kept inside the image."""
 
     id: str
@@ -141,8 +140,7 @@ class Snapshot:
     icount: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Bitmap:
+class Bitmap(NamedTuple):
     """A persistent dirty bitmap."""
 
     name: str

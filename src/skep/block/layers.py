@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from skep.block.backend import File
 from skep.block.format import BackingName, Can, Image, ImageError
@@ -18,8 +18,7 @@ from skep.block.tree import MOST_LAYERS, Layer, Tree, parse_layers
 from skep.errors import UserError
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(NamedTuple):
     """How the layers of a disk are opened; see :func:`skep.block.image.open_image`."""
 
     read_only: bool = False
@@ -28,7 +27,7 @@ class Opening:
     lock: bool = True
     inside: Sequence[str] | None = None
     """What the names inside images may mean; None: anything."""
-    secrets: Secrets = field(default_factory=lambda: NO_SECRETS)
+    secrets: Secrets = NO_SECRETS
     may_stay_locked: bool = False
     chain: bool = True
     """What lies below an image is opened too."""
@@ -39,7 +38,7 @@ class Opening:
     @property
     def below(self) -> Opening:
         """For what lies below an image."""
-        return replace(self, read_only=True, synchronous=False, may_stay_locked=False)
+        return self._replace(read_only=True, synchronous=False, may_stay_locked=False)
 
 
 def open_named(name: str, format: str | None, options: Mapping[str, str], how: Opening) -> Image:
@@ -81,16 +80,16 @@ def _image_over(said: Layer, how: Opening) -> Image:
 
 def _file_over(said: Layer, how: Opening) -> File:
     """The layer as the file below another one."""
-    return _open_layer(said, replace(how, may_stay_locked=False), image=False)
+    return _open_layer(said, how._replace(may_stay_locked=False), image=False)
 
 
 def _open_layer(said: Layer, how: Opening, *, image: bool) -> File:
     """Without a driver it is an image, or the file below one."""
     driver = said.take("driver")
     if (read_only := said.switch("read-only")) is not None:
-        how = replace(how, read_only=read_only or how.read_only)
+        how = how._replace(read_only=read_only or how.read_only)
     if said.switch("force-share"):
-        how = replace(how, lock=False)
+        how = how._replace(lock=False)
     if driver is None and (image or said.has("file")):
         return _open_format(said, None, how)
     if driver is None or driver in ("file", "host_device"):
@@ -112,7 +111,7 @@ def _open_file(said: Layer, how: Opening) -> File:
     said.done()
     if locking not in ("auto", "on", "off"):
         raise UserError(f"is auto, on or off, not {locking!r}", said.where("locking"))
-    how = replace(how, lock=how.lock and locking != "off", no_cache=how.no_cache if direct is None else direct)
+    how = how._replace(lock=how.lock and locking != "off", no_cache=how.no_cache if direct is None else direct)
     return _open_place(name, how)
 
 

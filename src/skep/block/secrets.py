@@ -6,8 +6,6 @@ A file is what a command line should have: everybody on the host can read the co
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -54,9 +52,11 @@ def _read(said: dict[str, str]) -> tuple[str, bytes]:
         raise UserError("a secret is either data or a file", name)
     secret = os.fsencode(data) if data is not None else secret_of_file(path or "", name)
     if form == "base64":
+        import base64  # few are
+
         try:
             secret = base64.b64decode(secret, validate=False)
-        except binascii.Error:
+        except ValueError:
             raise UserError("is not base64", name) from None
     elif form != "raw":
         raise UserError(f"no such format of a secret: {form!r}", name, "known are raw and base64")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from skep.block.format import Image
 from skep.block.image import open_image, open_layers
@@ -15,8 +15,7 @@ from skep.errors import UserError
 CACHES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
 
-@dataclass(frozen=True, slots=True)
-class How:
+class How(NamedTuple):
     """All that can be said of an image when it is opened."""
 
     format: str | None = None
@@ -28,7 +27,7 @@ class How:
     backing: bool = True
     """With what lies below it."""
     discard: bool = True
-    secrets: Secrets = field(default_factory=lambda: NO_SECRETS)
+    secrets: Secrets = NO_SECRETS
     layers: Tree | None = None
     """What to open, instead of a file of some format."""
     may_stay_locked: bool = False
@@ -89,15 +88,15 @@ def described(text: str, how: How, path: str | None = None) -> tuple[str, How]:
             case "cache.no-flush":
                 no_flush = _on(option, value)
             case "discard":
-                how = replace(how, discard=discards(value))
+                how = how._replace(discard=discards(value))
             case "aio":
                 check_aio(value)
             case _:
                 continue
         del said[option]
     if direct or no_flush:
-        how = replace(how, cache="none" if direct else "unsafe")
-    return name, replace(how, layers=nested(said))
+        how = how._replace(cache="none" if direct else "unsafe")
+    return name, how._replace(layers=nested(said))
 
 
 def _name(said: Mapping[str, str | None]) -> str | None:

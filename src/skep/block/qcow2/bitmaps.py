@@ -7,7 +7,6 @@ stored when the image is closed; after a crash they stay marked, and nobody reli
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from skep.block.backend import read_at, write_at
@@ -25,19 +24,24 @@ _MOST, _MOST_DIRECTORY, _MOST_BYTES, _MOST_NAME = 65535, 1024 * 65535, 64 << 20,
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
-@dataclass(slots=True)
 class Marks:
     """One bitmap."""
 
-    name: str
-    granularity_bits: int
-    flags: int
-    table_offset: int = 0
-    table_size: int = 0
-    """Entries."""
-    extra: bytes = b""
-    data: bytearray | None = None
-    """A bit for each piece of the disk, the least significant first; None while it is only in the file."""
+    def __init__(
+        self,
+        name: str,
+        granularity_bits: int,
+        flags: int,
+        table_offset: int = 0,
+        table_size: int = 0,
+        extra: bytes = b"",
+    ) -> None:
+        self.name, self.granularity_bits, self.flags = name, granularity_bits, flags
+        self.table_offset, self.table_size = table_offset, table_size
+        """The latter in entries."""
+        self.extra = extra
+        self.data: bytearray | None = None
+        """A bit for each piece of the disk, the least significant first; None while it is only in the file."""
 
     def touch(self, offset: int, length: int) -> None:
         assert self.data is not None

@@ -121,17 +121,10 @@ def _header(path: str, options: Mapping[str, str]) -> Header:
     compression = options.get("compression_type", "zlib")
     if compression not in ("zlib", "zstd"):
         raise wrong("compression_type", "known are zlib and zstd")
-    header = Header(
-        version=2 if compat in ("0.10", "v2") else 3,
-        cluster_bits=cluster.bit_length() - 1,
-        size=0,
-        l1_size=0,
-        l1_table_offset=0,
-        refcount_table_offset=cluster,
-        refcount_table_clusters=1,
-        refcount_order=int(bits).bit_length() - 1,
-        compression_type=Compression[compression.upper()],
-    )
+    header = Header(2 if compat in ("0.10", "v2") else 3, cluster.bit_length() - 1)
+    header.refcount_table_offset, header.refcount_table_clusters = cluster, 1
+    header.refcount_order = int(bits).bit_length() - 1
+    header.compression_type = Compression[compression.upper()]
     if header.compression_type:
         header.incompatible |= Incompatible.COMPRESSION
     if on_off(options, "lazy_refcounts", path):

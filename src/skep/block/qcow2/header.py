@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 
 from skep.block.backend import File, read_at
@@ -66,17 +65,14 @@ class Compression(IntEnum):
     ZSTD = 1
 
 
-@dataclass(slots=True)
 class Header:
     """The fields by their names in the specification, but for offsets and lengths that follow from others."""
 
-    version: int
-    cluster_bits: int
-    size: int
-    l1_size: int
-    l1_table_offset: int
-    refcount_table_offset: int
-    refcount_table_clusters: int
+    size: int = 0
+    l1_size: int = 0
+    l1_table_offset: int = 0
+    refcount_table_offset: int = 0
+    refcount_table_clusters: int = 0
     crypt_method: int = 0
     nb_snapshots: int = 0
     snapshots_offset: int = 0
@@ -86,10 +82,13 @@ class Header:
     refcount_order: int = 4
     compression_type: int = Compression.ZLIB
     backing_name: str | None = None
-    extensions: dict[int, bytes] = field(default_factory=dict)
-    """In the file's order; unknown ones are kept."""
     more_fields: bytes = b""
     """Of a header that is longer than we know."""
+
+    def __init__(self, version: int, cluster_bits: int) -> None:
+        self.version, self.cluster_bits = version, cluster_bits
+        self.extensions: dict[int, bytes] = {}
+        """In the file's order; unknown ones are kept."""
 
     @property
     def cluster_size(self) -> int:
@@ -150,19 +149,9 @@ def read_header(file: File) -> Header:
         raise wrong(f"version {version}" if magic == MAGIC else "another beginning")
     if not 9 <= cluster_bits <= 21:
         raise wrong(f"clusters of 2^{cluster_bits} bytes")
-    size, crypt_method, l1_size, l1_offset, table_offset, table_clusters, nb_snapshots, snapshots_offset = fields
-    header = Header(
-        version=version,
-        cluster_bits=cluster_bits,
-        size=size,
-        l1_size=l1_size,
-        l1_table_offset=l1_offset,
-        refcount_table_offset=table_offset,
-        refcount_table_clusters=table_clusters,
-        crypt_method=crypt_method,
-        nb_snapshots=nb_snapshots,
-        snapshots_offset=snapshots_offset,
-    )
+    header = Header(version, cluster_bits)
+    header.size, header.crypt_method, header.l1_size, header.l1_table_offset, *fields = fields
+    header.refcount_table_offset, header.refcount_table_clusters, header.nb_snapshots, header.snapshots_offset = fields
     length = _V2.size
     if version >= 3:
         header.incompatible, header.compatible, header.autoclear, header.refcount_order, length = _V3.unpack_from(

@@ -11,9 +11,8 @@ import time
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from skep.block.backend import read_at
 from skep.block.format import DamagedImage, ImageError, Snapshot
@@ -31,8 +30,7 @@ _MOST_EXTRA = 1024
 _NO_ICOUNT = (1 << 64) - 1
 
 
-@dataclass(slots=True)
-class Entry:
+class Entry(NamedTuple):
     snapshot: Snapshot
     l1_offset: int
     l1_size: int

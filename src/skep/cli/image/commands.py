@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from skep.block import converting, copying, resuming
+from skep.block import converting, copying
 from skep.block.backend import Extent, read_at, write_at
 from skep.block.format import SECTOR, BackingName, Can, Image, ImageError
 from skep.block.image import create_image, open_image
@@ -26,6 +24,9 @@ from skep.block.words import words
 from skep.cli.image.printing import Meter, c_hex, describe, print_info, print_json, print_snapshots
 from skep.cli.opening import How, described, open_by
 from skep.errors import UserError
+
+if TYPE_CHECKING:
+    from skep.block.resuming import Note
 
 _TOLD_FIRST = {
     "qcow2": (
@@ -83,7 +84,7 @@ def _say(arguments: Namespace, text: str) -> None:
 
 def info(arguments: Namespace) -> int:
     found = []
-    how = replace(_how(arguments, backing=False), may_stay_locked=True)
+    how = _how(arguments, backing=False)._replace(may_stay_locked=True)
     path, how = described(arguments.file, how) if arguments.image_opts else (arguments.file, how)
     seen: set[str] = set()
     while True:
@@ -96,7 +97,7 @@ def info(arguments: Namespace) -> int:
         seen.add(real)
         if not arguments.backing_chain or below is None:
             break
-        path, how = place_of(path, below.name, None), replace(how, format=below.format, layers=None)
+        path, how = place_of(path, below.name, None), how._replace(format=below.format, layers=None)
     if arguments.output == "json":
         everything = [one for one, _ in found]
         print_json(everything if arguments.backing_chain else everything[0])
@@ -109,7 +110,7 @@ def info(arguments: Namespace) -> int:
 
 
 def check(arguments: Namespace) -> int:
-    how = replace(_how(arguments, write=bool(arguments.repair), backing=False), may_stay_locked=True)
+    how = _how(arguments, write=bool(arguments.repair), backing=False)._replace(may_stay_locked=True)
     with _open(arguments.file, arguments, how) as image:
         if Can.CHECK not in image.can:
             print("skep image: This image format does not support checks", file=sys.stderr)
@@ -254,7 +255,7 @@ def compare(arguments: Namespace) -> int:
     how = _how(arguments)
     with (
         _open(arguments.file, arguments, how) as one,
-        _open(arguments.second, arguments, replace(how, format=arguments.second_format)) as other,
+        _open(arguments.second, arguments, how._replace(format=arguments.second_format)) as other,
         _meter(arguments) as meter,
     ):
         if arguments.strict and one.size != other.size:
@@ -303,7 +304,7 @@ def create(arguments: Namespace) -> int:
         secrets=arguments.secrets,
     )
     if not arguments.quiet:
-        with open_by(arguments.file, replace(_how(arguments, backing=False), may_stay_locked=True)) as image:
+        with open_by(arguments.file, _how(arguments, backing=False)._replace(may_stay_locked=True)) as image:
             told = _creation(kind, image, size, own, below)
             _say(arguments, f"Formatting '{arguments.file}', fmt={image.format} {told}")
     return 0
@@ -373,7 +374,9 @@ def convert(arguments: Namespace) -> int:
             raise ImageError("lies over another image", target_name, "say -B, or leave -n out")
         if start:
             _say(arguments, f"Going on at {start} of {size} bytes.")
-            resuming.prepare(sources, target, start)
+            from skep.block.resuming import prepare
+
+            prepare(sources, target, start)
         how = converting.Conversion(
             compress=arguments.compress,
             sparse=arguments.sparse,
@@ -398,10 +401,12 @@ def convert(arguments: Namespace) -> int:
     return 0
 
 
-def _note(
-    arguments: Namespace, sources: Sequence[Image], options: dict[str, str], below: BackingName | None
-) -> resuming.Note:
+def _note(arguments: Namespace, sources: Sequence[Image], options: dict[str, str], below: BackingName | None) -> Note:
     """Of the copy that `convert --resume` makes: what another one would have to have alike."""
+    import json  # few copies are noted
+
+    from skep.block.resuming import Note
+
     if arguments.no_create:
         raise UserError("goes with an image that convert makes", "--resume", "leave -n out")
     if options.get("subformat") == "streamOptimized":
@@ -414,22 +419,22 @@ def _note(
         "compress": arguments.compress,
         "sparse": arguments.sparse,
     }
-    return resuming.Note(arguments.files[-1], sources, json.loads(json.dumps(how)))
+    return Note(arguments.files[-1], sources, json.loads(json.dumps(how)))
 
 
 def _open_target(name: str, arguments: Namespace, options: dict[str, str]) -> Image:
     """What `convert` writes to. A password that it was made with is the one that opens it."""
-    how = replace(_how(arguments, write=True), shared=False)
+    how = _how(arguments, write=True)._replace(shared=False)
     if arguments.resume and how.cache == "unsafe":  # what is noted is to be there
-        how = replace(how, cache="writeback")
+        how = how._replace(cache="writeback")
     if arguments.target_image_opts:
-        return open_by(*described(name, replace(how, format=None)))
+        return open_by(*described(name, how._replace(format=None)))
     kind = format_named(arguments.target_format)
     keys = {key: value for key, value in options.items() if key in kind.open_options}
     if keys:
         layers = {"driver": arguments.target_format, "file.filename": name, **keys}
-        return open_by(name, replace(how, layers=nested(layers)))
-    return open_by(name, replace(how, format=arguments.target_format))
+        return open_by(name, how._replace(layers=nested(layers)))
+    return open_by(name, how._replace(format=arguments.target_format))
 
 
 def _paced(rate: int | None, size: int, tell: copying.Progress) -> copying.Progress:
@@ -574,7 +579,7 @@ def rebase(arguments: Namespace) -> int:
     if name is not None and name.format is None:
         raise ImageError("the format of the backing file is missing", arguments.file, "say -F FORMAT")
     if arguments.unsafe:
-        how = replace(_how(arguments, write=True, backing=False), may_stay_locked=True)
+        how = _how(arguments, write=True, backing=False)._replace(may_stay_locked=True)
         with _open(arguments.file, arguments, how) as image:
             image.set_backing(name)
         return 0
@@ -594,7 +599,7 @@ def amend(arguments: Namespace) -> int:
         return _amend_help(arguments.format)
     _named(arguments)
     backing = not {"backing_file", "backing_fmt"} & set(options)
-    how = replace(_how(arguments, write=True, backing=backing), may_stay_locked=True)
+    how = _how(arguments, write=True, backing=backing)._replace(may_stay_locked=True)
     with _open(arguments.file, arguments, how) as image:
         for name in options:
             if name not in image.amend_options:

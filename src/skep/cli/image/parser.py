@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,7 +20,27 @@ ENGINES = ("io_uring", "native", "threads")
 """`native`, Linux's older interface, is io_uring here."""
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Made for each option, and asks the terminal's width itself: by shutil, that takes longer than all options do."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns() - 2)
+
+
+def _columns() -> int:
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
+
+
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **arguments)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message, None, f"see `{self.prog} --help`")
 
@@ -45,7 +66,7 @@ def make_parser(asked: str | None = None) -> Parser:
     than many a command takes."""
     parser = Parser(prog="skep image", description="Make, look at, check, convert and change disk images.")
     parser.add_argument("-V", "--version", action="version", version=f"skep image {__version__}")
-    subcommands = parser.add_subparsers(metavar="SUBCOMMAND", parser_class=Parser)
+    subcommands = parser.add_subparsers(prog=parser.prog, metavar="SUBCOMMAND", parser_class=Parser)
     for name in (asked,) if asked is not None and asked in _SUBCOMMANDS else _SUBCOMMANDS:
         one = _SUBCOMMANDS[name]
         made: Parser = subcommands.add_parser(name, help=one.about, description=one.about, allow_abbrev=False)

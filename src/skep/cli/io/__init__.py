@@ -9,7 +9,6 @@ from __future__ import annotations
 import getopt
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
 from skep.errors import UserError
 
@@ -65,11 +64,11 @@ def io(arguments: Sequence[str]) -> int:
                 case "--image-opts":
                     by_options = True
                 case "-f" | "--format":
-                    opening.how = replace(opening.how, format=value)
+                    opening.how = opening.how._replace(format=value)
                 case "-i" | "--aio":
                     check_aio(value)
                 case "-d" | "--discard":
-                    opening.how = replace(opening.how, discard=discards(value))
+                    opening.how = opening.how._replace(discard=discards(value))
                 case "-t" | "--cache":
                     opening.set_cache(value)
                 case "-r" | "--read-only":
@@ -88,7 +87,7 @@ def io(arguments: Sequence[str]) -> int:
             raise UserError("one image at a time", names[1], "see `skep io --help`")
         if by_options and opening.how.format is not None:
             raise UserError("--image-opts and -f are mutually exclusive")
-        opening.how = replace(opening.how, secrets=read_secrets(objects))
+        opening.how = opening.how._replace(secrets=read_secrets(objects))
         with Session(opening.how.secrets) as session:
             if names:
                 if by_options:

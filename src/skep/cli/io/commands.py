@@ -215,7 +215,7 @@ def open_(io: Interpreter, said: Words) -> None:
     if said.has("t"):
         opening.set_cache(said.options["t"])
     if said.has("d"):
-        opening.how = replace(opening.how, discard=discards(said.options["d"]))
+        opening.how = opening.how._replace(discard=discards(said.options["d"]))
     if len(said.rest) > 1 or not (said.rest or said.has("o")):
         raise Misused
     path = said.rest[0] if said.rest else None
@@ -237,11 +237,11 @@ def reopen(io: Interpreter, said: Words) -> None:
         raise UserError("Only one -r/-w option may be given")
     io.finish()
     old = io.session.opening
-    opening = replace(old, how=replace(old.how))
+    opening = replace(old)
     if said.has("c"):
         opening.set_cache(said.options["c"])
     if said.has("r") or said.has("w"):
-        opening.how = replace(opening.how, read_only=said.has("r"))
+        opening.how = opening.how._replace(read_only=said.has("r"))
     if said.has("o"):
         if words(said.options["o"]).get("driver", io.image.format) != io.image.format:
             raise UserError("Cannot change the option 'driver'")

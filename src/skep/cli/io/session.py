@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from skep.block.backend import BlockBackend, read_at
 from skep.block.closing import Closing
@@ -33,11 +33,11 @@ class Opening:
         """One of the options r, s, n, C, m, U."""
         match letter:
             case "r":
-                self.how = replace(self.how, read_only=True)
+                self.how = self.how._replace(read_only=True)
             case "U":
-                self.how = replace(self.how, shared=True)
+                self.how = self.how._replace(shared=True)
             case "n":
-                self.how = replace(self.how, cache="none")
+                self.how = self.how._replace(cache="none")
             case "s":
                 self.temporary = True
             case "C":
@@ -48,7 +48,7 @@ class Opening:
     def set_cache(self, mode: str) -> None:
         if mode not in CACHES:
             raise UserError(f"Invalid cache option: {mode}")
-        self.how = replace(self.how, cache=mode)
+        self.how = self.how._replace(cache=mode)
 
 
 class Session(Closing):
@@ -139,7 +139,7 @@ def _whole(start: int, end: int) -> tuple[int, int]:
 
 def _open_temporary(path: str, how: How) -> Image:
     """A new image over that one, which nobody else sees."""
-    with open_by(path, replace(how, read_only=True)) as below:
+    with open_by(path, how._replace(read_only=True)) as below:
         below_format = below.format
     with tempfile.TemporaryDirectory(prefix="skep-io-") as directory:
         name = os.path.join(directory, "snapshot.qcow2")
