@@ -11,13 +11,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
 from skep.block.backend import Extent, write_zeroes_as_data
 from skep.block.copying import PIECE, Progress, Spot, nothing, pieces
-from skep.block.format import SECTOR, Can, Image, ImageError
+from skep.block.format import SECTOR, Can, Image, ImageError, Write
 
 _ZEROES = bytes(2 << 20)
 _COARSE = 1 << 16
@@ -134,7 +133,7 @@ class _Piece:
         self._unit = target.cluster_size or PIECE
         self._room = bytearray(most)  # once, as new memory costs as much as a transfer
         self._packed: list[tuple[int, int, bytes | None]] = []
-        self._placed = ExitStack()
+        self._placed: list[tuple[Write, memoryview]] = []
         self.missing = 0
         """How many sectors of it could not be read."""
 
@@ -177,11 +176,19 @@ class _Piece:
         if write is None:
             self._target.pwritev([data], offset)
         else:
-            self._placed.callback(write, [data])
+            self._placed.append((write, data))
 
     def write(self) -> None:
         """All that has its place, even if a part of it fails."""
-        self._placed.close()
+        failed: BaseException | None = None
+        for write, data in self._placed:
+            try:
+                write([data])
+            except BaseException as error:
+                failed = failed or error
+        self._placed.clear()
+        if failed is not None:
+            raise failed
 
     def _runs(self, spot: Spot) -> Iterator[tuple[int, int, bool]]:
         unit = max(self._how.sparse, self._target.zero_unit)
