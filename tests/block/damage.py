@@ -8,6 +8,7 @@ import os
 import random
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -269,7 +270,7 @@ def mend_checksums(format: str, image: Sparse) -> None:
         def crc(at: int, length: int) -> None:
             data = bytearray(image.read(at, length))
             data[4:8] = bytes(4)
-            image.write(at + 4, crc32c(data).to_bytes(4, "little"))
+            image.write(at + 4, _crc32c(bytes(data)).to_bytes(4, "little"))
 
         for at in layout.HEADER_AT:
             crc(at, 4096)
@@ -285,3 +286,9 @@ def mend_checksums(format: str, image: Sparse) -> None:
                 if data.startswith(cookie):
                     sum_ = vhd._checksum(image.read(sector * SECTOR, length), where)
                     image.write(sector * SECTOR + where, sum_.to_bytes(4, "big"))
+
+
+@lru_cache(maxsize=64)
+def _crc32c(data: bytes) -> int:
+    """Most of the tables of one image are those of the one before."""
+    return crc32c(data)

@@ -1,17 +1,31 @@
-"""The process in which atheris (libFuzzer) runs: :mod:`tests.fuzz` starts it.
+"""The process in which libFuzzer runs, by atheris: :mod:`tests.fuzz` starts it.
 
-``python -m tests.fuzz.guided FORMAT SCRATCH CORPUS [OPTION...]``, the options being libFuzzer's.
+``python -m tests.fuzz.guided FORMAT SCRATCH HOME SECONDS [OPTION...]``, the options being libFuzzer's.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import gc
+import os
 import random
+import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["skep.block"]):
+from tests.fuzz.branches import Branches, Reporter
+from tests.fuzz.tally import Tally
+
+HANGS = 60
+"""Seconds of CPU after which an input is given up that does not even come back to the interpreter."""
+
+counting = Branches("skep.block")
+# What a server says is made by libFuzzer, which has to see what the bytes are compared with; atheris shows that.
+with atheris.instrument_imports(include=["skep"]) if sys.argv[1] == "nbd" else counting:
     from tests.block.damage import MOST, SECTOR, Sparse, Table, mend_checksums, mutate, tables
     from tests.fuzz.images import pack, sound_images, unpack
     from tests.fuzz.targets import target
@@ -53,14 +67,51 @@ class Mutator:
         return [table for table in tables(self._format, image) if table.count > 0 and 0 <= table.at < MOST]
 
 
-def main(format: str, scratch: Path, options: list[str]) -> None:
+class Trials:
+    """Tries one input after the other until the time is up, which is the CPU's: this machine may have others to serve.
+
+    The one that is being tried is in ``HOME/current``: nobody else has it if the process dies.
+    """
+
+    def __init__(self, attempt: Callable[[bytes], None], home: Path, seconds: float) -> None:
+        self._attempt = attempt
+        self._seconds = seconds
+        self._current = (home / "current").open("wb", buffering=0)
+        self._tally = Tally(home)
+        self._next = 0.0
+        self._reporter: Reporter | None = None
+        faulthandler.register(signal.SIGVTALRM, chain=True)
+
+    def one(self, data: bytes) -> None:
+        os.pwrite(self._current.fileno(), data, 0)
+        os.ftruncate(self._current.fileno(), len(data))
+        signal.setitimer(signal.ITIMER_VIRTUAL, HANGS)
+        if self._reporter is None:
+            self._reporter = Reporter(counting.counts)
+        self._reporter.begin()
+        self._tally.executions += 1
+        try:
+            self._attempt(data)
+        except BaseException:
+            self._tally.save()
+            raise
+        self._reporter.end()
+        if (now := time.process_time()) > self._next:
+            self._tally.save()
+            self._next = now + 1
+            if now > self._seconds:
+                os._exit(0)
+
+
+def main(format: str, scratch: Path, home: Path, seconds: float, options: list[str]) -> None:
     mutators = {}
     if format != "nbd":
         mutator = Mutator(format, scratch)
         mutators = {"custom_mutator": mutator.mutated, "custom_crossover": mutator.crossed}
-    atheris.Setup([sys.argv[0], *options], target(format, scratch), **mutators)
+    atheris.Setup([sys.argv[0], *options], Trials(target(format, scratch), home, seconds).one, **mutators)
+    gc.freeze()
     atheris.Fuzz()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]), sys.argv[5:])
