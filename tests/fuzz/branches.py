@@ -112,7 +112,8 @@ class _Counting(ast.NodeTransformer):
 
     def _body_counted(self, node: ast.AST) -> ast.AST:
         self.generic_visit(node)
-        node.body.insert(0, self._step())
+        described = isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None
+        node.body.insert(int(described), self._step())
         return node
 
     visit_FunctionDef = visit_ExceptHandler = visit_match_case = _body_counted
