@@ -10,8 +10,8 @@ from skep.block.backend import read_at, write_at
 from skep.block.format import CheckResult, DamagedImage, ImageError
 from skep.block.qcow2 import snapshots
 from skep.block.qcow2.header import MOST_REFCOUNT_TABLE_BYTES, Incompatible
-from skep.block.qcow2.refcounts import Packing, from_big_endian, to_big_endian
-from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET, ZERO, in_use, numbered
+from skep.block.qcow2.refcounts import Packing, from_big_endian, in_use, to_big_endian
+from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET, ZERO, numbered
 
 if TYPE_CHECKING:
     from skep.block.qcow2.image import Qcow2Image
@@ -121,7 +121,7 @@ class Checker:
         if counts:
             table = image.refcounts.table
             self.broken = not self._span(image.refcounts.table_offset, len(table) * 8, "refcount table", alone=True)
-            for number, offset in enumerate(table):
+            for number, offset in numbered([table]):
                 if offset:
                     self._refcount_block(number, offset)
             # Clusters that count as free would be taken, those of the header first.

@@ -12,7 +12,7 @@ from skep.block.backend import ZEROES, File, read_at, write_at, write_zeroes_as_
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import Incompatible
 from skep.block.qcow2.mapping import Mapped
-from skep.block.qcow2.refcounts import Refcounts, write_words
+from skep.block.qcow2.refcounts import Refcounts, in_use, write_words
 from skep.block.qcow2.tables import COMPRESSED, COPIED, OFFSET, Slice
 from skep.locks import Lock, Order
 
@@ -238,15 +238,13 @@ class Owning(Mapped):
         if self.has_data_file:
             return
         with self._lock:
-            for index in range(l1_index * self._tables.entries, (l1_index + 1) * self._tables.entries):
-                found = self._tables.find(index)
-                if found is None:
-                    return
-                word = found[0].words[found[1]]
-                if word & OFFSET and not word & COMPRESSED:
-                    alone = self._refcounts.get((word & OFFSET) >> self._bits) == 1
-                    if alone != bool(word & COPIED):
-                        self._tables.change(found, word & ~COPIED | (COPIED if alone else 0))
+            for one in self._tables.slices(l1_index):
+                for at in in_use(one.words, self._tables.words):
+                    word = one.words[at]
+                    if word & OFFSET and not word & COMPRESSED:
+                        alone = self._refcounts.get((word & OFFSET) >> self._bits) == 1
+                        if alone != bool(word & COPIED):
+                            self._tables.change((one, at), word & ~COPIED | (COPIED if alone else 0))
         if self._tables.crowded:
             self.flush()
 

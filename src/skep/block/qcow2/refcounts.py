@@ -43,6 +43,9 @@ def to_big_endian(values: array[int]) -> bytes:
 
 
 _PIECE = 1 << 20
+_ROW = 256
+"""Words of a table that are compared with zeros at once."""
+_NOTHING = array("Q", [0]) * _ROW
 
 
 def read_words(file: File, offset: int, count: int) -> array[int]:
@@ -62,6 +65,14 @@ def words_in(file: File, offset: int, count: int) -> Iterator[array[int]]:
     step = _PIECE // 8
     for first in range(0, count, step):
         yield read_words(file, offset + first * 8, min(step, count - first))
+
+
+def in_use(words: array[int], step: int) -> Iterator[int]:
+    """The numbers of a table's entries, of ``step`` words each, but for long rows of zeros."""
+    for start in range(0, len(words), _ROW):
+        row = words[start : start + _ROW]
+        if row != _NOTHING and any(row):  # the second for rows that are shorter
+            yield from range(start, min(start + _ROW, len(words)), step)
 
 
 def write_words(file: File, offset: int, words: array[int], length: int) -> None:
@@ -138,9 +149,8 @@ class Refcounts:
         """Clusters that one block counts."""
         size = header.refcount_table_clusters << self._bits
         self.table = read_words(file, header.refcount_table_offset, size // 8)
-        for i, entry in enumerate(self.table):
-            if entry & ~_OFFSET:
-                self.table[i] = entry & _OFFSET
+        for i in in_use(self.table, 1):
+            self.table[i] &= _OFFSET
         """Where the blocks are, by number; 0 for one that there is not."""
         self.table_offset = header.refcount_table_offset
         self._changed: set[int] = set()

@@ -14,7 +14,7 @@ from itertools import repeat
 from skep.block.backend import File, read_at
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import Header
-from skep.block.qcow2.refcounts import Write, from_big_endian, read_words, to_big_endian
+from skep.block.qcow2.refcounts import Write, from_big_endian, in_use, read_words, to_big_endian
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -23,9 +23,6 @@ OFFSET = 0x00FF_FFFF_FFFF_FE00
 ALL_SUBCLUSTERS = 0xFFFF_FFFF
 
 _SLICE = 4096
-_ROW = 256
-"""Words of a table that are compared with zeros at once."""
-_NOTHING = array("Q", [0]) * _ROW
 _CACHE, _LEAST_CACHE = 16 << 20, 4 << 20
 """Bytes that are kept unless told otherwise: half as many fewer as a long L1 table takes, but as few."""
 
@@ -94,6 +91,12 @@ class Tables:
             return None
         number, at = divmod(at, self._per_slice)
         return self._load(table + number * self._slice), at * self.words
+
+    def slices(self, l1_index: int) -> Iterator[Slice]:
+        """All of one L2 table, if there is one."""
+        if self.l1[l1_index] and (table := self.l2_offset(l1_index)):
+            for offset in range(table, table + self._cluster, self._slice):
+                yield self._load(offset)
 
     def cached(self, index: int) -> tuple[Slice, int] | None:
         """The same without reading, so None may also mean that it is not known."""
@@ -174,13 +177,6 @@ class Tables:
 
     def written(self) -> None:
         self._writing.clear()
-
-
-def in_use(words: array[int], step: int) -> Iterator[int]:
-    """The numbers of a table's entries, of ``step`` words each, but for long rows of zeros."""
-    for start in range(0, len(words), _ROW):
-        if words[start : start + _ROW] != _NOTHING:
-            yield from range(start, min(start + _ROW, len(words)), step)
 
 
 def numbered(parts: Iterable[array[int]]) -> Iterator[tuple[int, int]]:
