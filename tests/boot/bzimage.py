@@ -1,13 +1,19 @@
-"""A file that is a Linux kernel as far as its header goes."""
+"""Files that are Linux kernels as far as their headers go, and small guests in that form."""
 
 from __future__ import annotations
 
+import re
 import struct
+from pathlib import Path
+
+from tests.engine.assemble import Program, assemble
 
 MiB = 1 << 20
 LOAD = 16 * MiB
 CODE = bytes(range(256)) * 8
-"""What stands where a kernel's code would; its 64-bit entry is at 0x200."""
+"""What stands where a kernel's code would."""
+ENTRY = 0x200
+"""Of 64-bit kernels, in their code."""
 
 
 def bzimage(
@@ -31,3 +37,14 @@ def bzimage(
     struct.pack_into("<IIBBHI", image, 0x22C, initrd_max, 2 * MiB, 1, 21, xloadflags, 2047)
     struct.pack_into("<QI", image, 0x258, pref_address, init_size)
     return bytes(image) + code
+
+
+def write_guest(path: Path, text: str) -> Program:
+    """Make a kernel that runs ``text``, which is assembled: what there is in quotation marks is the letter's number.
+
+    It is entered as a Linux kernel is: in long mode, with identity pages, no IDT, and the boot parameters in rsi."""
+    text = re.sub("'(.)'", lambda letter: str(ord(letter[1])), text)
+    program = assemble(text, LOAD + ENTRY)
+    code = bytes(ENTRY) + program.code
+    path.write_bytes(bzimage(code=code + bytes(-len(code) % 16)))
+    return program

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -38,19 +39,14 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(kernel: Path) -> Iterator[Callable[..., Run]]:
-    started: list[Run] = []
+    with ExitStack() as started:
 
-    def start(*arguments: str) -> Run:
-        vm = Run("--kernel", str(kernel), "--engine", "translate", *arguments)
-        started.append(vm)
-        vm.expect(b"B")
-        return vm
+        def start(*arguments: str) -> Run:
+            vm = started.enter_context(Run("--kernel", str(kernel), "--engine", "translate", *arguments))
+            vm.expect(b"B")
+            return vm
 
-    yield start
-    for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-        one.process.communicate(timeout=WAIT)
+        yield start
 
 
 Start = Callable[..., Run]

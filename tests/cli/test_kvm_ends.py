@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from skep.machine.amd64 import why_not_kvm
-from tests.boot.bzimage import LOAD, bzimage
+from tests.boot.bzimage import write_guest
 from tests.cli.test_ctl import skep
 from tests.cli.test_run import ENVIRONMENT, SKEP, WAIT
-from tests.engine.assemble import assemble
 from tests.memory.test_map import POOL, pool
 
 __all__ = ["pool"]
@@ -37,10 +36,8 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(tmp_path: Path, text: str, *options: str) -> list[str]:
-    hello = "mov dx, 0x3f8\nmov al, 66\nout dx, al\n"
-    code = bytes(assemble(hello + text, LOAD + 0x200).code)
     kernel = tmp_path / "vmlinuz"
-    kernel.write_bytes(bzimage(code=bytes(0x200) + code + bytes(-len(code) % 16)))
+    write_guest(kernel, f"mov dx, 0x3f8\nmov al, 'B'\nout dx, al\n{text}")
     return [*SKEP, "run", "web", "--kernel", str(kernel), "--memory", "24M", "--engine", "kvm", *options]
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -71,20 +72,23 @@ class Run:
         output, errors = self.process.communicate(data, timeout=wait)
         return self.process.returncode, self.output + output, errors.decode()
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate(timeout=WAIT)
+
 
 @pytest.fixture
 def run(engine: str, kernel: Path) -> Iterator[Callable[..., Run]]:
-    started: list[Run] = []
+    with ExitStack() as started:
 
-    def start(*arguments: str) -> Run:
-        started.append(Run("--kernel", str(kernel), "--engine", engine, *arguments))
-        return started[-1]
+        def start(*arguments: str) -> Run:
+            return started.enter_context(Run("--kernel", str(kernel), "--engine", engine, *arguments))
 
-    yield start
-    for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-        one.process.communicate(timeout=WAIT)
+        yield start
 
 
 Start = Callable[..., Run]

@@ -7,16 +7,16 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from skep.control.top import Top
-from tests.boot.bzimage import LOAD, bzimage
+from tests.boot.bzimage import write_guest
 from tests.cli.test_ctl import skep
 from tests.cli.test_run import WAIT, Run
-from tests.engine.assemble import assemble
 from tests.on_terminal import OnTerminal
 
 GUEST = """
@@ -40,12 +40,8 @@ halts:  sti
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = GUEST
-    for letter in "Bph":
-        text = text.replace(f"'{letter}'", str(ord(letter)))
-    code = bytes(assemble(text, LOAD + 0x200).code)
     path = tmp_path_factory.mktemp("guest") / "vmlinuz"
-    path.write_bytes(bzimage(code=bytes(0x200) + code + bytes(-len(code) % 16)))
+    write_guest(path, GUEST)
     return path
 
 
@@ -60,20 +56,16 @@ def run(kernel: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., 
     engine, *alone = request.param.split()
     if engine == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("/dev/kvm does not open")
-    started: list[Run] = []
+    with ExitStack() as started:
 
-    def start(name: str, command: str, *arguments: str) -> Run:
-        choice = ["--engine", engine, "-o", f"kvm.irqchip={'off' if alone else 'split'}"]
-        vm = Run(name, "--memory", "64M", "--kernel", str(kernel), "--cmdline", command, *choice, *arguments)
-        started.append(vm)
-        vm.expect(b"B")
-        return vm
+        def start(name: str, command: str, *arguments: str) -> Run:
+            choice = ["--engine", engine, "-o", f"kvm.irqchip={'off' if alone else 'split'}"]
+            guest = ["--memory", "64M", "--kernel", str(kernel), "--cmdline", command]
+            vm = started.enter_context(Run(name, *guest, *choice, *arguments))
+            vm.expect(b"B")
+            return vm
 
-    yield start
-    for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-        one.process.communicate(timeout=WAIT)
+        yield start
 
 
 Start = Callable[..., Run]

@@ -19,8 +19,8 @@ from skep.errors import UserError
 from skep.explain import Activity, Cause, Explanation
 from skep.machine import choose_engine
 from skep.vm import End, State, Vm
-from tests.boot.bzimage import LOAD, bzimage
-from tests.engine.assemble import Program, assemble
+from tests.boot.bzimage import write_guest
+from tests.engine.assemble import Program
 
 GUEST = """
         mov rsp, 0x80000
@@ -177,23 +177,18 @@ Make = Callable[..., Vm]
 
 
 @pytest.fixture(scope="module")
-def program() -> Program:
-    text = GUEST.replace("WORDS", ", ".join(str(byte) for byte in WORDS))
-    for letter in "ewgbsrfhitnp":
-        text = text.replace(f"'{letter}'", str(ord(letter)))
-    return assemble(text, LOAD + 0x200)
+def guest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program]:
+    kernel = tmp_path_factory.mktemp("guest") / "vmlinuz"
+    return kernel, write_guest(kernel, GUEST.replace("WORDS", ", ".join(str(byte) for byte in WORDS)))
 
 
-@pytest.fixture(scope="module")
-def kernel(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("guest") / "vmlinuz"
-    code = bytes(program.code)
-    path.write_bytes(bzimage(code=bytes(0x200) + code + bytes(-len(code) % 16)))
-    return path
+@pytest.fixture
+def program(guest: tuple[Path, Program]) -> Program:
+    return guest[1]
 
 
 @pytest.fixture(params=["translate", "kvm"])
-def make(request: pytest.FixtureRequest, kernel: Path) -> Iterator[Make]:
+def make(request: pytest.FixtureRequest, guest: tuple[Path, Program]) -> Iterator[Make]:
     """``make(letter)``: a VM with the small guest that has said its first byte."""
     try:
         choose_engine(request.param, "off")
@@ -205,7 +200,7 @@ def make(request: pytest.FixtureRequest, kernel: Path) -> Iterator[Make]:
     made: list[Vm] = []
 
     def make(letter: str, **options: Any) -> Vm:
-        made.append(Vm(kernel=kernel, memory="64M", cmdline=letter, engine=request.param, **options))
+        made.append(Vm(kernel=guest[0], memory="64M", cmdline=letter, engine=request.param, **options))
         made[-1].start()
         made[-1].console.expect("!", timeout=60)
         return made[-1]

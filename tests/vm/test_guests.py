@@ -17,8 +17,7 @@ import pytest
 from skep.errors import UserError
 from skep.machine import choose_engine
 from skep.vm import End, Step, Vm
-from tests.boot.bzimage import LOAD, bzimage
-from tests.engine.assemble import assemble
+from tests.boot.bzimage import LOAD, write_guest
 
 GUEST = """
         mov rsp, 0x80000
@@ -220,12 +219,8 @@ Make = Callable[..., Vm]
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = GUEST
-    for letter in "orthseimqanbw2":
-        text = text.replace(f"'{letter}'", str(ord(letter)))
-    code = bytes(assemble(text, LOAD + 0x200).code)
     path = tmp_path_factory.mktemp("guest") / "vmlinuz"
-    path.write_bytes(bzimage(code=bytes(0x200) + code + bytes(-len(code) % 16)))
+    write_guest(path, GUEST)
     return path
 
 

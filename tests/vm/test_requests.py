@@ -15,9 +15,8 @@ from skep.bus.pci import intx_gsi
 from skep.machine.amd64 import why_not_kvm
 from skep.machine.amd64map import ECAM_BASE
 from skep.vm import Vm
-from tests.boot.bzimage import LOAD, bzimage
+from tests.boot.bzimage import write_guest
 from tests.devices.virtio.driver import NEXT, WRITE, Driver
-from tests.engine.assemble import assemble
 
 GUEST = """
         mov rsp, 0x80000
@@ -97,9 +96,8 @@ class Requester:
     """A guest that makes requests of a disk, one after the other, as often as the mailbox says."""
 
     def __init__(self, home: Path, irqchip: str, *, msix: bool = True) -> None:
-        code = bytes(assemble(GUEST, LOAD + 0x200).code)
         kernel, disk = home / "vmlinuz", home / "disk"
-        kernel.write_bytes(bzimage(code=bytes(0x200) + code + bytes(-len(code) % 16)))
+        write_guest(kernel, GUEST)
         disk.write_bytes(bytes(1 << 20))
         config = {"kvm.irqchip": irqchip, "pci.0.1.0.device": "virtio-blk", "pci.0.1.0.path": str(disk)}
         self.vm = Vm(kernel=kernel, memory="64M", engine="kvm", config=config)
