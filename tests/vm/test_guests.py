@@ -37,7 +37,11 @@ GUEST = """
         je spin
         cmp al, 'e'
         je echo
+        mov r14d, 100
         cmp al, 'i'
+        je interrupts
+        mov r14d, -1
+        cmp al, 'k'
         je interrupts
         cmp al, 'm'
         je memory
@@ -91,7 +95,7 @@ again:  mov dx, 0x3fd
         out dx, al
         jmp again
 
-interrupts:                             ; 100 ticks of the PIT, asleep between them
+interrupts:                             ; so many ticks of the PIT, asleep between them
         lidt [rip + idt]
         mov rdi, 0x60000 + 0x20 * 16
         lea rax, [rip + tick]
@@ -114,7 +118,7 @@ next:   movzx edx, word [rsi]
         xor ebx, ebx
 wait:   sti
         hlt
-        cmp ebx, 100
+        cmp ebx, r14d
         jb wait
         lea rsi, [rip + ticked]
         call print
@@ -141,6 +145,7 @@ struck: lea rsi, [rip + ticked]
 
 tick:   push rax
         inc ebx
+        inc qword [0x70000]
         mov al, 0x20
         out 0x20, al
         pop rax

@@ -46,11 +46,11 @@ def make(kernel: Path) -> Iterator[Made]:
         vm.close()
 
 
-def counts_on(vm: Vm) -> None:
+def counts_on(vm: Vm, times: int = 1) -> None:
     memory = vm.board.memory
     count = memory.load_u64(0x70000)
     deadline = time.monotonic() + 30
-    while memory.load_u64(0x70000) <= count:
+    while memory.load_u64(0x70000) < count + times:
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -80,20 +80,17 @@ def test_a_guest_that_counts_goes_on(make: Made, before: str, after: str) -> Non
 @pytest.mark.parametrize("after", ENGINES)
 @pytest.mark.parametrize("before", ENGINES)
 def test_a_guest_asleep_between_ticks_is_woken(make: Made, before: str, after: str) -> None:
-    """Of a hundred ticks of the PIT some come before, and some after."""
-    first = make(before, "i")
+    """By the PIT."""
+    first = make(before, "k")
     first.start()
-    first.console.expect("Hi\n", timeout=20)
-    time.sleep(0.03)
+    counts_on(first, 3)
     first.freeze()
     state = first.save()
     first.close()
-    second = make(after, "i")
+    second = make(after, "k")
     second.load(state)
     second.thaw()
-    second.console.expect("Ticked\n", timeout=30)
-    outcome = second.wait(20)
-    assert outcome is not None and outcome.end is End.POWERED_OFF
+    counts_on(second, 50)
 
 
 def test_processors_that_were_not_started_wait_on(make: Made) -> None:
@@ -151,6 +148,7 @@ def test_the_tsc_stands_still_while_the_vm_does(make: Made, engine: str) -> None
     stood = vm.board.clock.tsc()
     time.sleep(0.2)
     assert vm.board.clock.tsc() == stood
+    began = time.monotonic()
     vm.thaw()
     vm.freeze()
-    assert 0 <= vm.board.clock.tsc() - stood < tsc_hz() // 10
+    assert 0 <= vm.board.clock.tsc() - stood <= tsc_hz() * (time.monotonic() - began)
