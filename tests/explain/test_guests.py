@@ -211,6 +211,13 @@ def make(request: pytest.FixtureRequest, guest: tuple[Path, Program]) -> Iterato
     assert threading.active_count() == threads
 
 
+def arrive(vm: Vm, program: Program, label: str) -> None:
+    """Wait until the guest is at ``label`` or beyond: after its first byte it may be on its way for a while."""
+    deadline = time.monotonic() + 60
+    while not program[label] <= (explanation := vm.explain()).processors[0].at.address < program["good_idt"]:
+        assert time.monotonic() < deadline, explanation
+
+
 def triple_fault(vm: Vm) -> Explanation:
     outcome = vm.wait(60)
     assert outcome is not None and outcome.end is End.TRIPLE_FAULT
@@ -267,23 +274,23 @@ def test_a_halt_for_good(make: Make) -> None:
 
 def test_a_tight_loop_spins(make: Make, program: Program) -> None:
     vm = make("t")
-    vm.explain()  # it may still have been on its way there
+    arrive(vm, program, "tight")
     processor = vm.explain().processors[0]
     assert processor.activity is Activity.SPINNING
     assert program["tight"] <= processor.at.address <= program["tight"] + 2
     assert vm.state is State.RUNNING
 
 
-def test_a_guest_that_waits_is_idle(make: Make) -> None:
+def test_a_guest_that_waits_is_idle(make: Make, program: Program) -> None:
     vm = make("i")
-    vm.explain()
+    arrive(vm, program, "idle")
     processor = vm.explain().processors[0]
     assert processor.activity is Activity.IDLE and processor.interrupts_on
 
 
 def test_frame_pointers_are_followed(make: Make, program: Program) -> None:
     vm = make("n")
-    vm.explain()
+    arrive(vm, program, "spin")
     processor = vm.explain().processors[0]
     assert processor.stack_is_sure
     after = {name: program[name] for name in ("outer", "middle", "inner", "spin")}
@@ -324,8 +331,9 @@ def test_a_panic_before_the_end_is_in_the_outcome(make: Make) -> None:
     assert outcome.explanation is not None and outcome.explanation.cause is Cause.PANIC
 
 
-def test_after_the_end_the_last_moment_is_explained(make: Make) -> None:
+def test_after_the_end_the_last_moment_is_explained(make: Make, program: Program) -> None:
     vm = make("t")
+    arrive(vm, program, "tight")
     vm.stop()
     vm.wait(60)
     explanation = vm.explain()
