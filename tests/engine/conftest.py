@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
-from tests.engine.engines import translate
+from tests.engine.engines import Machines, named
 from tests.engine.oracle import Oracle
-from tests.engine.tiny import Tiny
 
 
 @pytest.fixture(scope="session")
@@ -20,14 +19,7 @@ def host() -> Iterator[Oracle]:
 
 
 @pytest.fixture
-def boot() -> Iterator[Callable[..., Tiny]]:
-    """Makes a :class:`Tiny` under the translator and closes it behind the test."""
-    machines: list[Tiny] = []
-
-    def make(text: str, **options: Any) -> Tiny:
-        machines.append(Tiny(translate(), text, **options))
-        return machines[-1]
-
-    yield make
-    for machine in machines:
-        machine.close()
+def boot(request: pytest.FixtureRequest) -> Iterator[Machines]:
+    """Under the translator; under each engine where :data:`tests.engine.engines.EVERYWHERE` marks the test."""
+    with closing(Machines(named(getattr(request, "param", "translate")))) as machines:
+        yield machines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import pytest
 
@@ -11,10 +12,15 @@ from skep.engine.contract import Engine
 from skep.engine.kvm import KvmEngine
 from skep.engine.translate import TranslateEngine
 from skep.machine.amd64 import why_not_kvm
+from tests.engine.tiny import Tiny
 
 NAMES = ("translate", "kvm", pytest.param("hardware", marks=pytest.mark.hardware))
 """Parameters of a test that runs under each: the translator, this host's KVM, which may be an emulation that runs tiny
 guests only, and KVM on hardware virtualization. See :func:`named`."""
+EVERYWHERE = pytest.mark.parametrize("boot", NAMES, indirect=True)
+"""For tests of what each engine promises, with the fixture ``boot``."""
+EXACTLY = pytest.mark.parametrize("boot", [NAMES[0], NAMES[2]], indirect=True)
+"""The same, but an emulation of KVM is too slow for it, or lets interrupts in only every so many instructions."""
 RINGS = {"kvm": 1 << 16, "hardware": 1024}
 """Entries. An instruction emulator in place of a processor does not look whether a ring is full: that is for the real
 one, with a small ring."""
@@ -36,3 +42,22 @@ def named(name: str) -> Engine:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("/dev/kvm does not open")
     return KvmEngine(dirty_ring=RINGS[where] if rings else 0)
+
+
+class Machines:
+    """Makes each :class:`Tiny` of a test with one engine. Under KVM its processor is the plainest: others' features are
+    not the engine's."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._made: list[Tiny] = []
+
+    def __call__(self, text: str, **options: Any) -> Tiny:
+        if self.engine.name == "kvm":
+            options = {"cpu_model": "baseline", **options}
+        self._made.append(Tiny(self.engine, text, **options))
+        return self._made[-1]
+
+    def close(self) -> None:
+        for machine in self._made:
+            machine.close()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from skep.engine.contract import ExitReason
+from tests.engine.engines import EVERYWHERE, EXACTLY
 from tests.engine.tiny import IST, RSP0, STACK, USER64, Tiny
 
 Boot = Callable[..., Tiny]
@@ -45,6 +46,7 @@ ENDLESS = [
 
 
 class TestEndlessLoops:
+    @EVERYWHERE
     @pytest.mark.parametrize("loop", ENDLESS)
     def test_an_interrupt_gets_in(self, boot: Boot, loop: str) -> None:
         guest = boot(f"start: sti\n{loop}\nhandler: cli\nhlt", handlers={V: "handler"})
@@ -55,6 +57,7 @@ class TestEndlessLoops:
         assert guest.program["again"] <= rip < guest.program["handler"]
         assert cs == 0x10 and rflags & 0x200
 
+    @EVERYWHERE
     @pytest.mark.parametrize("loop", ENDLESS)
     def test_request_exit_gets_it_out(self, boot: Boot, loop: str) -> None:
         """With interrupts off as well; and it goes on afterwards."""
@@ -66,6 +69,7 @@ class TestEndlessLoops:
             assert left.reason is ExitReason.KICKED
             assert guest.program["again"] <= guest.reg("rip") < guest.program.address + len(guest.program.code)
 
+    @EVERYWHERE
     def test_from_ring_3(self, boot: Boot) -> None:
         guest = boot("again: jmp again\nhandler: cli\nhlt", user=True, handlers={V: "handler"})
         guest.set(rflags=0x202)
@@ -76,6 +80,7 @@ class TestEndlessLoops:
         rip, cs = struct.unpack("<2Q", guest.memory.read(RSP0 - 40, 16))
         assert (rip, cs) == (guest.program["again"], USER64)
 
+    @EXACTLY
     def test_thousands_of_interrupts_change_nothing(self, boot: Boot) -> None:
         """A computation that uses flags and all registers comes to the same result however often it is interrupted."""
         text = """
@@ -121,19 +126,14 @@ class TestEndlessLoops:
 
 
 class TestExits:
+    @EVERYWHERE
     def test_a_request_before_the_run_is_not_lost(self, boot: Boot) -> None:
         guest = boot("again: jmp again")
         guest.vcpu.request_exit()
         assert guest.vcpu.run().reason is ExitReason.KICKED
         assert guest.reg("rip") == guest.program["again"]
 
-    def test_hlt_tells_if(self, boot: Boot) -> None:
-        guest = boot("sti\nhlt\ncli\nhlt")
-        left = guest.vcpu.run()
-        assert left.reason is ExitReason.HALTED and left.detail["interrupts"]
-        left = guest.vcpu.run()
-        assert left.reason is ExitReason.HALTED and not left.detail["interrupts"]
-
+    @EXACTLY
     def test_a_kick_alone_disturbs_nothing(self, boot: Boot) -> None:
         guest = boot("mov ecx, 20000000\nagain: dec ecx\njnz again\nhlt")
         timers = [later(0.002 * i, guest.vcpu.kick) for i in range(1, 10)]
@@ -141,13 +141,7 @@ class TestExits:
         for timer in timers:
             timer.join()
 
-    def test_a_waiting_interrupt_is_taken_at_the_next_run(self, boot: Boot) -> None:
-        guest = boot("sti\nhlt\nafter: hlt\nhandler: inc ebx\niretq", handlers={V: "handler"})
-        assert guest.vcpu.run().reason is ExitReason.HALTED
-        guest.interrupts.raise_vector(V)
-        assert guest.vcpu.run().reason is ExitReason.HALTED
-        assert guest.reg("rbx") == 1 and guest.reg("rip") == guest.program["after"] + 1
-
+    @EVERYWHERE
     def test_no_wake_up_is_lost(self, boot: Boot) -> None:
         """CLI, look, STI, HLT: an interrupt that comes anywhere between wakes the HLT. 500 times, by another thread."""
         text = """
@@ -196,6 +190,7 @@ def pending_program(body: str) -> str:
     return f"start: cli\nout 0xf4, al\n{body}\ncli\nhlt\nhandler: mov rbx, [rsp]\ncli\nhlt"
 
 
+@EXACTLY
 class TestShadows:
     def came_at(self, boot: Boot, body: str) -> tuple[Tiny, int]:
         guest = boot(pending_program(body), handlers={V: "handler"})
@@ -289,6 +284,7 @@ class TestShadows:
 
 
 class TestPriorities:
+    @EXACTLY
     def test_cr8_masks_and_unmasks(self, boot: Boot) -> None:
         text = """
             start: mov eax, 6
@@ -315,6 +311,7 @@ class TestPriorities:
         assert (guest.reg("rdx"), guest.reg("rcx")) == (6, 1)
         assert guest.reg("rbx") == guest.program["here"]
 
+    @EXACTLY
     def test_several_one_after_the_other(self, boot: Boot) -> None:
         text = "start: cli\nout 0xf4, al\nsti\nnop\nnop\ncli\nhlt\nh1: add ebx, 1\niretq\nh2: add ebx, 16\niretq"
         guest = boot(text, handlers={V: "h1", V + 16: "h2"})
@@ -327,6 +324,7 @@ class TestPriorities:
         at_end(guest)
         assert guest.reg("rbx") == 18
 
+    @EVERYWHERE
     def test_an_interrupt_that_went_away(self, boot: Boot) -> None:
         """acknowledge() may find nothing any more; the guest notices nothing."""
         guest = boot("start: cli\nout 0xf4, al\nsti\nnop\nmov ebx, 5\ncli\nhlt\nhandler: ud2", handlers={V: "handler"})
@@ -337,6 +335,7 @@ class TestPriorities:
 
 
 class TestNmi:
+    @EVERYWHERE
     def test_with_interrupts_off_and_on_its_own_stack(self, boot: Boot) -> None:
         guest = boot("again: jmp again\nhandler: mov rbx, rsp\nhlt", handlers={2: "handler"}, ist={2: 2})
         timer = later(0.05, guest.interrupts.raise_nmi)
@@ -346,6 +345,7 @@ class TestNmi:
         (rip,) = struct.unpack("<Q", guest.memory.read(IST[1] - 40, 8))
         assert rip == guest.program["again"]
 
+    @EXACTLY
     def test_a_second_waits_for_iretq(self, boot: Boot) -> None:
         """Between NMI and IRET one more NMI is remembered, and comes right after it."""
         text = """
@@ -368,6 +368,7 @@ class TestNmi:
         at_end(guest)
         assert (guest.reg("rdx"), guest.reg("rbx")) == (1, 2)
 
+    @EVERYWHERE
     def test_wakes_hlt_with_interrupts_off(self, boot: Boot) -> None:
         guest = boot("cli\nhlt\nmov ecx, 1\nhlt\nhandler: inc ebx\niretq", handlers={2: "handler"})
         assert guest.vcpu.run().reason is ExitReason.HALTED
@@ -375,6 +376,7 @@ class TestNmi:
         assert guest.vcpu.run().reason is ExitReason.HALTED
         assert (guest.reg("rbx"), guest.reg("rcx")) == (1, 1)
 
+    @EVERYWHERE
     def test_one_that_comes_right_after_the_question_is_not_lost(self, boot: Boot) -> None:
         guest = boot("start: sti\nout 0xf4, al\nagain: jmp again\nhandler: hlt", handlers={2: "handler"})
         asked = []
@@ -392,6 +394,7 @@ class TestNmi:
         at_end(guest, timeout=3)
         assert asked == [False, True]
 
+    @EXACTLY
     def test_before_an_interrupt(self, boot: Boot) -> None:
         text = "start: cli\nout 0xf4, al\nsti\nnop\nnop\ncli\nhlt\n"
         text += "nmi: mov ecx, ebx\nor ebx, 1\niretq\nirq: shl ebx, 4\niretq"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.engine.engines import EVERYWHERE
 from tests.engine.place import PAGE
 from tests.engine.tiny import MMIO, Tiny
 
@@ -167,6 +168,7 @@ def test_as_with_ram(boot: Boot, text: str) -> None:
         assert ours == theirs
 
 
+@EVERYWHERE
 @pytest.mark.parametrize(
     ("text", "accesses"),
     [
@@ -194,6 +196,7 @@ def test_each_access_once(boot: Boot, text: str, accesses: list[tuple[str, int, 
     assert [(kind, where - MMIO, size) for kind, where, size, _ in guest.io.log] == accesses
 
 
+@EVERYWHERE
 def test_a_device_that_answers_differently_each_time(boot: Boot) -> None:
     """Nothing is read twice, and no value is kept: a register that counts its reads."""
     guest = boot("mov ecx, 100\nagain: mov eax, [rbx]\nadd rdx, rax\ndec ecx\njnz again\nhlt")
@@ -210,6 +213,7 @@ def test_a_device_that_answers_differently_each_time(boot: Boot) -> None:
     assert (guest.reg("rdx"), reads) == (5050, 100)
 
 
+@EVERYWHERE
 def test_a_value_read_decides_the_next_access(boot: Boot) -> None:
     """movs from a device to where the device says; an interrupt status that clears by reading."""
     guest = boot("poll: mov eax, [rbx]\ntest eax, eax\njz poll\nmov [rbx + 8], eax\nhlt")
@@ -220,6 +224,7 @@ def test_a_value_read_decides_the_next_access(boot: Boot) -> None:
     assert guest.io.log == [("write", MMIO + 8, 4, 0x80000001)]
 
 
+@EVERYWHERE
 def test_between_ram_and_device(boot: Boot) -> None:
     """An operand that begins in RAM and ends in the device, or the other way round."""
     guest = boot("mov rbx, 0x400000 + 4096 - 4\nmov rax, [rbx]\nmov rcx, 0x1122334455667788\nmov [rbx], rcx\nhlt")
@@ -234,6 +239,7 @@ def test_between_ram_and_device(boot: Boot) -> None:
 
 
 class TestPorts:
+    @EVERYWHERE
     def test_sizes_and_order(self, boot: Boot) -> None:
         text = """
             mov eax, 0x11223344
@@ -267,6 +273,7 @@ class TestPorts:
         assert guest.reg("rcx") == 0xAABBCCDD  # a 32-bit result clears the upper half
         assert guest.reg("rax") == 0xAABBCC5A
 
+    @EVERYWHERE
     def test_strings(self, boot: Boot) -> None:
         text = (
             "mov edx, 0x1f0\nlea rsi, [rip + b]\nmov ecx, 3\nrep outsw\nlea rdi, [rip + c]\nmov ecx, 2\nrep insd\nhlt\n"

@@ -86,7 +86,7 @@ def in_python(kvm: KvmEngine) -> int:
 
 
 @pytest.mark.parametrize(
-    "kvm", ["here", pytest.param("hardware", marks=(pytest.mark.hardware, pytest.mark.slow))], indirect=True
+    "kvm", ["kvm", pytest.param("hardware", marks=(pytest.mark.hardware, pytest.mark.slow))], indirect=True
 )
 def test_a_round_trip(kvm: KvmEngine, program: Path) -> None:
     """By turns, what one is to the other in the middle one of them: a busy host may slow either down."""

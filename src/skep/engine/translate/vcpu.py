@@ -493,4 +493,6 @@ class TranslateVcpu(Alone):
         saved.load(state, self.st, self.msrs)
         if "rip" in state:
             self._nmi = bool(state.get("nmi_pending", 0))
+            if self._nmi:
+                self.kick()
         self._fresh = True
