@@ -185,6 +185,26 @@ def test_the_host_fails_in_many_places(name: str) -> None:
     fail_somewhere(name, 400)
 
 
+def test_a_new_table_of_qcow2_with_nothing_in_it(tmp_path: Path) -> None:
+    """The table that is made for a write stays when the write fails, though nothing follows it in the file."""
+    pristine = make(tmp_path, "qcow2", {"cluster_size": "512"}, False)
+    path, log, nothing = tmp_path / "disk.qcow2", tmp_path / "log", [{0}] * (SIZE // SECTOR)
+    shutil.copyfile(pristine, path)
+    file = FailingFile(str(path), str(log))
+    image: Image = format_named("qcow2")(file)  # type: ignore[call-arg]
+    file.requests, file.fault = 0, Fault(0, 1, errno.ENOSPC, flushes=False, torn=False)
+    with pytest.raises(OSError, match="No space left"):
+        write_at(image, 1 << 20, b"x" * SECTOR)
+    file.fault = None
+    image.flush()
+    look(path, "qcow2", nothing, by_qemu=True)
+    image.close()
+    for length in range(len(read_log(str(log))) + 1):
+        for seed in range(6):
+            lose_power(pristine, path, log, random.Random(seed), length)
+            look(path, "qcow2", nothing, by_qemu=False)
+
+
 def fail_somewhere(name: str, examples: int) -> None:
     format, options, over = IMAGES[name]
     with tempfile.TemporaryDirectory(dir=_SCRATCH) as directory:
@@ -280,12 +300,13 @@ def flush(image: Image, disk: Disk) -> bool:
     return True
 
 
-def lose_power(pristine: Path, path: Path, log: Path, rng: random.Random) -> None:
-    """What is left goes to another file of the same name; the old one is still open."""
+def lose_power(pristine: Path, path: Path, log: Path, rng: random.Random, length: int | None = None) -> None:
+    """After so many entries of the log. What is left goes to another file of the same name; the old one is still
+    open."""
     left = path.with_name("left")
     shutil.copyfile(pristine, left)
     with left.open("r+b", buffering=0) as file:
-        replay = Replay(entries := read_log(str(log)), file.fileno())
+        replay = Replay(entries := read_log(str(log))[:length], file.fileno())
         replay.advance(len(entries))
         for offset, data in replay.survivors(rng):
             os.pwrite(file.fileno(), data, offset)

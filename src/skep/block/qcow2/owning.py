@@ -70,6 +70,7 @@ class Owning(Mapped):
         """The entry of a cluster, in an L2 table that is this disk's alone; it is made if there is none. With the
         lock."""
         l1_index = index // self._tables.entries
+        fresh = False
         if not self._tables.l1[l1_index] & COPIED:
             old = self._tables.l2_offset(l1_index)
             first, _ = self.take(1)
@@ -85,6 +86,8 @@ class Owning(Mapped):
         found = self._tables.find(index)
         if found is None:
             raise DamagedImage(self.path, f"L1 entry {l1_index} is {self._tables.l1[l1_index]:#x}")
+        if fresh:  # it is to be in the file even if nothing gets a place by it
+            self._tables.change(found, found[0].words[found[1]])
         return found
 
     # Giving back.
@@ -124,6 +127,8 @@ class Owning(Mapped):
             self._data.flush()
         for offset, data in counts.blocks:
             write_at(self.file, offset, data)
+        if (end := max((offset + len(data) for offset, data in links), default=0)) > self.file.size:
+            write_at(self.file, end - 1, b"\0")  # a new table, all of whose data failed, is there before the link to it
         self.file.flush()
         if counts.table:
             for offset, data in counts.table:
