@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
 import threading
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from skep.block.backend import write_at
 from skep.block.converting import Conversion, convert, zero_runs
+from skep.block.file import copy_range
 from skep.block.image import create_image, open_image, open_layers
 
 MIB = 1 << 20
@@ -78,6 +81,64 @@ def test_the_same_disk_makes_the_same_file_in_order(
             assert target.check().clean
         made.append(path.read_bytes())
     assert not ordered or made[0] == made[1] == made[2]
+
+
+def test_what_the_host_copies_it_copies_zeros_and_all(tmp_path: Path) -> None:
+    """So where space is taken, it was the host."""
+    (tmp_path / "source").write_bytes(bytes(2 * MIB) + b"data" * MIB + bytes(3 * MIB))
+    os.truncate(tmp_path / "source", 16 * MIB)
+    for offload in (False, True):
+        create_image(tmp_path / "target", "raw", 16 * MIB)
+        with (
+            open_image(tmp_path / "source", format="raw", read_only=True) as source,
+            open_image(tmp_path / "target", format="raw") as target,
+        ):
+            assert convert([source], target, Conversion(zero_target=True, offload=offload)) == 0
+            kept = [(one.offset, one.length) for one in target.extents() if one.data]
+        assert kept == ([(0, 9 * MIB)] if offload else [(2 * MIB, 4 * MIB)])
+        assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
+
+
+@pytest.mark.parametrize("kinds", [("qcow2", "raw"), ("raw", "qcow2"), ("qcow2", "qcow2")])
+def test_what_the_host_cannot_copy_we_do(tmp_path: Path, kinds: tuple[str, str]) -> None:
+    """Clusters that are made for it, and files that are none; in a qcow2 some of them are in a row, and others not."""
+    chance, content = random.Random(9), bytearray(8 * MIB)
+    create_image(tmp_path / "source", kinds[0], len(content))
+    with open_image(tmp_path / "source", format=kinds[0]) as source:
+        for _ in range(30):
+            at = chance.randrange(len(content) // 512 - 400) * 512
+            content[at : at + 204800] = chance.randbytes(204800)
+            write_at(source, at, bytes(content[at : at + 204800]))
+    create_image(tmp_path / "target", kinds[1], len(content))
+    for _ in range(2):  # the second time all clusters are there
+        with (
+            open_image(tmp_path / "source", format=kinds[0], read_only=True) as source,
+            open_image(tmp_path / "target", format=kinds[1]) as target,
+        ):
+            assert convert([source], target, Conversion(offload=True)) == 0
+            back = bytearray(len(content))
+            target.preadv([memoryview(back)], 0)
+            assert back == content
+            if kinds[1] == "qcow2":
+                assert target.check().clean
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no other file system")
+def test_the_host_copies_not_from_one_file_system_to_another(tmp_path: Path) -> None:
+    content = random.Random(10).randbytes(3 * MIB)
+    (tmp_path / "source").write_bytes(content)
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as there:
+        os.truncate(there.name, len(content))
+        with (
+            open_image(tmp_path / "source", format="raw", read_only=True) as source,
+            open_image(there.name, format="raw") as target,
+        ):
+            ends = [image.locate(0, MIB, write) for image, write in ((source, False), (target, True))]
+            assert ends[0] is not None and ends[1] is not None
+            if copy_range(*ends, MIB):
+                pytest.skip("this kernel copies between them")
+            assert convert([source], target, Conversion(offload=True)) == 0
+        assert Path(there.name).read_bytes() == content
 
 
 def test_an_error_of_one_thread_ends_all_and_is_told(tmp_path: Path) -> None:

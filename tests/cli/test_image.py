@@ -270,6 +270,9 @@ def test_mistakes_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         ["snapshot", "-c", "x", str(raw)],
         ["convert", str(raw), str(raw)],
         ["convert", "-c", "-O", "raw", str(raw), str(tmp_path / "b")],
+        ["convert", "-C", "-c", "-O", "qcow2", str(raw), str(tmp_path / "b")],
+        ["convert", "-C", "-S", "4k", str(raw), str(tmp_path / "b")],
+        ["convert", "-C", "--salvage", str(raw), str(tmp_path / "b")],
         ["commit", str(raw)],
         ["nonsense"],
         [],
@@ -279,6 +282,20 @@ def test_mistakes_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         out, err = capfd.readouterr()
         assert err.startswith("skep image: ") and err.count("\n") == 1 and not out, (words, out, err)
     assert main(["image", "check", str(raw)]) == 63
+
+
+def test_convert_lets_the_host_copy(chain: Path) -> None:
+    """With -C what is data to the host is data in the copy, zeros or not."""
+    Path("source").write_bytes(bytes(MIB) + b"data" * 70000)
+    os.truncate("source", 4 * MIB)
+    taken = []
+    for tool in (skep, qemu):
+        tool("convert", "-C", "-f", "raw", "-O", "raw", "source", "copy.raw")
+        assert Path("copy.raw").read_bytes() == Path("source").read_bytes()
+        taken.append(Path("copy.raw").stat().st_blocks)
+        tool("convert", "-C", "-O", "qcow2", chain, "copy.qcow2")
+        qemu("compare", chain, "copy.qcow2")
+    assert taken[0] == taken[1] >= (MIB + 280000) // 512
 
 
 @pytest.mark.parametrize("words", ["", "-c", "-S 0", "-c -o compression_type=zstd", "-o extended_l2=on"])

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from skep.block.backend import Extent, write_zeroes_as_data
 from skep.block.copying import PIECE, Progress, Spot, nothing, pieces
+from skep.block.file import copy_range
 from skep.block.format import SECTOR, Can, Image, ImageError, Write
 
 _ZEROES = bytes(2 << 20)
@@ -45,6 +46,8 @@ class Conversion(NamedTuple):
     """They get their places in the target's file in their order."""
     start: int = 0
     """What is before that, in bytes, is there already."""
+    offload: bool = False
+    """The host copies what is plain data in a file of its own on both sides, with the zeros that are in it."""
 
 
 def convert(
@@ -134,18 +137,32 @@ class _Piece:
         self._room = bytearray(most)  # once, as new memory costs as much as a transfer
         self._packed: list[tuple[int, int, bytes | None]] = []
         self._placed: list[tuple[Write, memoryview]] = []
+        self._there = False
+        """The host has copied it."""
         self.missing = 0
         """How many sectors of it could not be read."""
 
     def prepare(self, spot: Spot) -> None:
         self.spot, self.missing = spot, 0
-        if spot.zeros:
+        self._there = self._how.offload and not spot.zeros and self._offloaded(spot)
+        if spot.zeros or self._there:
             return
         length = spot.extent.length
         with memoryview(self._room)[:length] as view:
             self.missing = _read_into(spot.image, view, spot.extent.offset, self._how.salvage)
             if self._how.compress:
                 self._packed = list(self._pack(view))
+
+    def _offloaded(self, spot: Spot) -> bool:
+        length = spot.extent.length
+        source = spot.image.locate(spot.extent.offset, length, False)
+        target = None if source is None else self._target.locate(spot.at, length, True)
+        try:
+            return source is not None and target is not None and copy_range(source, target, length)
+        finally:
+            for place in (source, target):
+                if place is not None:
+                    place.ended()
 
     def _pack(self, view: memoryview) -> Iterator[tuple[int, int, bytes | None]]:
         for at in range(0, len(view), self._unit):
@@ -156,6 +173,8 @@ class _Piece:
     def place(self) -> None:
         """Decide where in the target's file it goes. All of it is there after :meth:`write`, which has to follow."""
         spot = self.spot
+        if self._there:
+            return
         if spot.zeros:
             self._clear(spot)
             return

@@ -26,6 +26,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate64
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
+_NO_COPY_RANGE = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
 _SLOW_NS = 2_000_000
 """A write that took as long had to wait: for dirty pages to be written back, or the file system's own reads."""
 _WARY_NS = 100_000_000
@@ -332,6 +334,26 @@ def create_file(path: str, size: int = 0) -> HostFile:
         os.close(fd)
         raise
     return HostFile(fd, path, size, read_only=False, write_cache=True)
+
+
+def copy_range(source: Located, target: Located, length: int) -> bool:
+    """copy_file_range(2): the host copies, which some file systems do by sharing blocks, and some servers without
+    sending them. False: it cannot between these two, and a part may be copied."""
+    done = 0
+    while done < length:
+        here, there = source.offset + done, target.offset + done
+        try:
+            n = os.copy_file_range(source.file.fd, target.file.fd, length - done, here, there)
+        except OSError as e:
+            if e.errno in _NO_COPY_RANGE:
+                return False
+            raise
+        if n == 0:  # the file ends here; who reads it is told
+            return False
+        done += n
+    if not target.file.write_cache:  # O_DSYNC is for writes
+        target.file.flush()
+    return True
 
 
 def _open_error(path: str, error: OSError, read_only: bool, no_cache: bool) -> UserError:

@@ -345,6 +345,9 @@ def convert(arguments: Namespace) -> int:
         raise UserError("name the sources and the new image", None)
     if not 1 <= arguments.workers <= 16:
         raise UserError("is from 1 to 16", "-m")
+    _check_offload(arguments)
+    if arguments.sparse is None:
+        arguments.sparse = 4096
     *names, target_name = arguments.files
     with contextlib.ExitStack() as stack:
         sources = [stack.enter_context(_open(name, arguments, _how(arguments))) for name in names]
@@ -386,6 +389,7 @@ def convert(arguments: Namespace) -> int:
             workers=arguments.workers,
             ordered=not arguments.out_of_order,
             start=start,
+            offload=arguments.offload,
         )
         tell = _paced(arguments.rate, size, stack.enter_context(_meter(arguments)))
         lost = converting.convert(sources, target, how, tell, None if note is None else partial(note.settled, target))
@@ -399,6 +403,14 @@ def convert(arguments: Namespace) -> int:
     if lost:
         print(f"skep image: {lost} sectors could not be read, and are zeros", file=sys.stderr)
     return 0
+
+
+def _check_offload(arguments: Namespace) -> None:
+    """Where the host copies, nobody here sees the data."""
+    given = {"-c": arguments.compress, "-S": arguments.sparse is not None, "--salvage": arguments.salvage}
+    for option in given:
+        if arguments.offload and given[option]:
+            raise UserError(f"does not go with {option}", "-C", "leave one of them out")
 
 
 def _note(arguments: Namespace, sources: Sequence[Image], options: dict[str, str], below: BackingName | None) -> Note:

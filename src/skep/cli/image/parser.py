@@ -111,7 +111,7 @@ def _convert(one: Parser) -> None:
     one.add_argument("--target-image-opts", action="store_true", help="and is options, as of --image-opts")
     one.add_argument("--target-is-zero", action="store_true", help="and reads as zeros")
     one.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="as the disk was then")
-    one.add_argument("-S", dest="sparse", type=size, default=4096, metavar="SIZE", help="zeros to leave out (4k)")
+    one.add_argument("-S", dest="sparse", type=size, metavar="SIZE", help="zeros to leave out (4k)")
     one.add_argument("-m", dest="workers", type=int, default=8, metavar="N", help="transfers at once, 1 to 16 (8)")
     one.add_argument("-W", dest="out_of_order", action="store_true", help="write in any order")
     one.add_argument("-C", dest="offload", action="store_true", help="let the host copy, where it can")
