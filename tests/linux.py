@@ -7,12 +7,17 @@ import re
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 import skep
 from skep.engine.amd64.tsc import tsc_hz
 from skep.guest.debian import Guest
 
 BOOT = 300.0
 """Seconds until a guest's script has begun, or a command is done. An idle machine takes 5; some are slow and shared."""
+
+ENGINES = ("translate", pytest.param("kvm", marks=(pytest.mark.hardware, pytest.mark.slow)))
+"""Parameters of a guest, or of a fixture that has one."""
 
 _COMPLAINT = re.compile(
     r"\bBUG\b|\bWARNING:|Oops|Kernel panic|lockup|detected stalls|unstable|Call Trace|blocked for more than|starved"

@@ -11,18 +11,18 @@ import pytest
 from skep.devices.ps2keyboard import CAPS_LOCK
 from skep.guest import debian
 from skep.guest.debian import Guest
-from tests.linux import Linux, complaints
+from tests.linux import ENGINES, Linux, complaints
 
 PORTS = ("com2", "com3", "com4")
 ASK = 60.0
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 
 
-@pytest.fixture(scope="module")
-def linux(guest: Guest) -> Iterator[Linux]:
+@pytest.fixture(scope="module", params=ENGINES)
+def linux(guest: Guest, request: pytest.FixtureRequest) -> Iterator[Linux]:
     config = {f"lpc.{port}.path": "program" for port in PORTS}
     config |= {"max_cpus": "255", "system.product_name": "Straw hive", "uuid": UUID}
-    with Linux(guest, config=config) as linux:
+    with Linux(guest, engine=request.param, config=config) as linux:
         yield linux
         linux.power_off()
 

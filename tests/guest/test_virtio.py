@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import pytest
+
 from skep.guest.debian import Guest
-from tests.linux import BOOT, Linux
+from tests.linux import BOOT, ENGINES, Linux
 
 
 class Client:
@@ -27,10 +29,11 @@ class Client:
         self.socket.close()
 
 
-def test_random_numbers_a_terminal_and_named_ports(guest: Guest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_random_numbers_a_terminal_and_named_ports(guest: Guest, engine: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     devices = ["virtio-rnd", f"virtio-console,console=program,org.one={one},org.two={two}"]
-    with Linux(guest, devices=devices) as linux:
+    with Linux(guest, engine=engine, devices=devices) as linux:
         assert linux("cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0\n"
         sums = linux("for i in 1 2; do dd if=/dev/hwrng bs=512 count=4 2> /dev/null | sha256sum; done").splitlines()
         assert len(set(sums)) == 2 and linux("dd if=/dev/hwrng bs=512 count=4 2> /dev/null | wc -c") == "2048\n"

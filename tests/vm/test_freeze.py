@@ -18,7 +18,7 @@ from skep.devices.virtio.blk import VirtioBlk
 from skep.devices.virtio.pci import VirtioPci
 from skep.guest.debian import Guest
 from skep.vm import State, Vm
-from tests.linux import BOOT, Linux
+from tests.linux import BOOT, ENGINES, Linux
 from tests.vm.building import FINISH, START, builder, make_disk, natively
 
 DOING = DISK, SLEEPS, RUNS = "the disk works", "the processor sleeps", "the processor runs"
@@ -82,11 +82,11 @@ class Gate:
         return through
 
 
-@pytest.fixture(scope="module")
-def linux(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Linux]:
+@pytest.fixture(scope="module", params=ENGINES)
+def linux(guest: Guest, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Linux]:
     home = tmp_path_factory.mktemp("odd")
     com2 = {"lpc.com2.path": f"unix:{home / 'com2'}"}
-    with Linux(guest, disks=[make_disk(home / "disk.img")], config=com2) as linux:
+    with Linux(guest, engine=request.param, disks=[make_disk(home / "disk.img")], config=com2) as linux:
         linux.home = home
         yield linux
         linux.power_off()
