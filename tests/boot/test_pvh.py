@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from skep.errors import UserError
 from skep.memory import GuestMemory
 from skep.vm import End, Vm
 from tests.boot.elf import CODE, LOAD, MiB, note, vmlinux
+from tests.engine.engines import need
 
 MAP = [E820(0, 0x9FC00, RangeType.RAM), E820(MiB, 63 * MiB, RangeType.RAM), E820(1 << 32, MiB, RangeType.RESERVED)]
 
@@ -73,11 +73,7 @@ def test_the_processor_starts_as_the_abi_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["translate", "kvm"])
 def test_a_guest_starts_and_finds_its_command_line(tmp_path: Path, engine: str) -> None:
-    if engine == "kvm":
-        try:
-            os.close(os.open("/dev/kvm", os.O_RDWR))
-        except OSError as error:
-            pytest.skip(str(error))
+    need(engine)
     kernel = tmp_path / "vmlinux"
     kernel.write_bytes(vmlinux())
     with Vm(kernel=kernel, memory="64M", cmdline="hello, PVH", engine=engine) as vm:

@@ -18,6 +18,7 @@ import pytest
 
 from skep.control.directory import Claim
 from tests.cli.test_run import Run
+from tests.engine.engines import need
 from tests.on_terminal import OnTerminal
 from tests.tiny_kernel import tiny_kernel
 
@@ -38,11 +39,23 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(kernel: Path) -> Iterator[Callable[..., Run]]:
+def engine(request: pytest.FixtureRequest) -> str:
+    """The translator, or that of UNDER_EACH."""
+    engine: str = getattr(request, "param", "translate")
+    need(engine)
+    return engine
+
+
+UNDER_EACH = pytest.mark.parametrize("engine", ["translate", "kvm"], indirect=True)
+"""For what engines have a part in."""
+
+
+@pytest.fixture
+def run(engine: str, kernel: Path) -> Iterator[Callable[..., Run]]:
     with ExitStack() as started:
 
         def start(*arguments: str) -> Run:
-            vm = started.enter_context(Run("--kernel", str(kernel), "--engine", "translate", *arguments))
+            vm = started.enter_context(Run("--kernel", str(kernel), "--engine", engine, *arguments))
             vm.expect(b"B")
             return vm
 
@@ -75,11 +88,12 @@ def state(name: str = "web") -> str:
     return str(json.loads(skep("ctl", name, "status", "--json"))["state"])
 
 
-def test_a_vms_life_from_outside(run: Start) -> None:
+@UNDER_EACH
+def test_a_vms_life_from_outside(run: Start, engine: str) -> None:
     vm = run("web", "--console", "com2=pty")
     rows = [line.split() for line in skep("list").splitlines()]
     assert rows[0] == ["NAME", "STATE", "PID", "ENGINE", "CPUS", "MEMORY", "GUEST", "TIME"]
-    assert rows[1][:6] == ["web", "running", str(vm.process.pid), "translate", "1", "16M"]
+    assert rows[1][:6] == ["web", "running", str(vm.process.pid), engine, "1", "16M"]
     lines = skep("ctl", "web", "status").splitlines()
     assert lines[0] == f"web: running, process {vm.process.pid}"
     assert re.fullmatch(r"com2: pty:/dev/pts/\d+, nobody there", lines[-1])
@@ -110,6 +124,7 @@ def test_stop_returns_when_it_is_over(run: Start, directory: Path) -> None:
     assert list(directory.iterdir()) == []
 
 
+@UNDER_EACH
 def test_an_nmi_arrives(run: Start) -> None:
     vm = run("web")
     skep("ctl", "web", "nmi")  # which this kernel has no table for
@@ -117,6 +132,7 @@ def test_an_nmi_arrives(run: Start) -> None:
     assert status == 3 and "triple fault" in errors
 
 
+@UNDER_EACH
 def test_threads_are_named_and_say_where_they_are(run: Start) -> None:
     run("web")
     text = skep("ctl", "web", "threads")
@@ -125,6 +141,7 @@ def test_threads_are_named_and_say_where_they_are(run: Start) -> None:
     assert re.search(r"^  \S+/vm/lifecycle\.py:\d+ wait: ", text, re.MULTILINE)
 
 
+@UNDER_EACH
 def test_what_a_guest_does_is_explained(run: Start) -> None:
     vm = run("web")
     vm.send(b"as")
@@ -229,6 +246,7 @@ def gdb(core: Path, *commands: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, timeout=WAIT, check=False).stdout
 
 
+@UNDER_EACH
 def test_gdb_reads_a_dump(run: Start, tmp_path: Path) -> None:
     vm = run("web", "--memory", "64M")
     core = tmp_path / "core"

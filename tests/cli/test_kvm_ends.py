@@ -14,6 +14,7 @@ from skep.machine.amd64 import why_not_kvm
 from tests.boot.bzimage import write_guest
 from tests.cli.test_ctl import skep
 from tests.cli.test_run import ENVIRONMENT, SKEP, WAIT
+from tests.engine.engines import need
 from tests.memory.test_map import POOL, pool
 
 __all__ = ["pool"]
@@ -29,8 +30,7 @@ spins:  jmp spins
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("/dev/kvm does not open")
+    need("kvm")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     return tmp_path / "skep"
 

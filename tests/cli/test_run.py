@@ -18,6 +18,7 @@ import pytest
 from skep.control.client import Client
 from skep.errors import UserError
 from skep.machine.amd64 import why_not_kvm
+from tests.engine.engines import need
 from tests.on_terminal import OnTerminal
 from tests.tiny_kernel import COMMANDS, tiny_kernel
 
@@ -29,9 +30,9 @@ WAIT = 60.0
 
 @pytest.fixture(params=["translate", "kvm"])
 def engine(request: pytest.FixtureRequest) -> str:
-    if request.param == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("/dev/kvm does not open")
-    return str(request.param)
+    engine: str = request.param
+    need(engine)
+    return engine
 
 
 @pytest.fixture(scope="session")

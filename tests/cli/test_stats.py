@@ -12,6 +12,7 @@ import pytest
 from skep.engine.translate.layout import Kind
 from skep.engine.translate.statistics import EXITS
 from tests.cli.test_run import ENVIRONMENT, SKEP, WAIT
+from tests.engine.engines import need
 from tests.tiny_kernel import tiny_kernel
 
 
@@ -45,8 +46,7 @@ def test_statistics_count_what_the_guest_did(command: list[str]) -> None:
 
 @pytest.mark.parametrize("irqchip", ["split", "off", "whole"])
 def test_under_kvm_they_are_exits_by_cause(command: list[str], irqchip: str) -> None:
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("/dev/kvm does not open")
+    need("kvm")
     words = [*command[:-1], "kvm", "-o", f"kvm.irqchip={irqchip}", "--stats"]
     done = subprocess.run(words, input=b"x" * 50 + b"q", capture_output=True, check=True, timeout=WAIT, env=ENVIRONMENT)
     assert done.stdout == b"B" + b"x" * 50

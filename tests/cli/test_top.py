@@ -17,6 +17,7 @@ from skep.control.top import Top
 from tests.boot.bzimage import write_guest
 from tests.cli.test_ctl import skep
 from tests.cli.test_run import WAIT, Run
+from tests.engine.engines import need
 from tests.on_terminal import OnTerminal
 
 GUEST = """
@@ -54,8 +55,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(params=["translate", "kvm", "kvm alone"])
 def run(kernel: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Run]]:
     engine, *alone = request.param.split()
-    if engine == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("/dev/kvm does not open")
+    need(engine)
     with ExitStack() as started:
 
         def start(name: str, command: str, *arguments: str) -> Run:

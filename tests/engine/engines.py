@@ -11,12 +11,17 @@ import pytest
 from skep.engine.contract import Engine
 from skep.engine.kvm import KvmEngine
 from skep.engine.translate import TranslateEngine
+from skep.errors import UserError
+from skep.machine import choose_engine
 from skep.machine.amd64 import why_not_kvm
 from tests.engine.tiny import Tiny
 
 NAMES = ("translate", "kvm", pytest.param("hardware", marks=pytest.mark.hardware))
 """Parameters of a test that runs under each: the translator, this host's KVM, which may be an emulation that runs tiny
 guests only, and KVM on hardware virtualization. See :func:`named`."""
+ON_HARDWARE = pytest.param("kvm on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
+WHOLE_ON_HARDWARE = pytest.param("kvm whole on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
+"""Parameters of whole VMs that run under KVM, the latter with all interrupt controllers the kernel's."""
 EVERYWHERE = pytest.mark.parametrize("boot", NAMES, indirect=True)
 """For tests of what each engine promises, with the fixture ``boot``."""
 EXACTLY = pytest.mark.parametrize("boot", [NAMES[0], NAMES[2]], indirect=True)
@@ -32,6 +37,16 @@ def translate() -> Engine:
     return TranslateEngine()
 
 
+def need(engine: str) -> None:
+    """Skip the test where this host cannot have ``engine``, "translate" or "kvm", be it an emulation of KVM."""
+    try:
+        choose_engine(engine, "off")
+        if engine == "kvm":
+            os.close(os.open("/dev/kvm", os.O_RDWR))
+    except (UserError, OSError) as error:
+        pytest.skip(str(error))
+
+
 def named(name: str) -> Engine:
     """One of NAMES; KVM's with " rings" behind it have dirty rings. Skips the test where it is not to be had."""
     if name == "translate":
@@ -39,8 +54,7 @@ def named(name: str) -> Engine:
     where, _, rings = name.partition(" ")
     if where == "kvm" and why_not_kvm() is None:
         pytest.skip("this host's KVM is the hardware's")
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("/dev/kvm does not open")
+    need("kvm")
     return KvmEngine(dirty_ring=RINGS[where] if rings else 0)
 
 

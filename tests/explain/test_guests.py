@@ -6,7 +6,6 @@ command line.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +16,10 @@ import pytest
 
 from skep.errors import UserError
 from skep.explain import Activity, Cause, Explanation
-from skep.machine import choose_engine
 from skep.vm import End, State, Vm
 from tests.boot.bzimage import write_guest
 from tests.engine.assemble import Program
+from tests.engine.engines import ON_HARDWARE, need
 
 GUEST = """
         mov rsp, 0x80000
@@ -187,20 +186,16 @@ def program(guest: tuple[Path, Program]) -> Program:
     return guest[1]
 
 
-@pytest.fixture(params=["translate", "kvm"])
+@pytest.fixture(params=["translate", "kvm", ON_HARDWARE])
 def make(request: pytest.FixtureRequest, guest: tuple[Path, Program]) -> Iterator[Make]:
     """``make(letter)``: a VM with the small guest that has said its first byte."""
-    try:
-        choose_engine(request.param, "off")
-        if request.param == "kvm":
-            os.close(os.open("/dev/kvm", os.O_RDWR))
-    except (UserError, OSError) as error:
-        pytest.skip(str(error))
+    engine = request.param.split()[0]
+    need(engine)
     threads = threading.active_count()
     made: list[Vm] = []
 
     def make(letter: str, **options: Any) -> Vm:
-        made.append(Vm(kernel=guest[0], memory="64M", cmdline=letter, engine=request.param, **options))
+        made.append(Vm(kernel=guest[0], memory="64M", cmdline=letter, engine=engine, **options))
         made[-1].start()
         made[-1].console.expect("!", timeout=60)
         return made[-1]
@@ -221,6 +216,8 @@ def arrive(vm: Vm, program: Program, label: str) -> None:
 def triple_fault(vm: Vm) -> Explanation:
     outcome = vm.wait(60)
     assert outcome is not None and outcome.end is End.TRIPLE_FAULT
+    if vm.engine.name == "kvm" and outcome.registers["rip"] == 0xFFF0:
+        pytest.skip("SVM keeps no state at a triple fault")
     explanation = outcome.explanation
     assert explanation is not None and explanation.cause is Cause.TRIPLE_FAULT
     assert str(explanation).startswith("the guest had a triple fault\n")

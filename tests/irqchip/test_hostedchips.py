@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 
@@ -18,6 +17,7 @@ from skep.irqchip.pic import Pic
 from skep.irqchip.pit import Pit
 from skep.memory import GuestMemory
 from tests.boardtest import Time, Wire
+from tests.engine.engines import need
 
 PICS = {"irr", "isr", "imr", "elcr", "vector_base", "lowest", "auto_eoi", "rotate_in_aeoi", "special_mask",
         "fully_nested", "poll", "read_isr", "expected_icw", "icw4_follows"}  # fmt: skip
@@ -36,8 +36,7 @@ class Ports:
 
 @pytest.fixture
 def chips() -> Iterator[EngineChips]:
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("/dev/kvm does not open")
+    need("kvm")
     memory = GuestMemory(1 << 20)
     vm: EngineVm = KvmEngine(hosts_chips=True).create_vm(memory, Ports(), 1, "baseline", 0)
     assert vm.chips is not None

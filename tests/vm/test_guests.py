@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from skep.errors import UserError
-from skep.machine import choose_engine
 from skep.vm import End, Step, Vm
 from tests.boot.bzimage import LOAD, write_guest
+from tests.engine.engines import ON_HARDWARE, WHOLE_ON_HARDWARE, need
 
 GUEST = """
         mov rsp, 0x80000
@@ -231,8 +230,6 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 IRQCHIPS = {"alone": {"kvm.irqchip": "off"}, "whole": {"kvm.irqchip": "whole"}}
 IRQCHIPS["whole on hardware"] = IRQCHIPS["whole"]
-ON_HARDWARE = pytest.param("kvm on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
-WHOLE_ON_HARDWARE = pytest.param("kvm whole on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
 
 
 @pytest.fixture(params=["translate", "kvm", "kvm alone", "kvm whole", ON_HARDWARE, WHOLE_ON_HARDWARE])
@@ -241,12 +238,7 @@ def make(request: pytest.FixtureRequest, kernel: Path) -> Iterator[Make]:
     controllers, "kvm whole" all of them."""
     engine, *how = request.param.split()
     config = IRQCHIPS.get(" ".join(how), {})
-    try:
-        choose_engine(engine, "off")
-        if engine == "kvm":
-            os.close(os.open("/dev/kvm", os.O_RDWR))
-    except (UserError, OSError) as error:
-        pytest.skip(str(error))
+    need(engine)
     fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     made: list[Vm] = []
 

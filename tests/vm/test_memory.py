@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from skep.errors import UserError
 from skep.vm import Vm
+from tests.engine.engines import need
 from tests.memory.test_map import MIB, pool, smaps
 from tests.vm.test_guests import kernel
 
@@ -16,8 +16,7 @@ __all__ = ["kernel", "pool"]
 
 
 def test_a_guest_runs_in_huge_pages(kernel: Path, pool: int) -> None:
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("/dev/kvm does not open")
+    need("kvm")
     config = {"memory.hugepages": "2M"}
     with Vm(kernel=kernel, memory=f"{pool * 2}M", cmdline="s", engine="kvm", config=config) as vm:
         vm.start()

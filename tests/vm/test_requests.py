@@ -3,7 +3,6 @@ notification nor for the completion's interrupt."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from skep.machine.amd64map import ECAM_BASE
 from skep.vm import Vm
 from tests.boot.bzimage import write_guest
 from tests.devices.virtio.driver import NEXT, WRITE, Driver
+from tests.engine.engines import need
 
 GUEST = """
         mov rsp, 0x80000
@@ -155,8 +155,7 @@ class Requester:
 
 @pytest.fixture(params=["here", pytest.param("hardware", marks=(pytest.mark.hardware, pytest.mark.slow))])
 def requester(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[type[Requester]]:
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("/dev/kvm does not open")
+    need("kvm")
     made: list[Requester] = []
 
     def make(irqchip: str, *, msix: bool = True) -> Requester:

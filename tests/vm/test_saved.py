@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 from skep.engine.amd64.tsc import tsc_hz
 from skep.errors import UserError
 from skep.vm import End, Vm
+from tests.engine.engines import need
 from tests.vm.test_guests import IRQCHIPS, kernel
 
 __all__ = ["kernel"]
@@ -29,8 +29,7 @@ class Made:
 
     def __call__(self, how: str, command: str, keys: dict[str, str] | None = None, **options: object) -> Vm:
         engine, *more = how.split()
-        if engine == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
-            pytest.skip("/dev/kvm does not open")
+        need(engine)
         config = {**IRQCHIPS.get(" ".join(more), {}), **(keys or {})}
         self.vms.append(
             Vm(kernel=self.kernel, memory="64M", cmdline=command, engine=engine, config=config, **options)  # type: ignore[arg-type]
