@@ -136,7 +136,7 @@ class _Marks:
             old = self._words.get(word, 0)
             free = free and not old & mask
             self._words[word] = old | mask
-            if self._is_full():
+            if not old and self._is_full():
                 break
         return free
 

@@ -24,6 +24,8 @@ MOST_PENDING = 16384
 """So many changes of tables wait for a flush, in 2 MiB of memory; then they are committed unasked."""
 _COPY = 1 << 20
 """Bytes of memory for one copy of what a block held before."""
+_AT_ONCE = 256
+"""Entries that a check looks at while others wait for the lock."""
 
 
 class Kind(Enum):
@@ -387,22 +389,25 @@ class SparseImage(Image):
 
     def _owned(self) -> Iterator[Owned]:
         """Everything that entries of tables point at, and entries that make no sense."""
-        block = 0
-        while block < self._blocks:
-            wrong = None
+        block, blocks = 0, self._blocks
+        while block < blocks:
+            found = []
             with self._lock:
-                block = self._skip(block, self._blocks)
-                if block >= self._blocks:
-                    return
-                try:
-                    kind, host = self._find(block)
-                except DamagedImage as e:
-                    wrong = e.strerror
-            if wrong is not None:
-                yield Owned(block, 0, 0, wrong)
-            elif kind is Kind.DATA:
-                yield Owned(block, *self._footprint(block, host))
-            block += 1
+                block = self._skip(block, blocks)
+                end = min(block + _AT_ONCE, blocks)
+                while block < end:
+                    try:
+                        kind, host = self._find(block)
+                    except DamagedImage as e:
+                        found.append(Owned(block, 0, 0, e.strerror))
+                    else:
+                        if kind is Kind.DATA:
+                            found.append(Owned(block, *self._footprint(block, host)))
+                        elif kind is Kind.ABSENT:
+                            block = self._skip(block + 1, end)
+                            continue
+                    block += 1
+            yield from found
 
     def _footprint(self, block: int, host: int) -> tuple[int, int]:
         """Offset and length of what a block takes in the file."""
