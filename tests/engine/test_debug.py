@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from skep.engine.amd64 import hostcpuid
 from skep.engine.contract import Exit, ExitReason
 from skep.engine.debug import Debug, On, Place
-from tests.engine.engines import NAMES, named
+from tests.engine.engines import NAMES, Machines, named
 from tests.engine.tiny import MMIO, Tiny
 
 Boot = Callable[..., Tiny]
@@ -25,17 +26,13 @@ TCG = struct.unpack("<III", b"TCGTCGTCGTCG")
 
 @pytest.fixture(params=NAMES)
 def boot(request: pytest.FixtureRequest) -> Iterator[Boot]:
-    machines: list[Tiny] = []
+    with closing(Machines(named(request.param))) as machines:
 
-    def make(text: str, **options: Any) -> Tiny:
-        wanted = {"cpu_model": "baseline", "symbols": {"V": V}, **options}
-        machines.append(Tiny(named(request.param), text, **wanted))
-        return machines[-1]
+        def make(text: str, **options: Any) -> Tiny:
+            return machines(text, **{"symbols": {"V": V}, **options})
 
-    make.engine = request.param  # type: ignore[attr-defined]
-    yield make
-    for machine in machines:
-        machine.close()
+        make.engine = request.param  # type: ignore[attr-defined]
+        yield make
 
 
 def needs(boot: Boot, what: On | None) -> None:

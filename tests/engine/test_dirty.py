@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 
 from skep.memory import PAGE, GuestMemory, Overlay, Rights
 from skep.memory.dirty import dirty_ranges
-from tests.engine.engines import NAMES, named
+from tests.engine.engines import NAMES, Machines, named
 from tests.engine.tiny import PROGRAM, RAM, Tiny
 
 AREA, PAGES = 0x400000, 1024
@@ -21,22 +22,16 @@ Boot = Callable[..., Tiny]
 
 @pytest.fixture(params=[*NAMES, "kvm rings", pytest.param("hardware rings", marks=pytest.mark.hardware)])
 def boot(request: pytest.FixtureRequest) -> Iterator[Boot]:
-    machines: list[Tiny] = []
+    with closing(Machines(named(request.param))) as machines:
 
-    def make(text: str, cpus: int = 1) -> Tiny:
-        engine = named(request.param)
-        guest = Tiny(
-            engine, text, cpu_model="baseline", symbols={"AREA": AREA, "HOLE": HOLE}, reach=HOLE + PAGE, cpus=cpus
-        )
-        for page in range(2 * PAGES):
-            guest.map(AREA + page * PAGE, AREA + page * PAGE)
-        guest.map(HOLE, HOLE)
-        machines.append(guest)
-        return guest
+        def make(text: str, cpus: int = 1) -> Tiny:
+            guest = machines(text, symbols={"AREA": AREA, "HOLE": HOLE}, reach=HOLE + PAGE, cpus=cpus)
+            for page in range(2 * PAGES):
+                guest.map(AREA + page * PAGE, AREA + page * PAGE)
+            guest.map(HOLE, HOLE)
+            return guest
 
-    yield make
-    for machine in machines:
-        machine.close()
+        yield make
 
 
 def pages(bitmap: bytes) -> set[int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 import pytest
 
 from skep.memory import PAGE, Overlay, Rights
-from tests.engine.engines import NAMES, named
+from tests.engine.engines import NAMES, Machines, named
 from tests.engine.tiny import PROGRAM, RAM, Tiny
 
 HOLE, OVER_RAM = 0x2000000, 0x800000
@@ -20,19 +21,15 @@ Boot = Callable[..., Tiny]
 @pytest.fixture(params=NAMES)
 def boot(request: pytest.FixtureRequest) -> Iterator[Boot]:
     """A guest with a window at W; behind its two pages they are seen once more, the second first."""
-    machines: list[Tiny] = []
+    with closing(Machines(named(request.param))) as machines:
 
-    def make(text: str, window: int = HOLE, cpus: int = 1, overlays: Sequence[Overlay] = ()) -> Tiny:
-        given = {"symbols": {"W": window}, "reach": HOLE + 4 * PAGE, "cpus": cpus, "overlays": overlays}
-        guest = Tiny(named(request.param), text, cpu_model="baseline", **given)
-        for page, frame in enumerate((0, 1, 1, 0)):
-            guest.map(window + page * PAGE, window + frame * PAGE)
-        machines.append(guest)
-        return guest
+        def make(text: str, window: int = HOLE, cpus: int = 1, overlays: Sequence[Overlay] = ()) -> Tiny:
+            guest = machines(text, symbols={"W": window}, reach=HOLE + 4 * PAGE, cpus=cpus, overlays=overlays)
+            for page, frame in enumerate((0, 1, 1, 0)):
+                guest.map(window + page * PAGE, window + frame * PAGE)
+            return guest
 
-    yield make
-    for machine in machines:
-        machine.close()
+        yield make
 
 
 @pytest.fixture
