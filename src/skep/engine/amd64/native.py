@@ -1,6 +1,7 @@
-"""A few bytes of host machine code as Python functions: RDTSC, CPUID, XGETBV have no other door.
+"""A few bytes of host machine code as Python functions: RDTSC, CPUID, XGETBV have no other door, and an exit is to cost
+little.
 
-The page is written first and made executable afterwards, never both at once.
+A page is written first and made executable afterwards, never both at once.
 """
 
 from __future__ import annotations
@@ -13,16 +14,90 @@ from typing import Any
 
 from skep.errors import HostError
 
+_NOARGS = 4
+"""METH_NOARGS of CPython's methodobject.h."""
+_SYS_IOCTL = 16
 
-def function(code: bytes, result: Any, *arguments: Any, waits: bool = False) -> Callable[..., int]:
+
+class _MethodDef(ctypes.Structure):
+    """PyMethodDef of CPython's methodobject.h."""
+
+    _fields_ = (
+        ("ml_name", ctypes.c_char_p),
+        ("ml_meth", ctypes.c_void_p),
+        ("ml_flags", ctypes.c_int),
+        ("ml_doc", ctypes.c_char_p),
+    )
+
+
+def function(code: bytes, result: Any, *arguments: Any) -> Callable[..., int]:
     """``code`` (System V calling convention, position independent) as a function of ctypes types.
 
-    It runs with the GIL held, so it must be short, unless it ``waits``. Its page lives as long as the process: such
-    functions are made once, at import. On a host of another architecture the function raises :class:`HostError` when
-    called.
+    It runs with the GIL held, so it must be short. On a host of another architecture it raises :class:`HostError` when
+    it is called.
     """
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if not _is_amd64():
         return _absent
+    page, address = _executable(code)
+    made: Any = ctypes.PYFUNCTYPE(result, *arguments)(address)
+    made.page = page  # the mapping lives as long as the function
+    call: Callable[..., int] = made
+    return call
+
+
+class Ioctl:
+    """Makes of a descriptor a function that does ``ioctl(descriptor, request, 0)`` without the GIL, and returns what
+    the kernel does: minus the error where it refuses.
+
+    They are what C calls built-in functions. ctypes' way to libc's ``ioctl``, with what it does for arguments and
+    errno, takes a third of all that Python does at an exit. On a host of another architecture they raise
+    :class:`HostError`.
+    """
+
+    def __init__(self, request: int) -> None:
+        if not _is_amd64():
+            return
+        self._page, address = _executable(_ioctl(request))
+        self._method = _MethodDef(b"ioctl", address, _NOARGS, None)
+        self._new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.py_object)(
+            ("PyCFunction_NewEx", ctypes.pythonapi)
+        )
+
+    def __call__(self, descriptor: int) -> Callable[[], int]:
+        if not _is_amd64():
+            return _absent
+        # The last argument is what the function keeps alive: us.
+        made: Callable[[], int] = self._new(ctypes.addressof(self._method), descriptor, self)
+        return made
+
+
+def _ioctl(request: int) -> bytes:
+    """Of a built-in function without arguments that is bound to a descriptor."""
+    api = ctypes.pythonapi
+    return b"".join((
+        bytes.fromhex("53 4154 4883ec08"),  # push rbx; push r12; sub rsp, 8
+        _call(api.PyLong_AsLong),  # what it is bound to
+        bytes.fromhex("4989c4"),  # mov r12, rax
+        _call(api.PyEval_SaveThread),
+        bytes.fromhex("4889c3 4489e7 31d2"),  # mov rbx, rax; mov edi, r12d; xor edx, edx
+        b"\xbe" + request.to_bytes(4, "little"),  # mov esi, request
+        b"\xb8" + _SYS_IOCTL.to_bytes(4, "little"),  # mov eax, SYS_ioctl
+        bytes.fromhex("0f05 4989c4 4889df"),  # syscall; mov r12, rax; mov rdi, rbx
+        _call(api.PyEval_RestoreThread),
+        bytes.fromhex("4c89e7"),  # mov rdi, r12
+        _call(api.PyLong_FromLong),
+        bytes.fromhex("4883c408 415c 5b c3"),  # add rsp, 8; pop r12; pop rbx; ret
+    ))
+
+
+def _call(c_function: Any) -> bytes:
+    """mov rax, c_function; call rax."""
+    address = ctypes.cast(c_function, ctypes.c_void_p).value or 0
+    return b"\x48\xb8" + address.to_bytes(8, "little") + b"\xff\xd0"
+
+
+def _executable(code: bytes) -> tuple[mmap.mmap, int]:
+    """A page of it, and its address. Raises HostError."""
     page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     page[: len(code)] = code
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
@@ -30,10 +105,11 @@ def function(code: bytes, result: Any, *arguments: Any, waits: bool = False) -> 
     if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_EXEC):
         raise HostError("this system does not allow memory to become executable", "mprotect",
                         "allow it for this process (SELinux execmem, PaX MPROTECT)")
-    made: Any = (ctypes.CFUNCTYPE if waits else ctypes.PYFUNCTYPE)(result, *arguments)(address)
-    made.page = page  # the mapping lives as long as the function
-    call: Callable[..., int] = made
-    return call
+    return page, address
+
+
+def _is_amd64() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
 
 
 def _absent(*_arguments: Any) -> int:

@@ -21,7 +21,7 @@ from skep.contracts.interrupts import HostedInterrupts, LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.amd64 import msrs
 from skep.engine.amd64.cpuid import AVX_OFFSET, AVX_SIZE
-from skep.engine.amd64.native import function
+from skep.engine.amd64.native import Ioctl
 from skep.engine.amd64.registers import SEGMENTS, Rflags
 from skep.engine.contract import Activity, Exit, ExitReason
 from skep.engine.debug import Debug
@@ -76,14 +76,7 @@ _REASONS = 64
 
 _S = TypeVar("_S", bound=ctypes.Structure)
 
-_enter = function(  # mov esi, KVM_RUN; xor edx, edx; mov eax, SYS_ioctl; syscall; ret
-    b"\xbe" + uapi.RUN.to_bytes(4, "little") + bytes.fromhex("31d2 b810000000 0f05 c3"),
-    ctypes.c_int,
-    ctypes.c_int,
-    waits=True,
-)
-"""``ioctl(fd, KVM_RUN, 0)``, or minus the error: libc's, with what ctypes does for arguments and errno, adds a sixth to
-an exit."""
+_kvm_run = Ioctl(uapi.RUN)
 
 
 class KvmVcpu:
@@ -109,6 +102,7 @@ class KvmVcpu:
         counts for us."""
         self.index = index
         self._fd = fd
+        self._kvm_run = _kvm_run(fd)
         self._io = io
         self._interrupts = interrupts
         self._way: Way = Injected(fd, interrupts)
@@ -220,14 +214,14 @@ class KvmVcpu:
 
     def _enter(self) -> Exit | None:
         """KVM_RUN, and what it left for, again and again until there is something to look at."""
-        fd, halves, words, quads = self._fd, self._halves, self._words, self._quads
+        kvm_run, halves, words, quads = self._kvm_run, self._halves, self._words, self._quads
         counts, handlers, ring = self.counts, self._handlers, self._ring
         interrupts, injected, tpr = self._interrupts, not self._hosted, 0
         while True:
             if injected:
                 tpr = quads[_CR8] = interrupts.read_tpr()
             self.inside = True
-            failed = _enter(fd)
+            failed = kvm_run()
             self.inside = False
             if ring[0] != ring[1]:
                 self._make_posted()
