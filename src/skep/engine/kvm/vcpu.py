@@ -133,6 +133,7 @@ class KvmVcpu:
         self._kept: Exit | None = None
         """Why it left the guest when an access was to be finished: what the next run says."""
         self.exits = Exits()
+        self._note, self._port_read, self._port_write = self.exits.note, io.port_read, io.port_write
         self.counts = [0] * _REASONS
         """Exits by KVM's reason."""
         self._handlers: list[Callable[[], Exit | None]] = [self._unknown] * _REASONS
@@ -245,17 +246,19 @@ class KvmVcpu:
             self._posted.make(self._ring, self.exits.note)
 
     def _port(self) -> None:
-        data, io, note = self._bytes, self._io, self.exits.note
-        direction, size, port, count, begin = _exit_io(data, _LEFT)
-        for at in range(begin, begin + count * size, size):
+        data = self._bytes
+        direction, size, port, count, at = _exit_io(data, _LEFT)
+        while count > 0:
             if direction == _OUT:
                 value = data[at] if size == 1 else int.from_bytes(data[at : at + size], "little")
-                note("out", port, size, value)
-                io.port_write(port, size, value)
+                self._note("out", port, size, value)
+                self._port_write(port, size, value)
             else:
-                value = io.port_read(port, size)
-                note("in", port, size, value)
+                value = self._port_read(port, size)
+                self._note("in", port, size, value)
                 data[at : at + size] = value.to_bytes(size, "little")
+            count -= 1
+            at += size
 
     def _mmio(self) -> None:
         """KVM cuts accesses at 8 bytes and at page ends, so ``len`` need not be a power of two; a device's size is."""
@@ -267,11 +270,11 @@ class KvmVcpu:
             size = 1 << (end - at).bit_length() - 1
             if write:
                 value = int.from_bytes(data[at : at + size], "little")
-                self.exits.note("write", gpa, size, value, rip)
+                self._note("write", gpa, size, value, rip)
                 self._io.mmio_write(gpa, size, value)
             else:
                 value = self._io.mmio_read(gpa, size)
-                self.exits.note("read", gpa, size, value, rip)
+                self._note("read", gpa, size, value, rip)
                 data[at : at + size] = value.to_bytes(size, "little")
             at += size
             gpa += size
@@ -279,14 +282,14 @@ class KvmVcpu:
     def _read_msr(self) -> None:
         msr = self._run.msr
         value = self._interrupts.read_msr(msr.index)
-        self.exits.note("rdmsr", msr.index, 0, value)
+        self._note("rdmsr", msr.index, 0, value)
         if value is None:
             self.exits.note_refused("rdmsr", msr.index)
         msr.error, msr.data = value is None, value or 0
 
     def _write_msr(self) -> None:
         msr = self._run.msr
-        self.exits.note("wrmsr", msr.index, 0, msr.data)
+        self._note("wrmsr", msr.index, 0, msr.data)
         msr.error = not self._interrupts.write_msr(msr.index, msr.data)
         if msr.error:
             self.exits.note_refused("wrmsr", msr.index)
