@@ -1,4 +1,4 @@
-"""Images that somebody damaged on purpose: opened, read, written, checked and repaired, thousands in one process.
+"""Images that somebody damaged on purpose: opened, read, written, changed, checked and mended, thousands in a process.
 
 ``python -m tests.block.hostile FORMAT COUNT SEED`` ends with 0 where nothing but typed errors came out, and prints
 what became of the images, the longest time that one took (seconds of CPU), and the memory that the process had at most
@@ -191,6 +191,8 @@ def use(path: Path, format: str, rng: random.Random) -> str:
     try:
         with opened(path, format) as image:
             exercise(image, rng, True)
+            if rng.random() < 0.5:
+                tinker(image, rng)
             attempt(lambda: mend(image))
             exercise(image, rng, True)
     except UserError:
@@ -220,6 +222,53 @@ def exercise(image: Image, rng: random.Random, write: bool) -> None:
         do = rng.choice((image.snapshot_delete, image.snapshot_apply, image.snapshot_create))
         attempt(lambda: do("first"))
     image.info()
+
+
+def tinker(image: Image, rng: random.Random) -> None:
+    """What devices do seldom, and tools to an image that somebody gave them."""
+    unit = image.cluster_size or 512
+    count = max(1, image.size // unit)
+    at = min(rng.choice((0, 1, 24, rng.randrange(count))), count - 1) * unit
+    length = min(rng.choice((1, 2, 50)) * unit, MIB, max(0, image.size - at) // 512 * 512)
+    room = [memoryview(bytearray(length))]
+
+    def in_place(write: bool) -> None:
+        if (place := image.locate(at, length, write)) is not None:
+            place.ended()
+
+    def in_turn() -> None:
+        write = image.placed(at, length)
+        if write is not None:
+            write(room)
+
+    things: list[Callable[[], object]] = [
+        lambda: image.discard(at, length),
+        lambda: image.write_zeroes(at, length, False),
+        lambda: image.write_compressed(b"pq" * (unit // 2), at) if unit <= MIB else None,
+        lambda: image.read_now(room, at),
+        lambda: image.write_now(room, at),
+        lambda: in_place(False),
+        lambda: in_place(True),
+        in_turn,
+        lambda: image.resize(max(512, image.size + rng.choice((-5, -1, 1, 200)) * unit)),
+        lambda: image.set_backing(None),
+        image.make_empty,
+        lambda: image.write_vm_state([memoryview(b"s" * 4096)], 0),
+        lambda: image.read_vm_state([memoryview(bytearray(4096))], 512),
+        lambda: image.amend({"compat": rng.choice(("0.10", "1.1"))}),
+        lambda: image.amend({"refcount_bits": rng.choice(("1", "8", "16", "64"))}),
+        lambda: image.amend({"lazy_refcounts": "on"}),
+    ]
+    if isinstance(image, Qcow2Image):
+        marks = image.tracker
+        things += [
+            lambda: marks.add("new", None),
+            lambda: marks.change("marks", enable=rng.random() < 0.5, clear=rng.random() < 0.5),
+            lambda: marks.remove("marks"),
+            lambda: marks.merge("marks", 16, b"\x81" * 7),
+        ]
+    for thing in rng.sample(things, 3):
+        attempt(thing)
 
 
 def mend(image: Image) -> None:

@@ -440,3 +440,22 @@ def test_places_are_in_the_order_in_which_they_were_given(tmp_path: Path) -> Non
         write_at(image, 0, b"again" * 1000 + bytes(120))
     with open_image(tmp_path / "image", read_only=True) as image:
         assert read_at(image, 0, 5) == b"again" and image.check().clean
+
+
+def test_bitmaps_that_memory_has_no_room_for(tmp_path: Path) -> None:
+    """A disk's size costs nothing to claim, and a bitmap has a bit for each piece of it."""
+    path = tmp_path / "disk.qcow2"
+    create_image(path, "qcow2", 1 << 20)
+    with open_image(path) as image:
+        assert isinstance(image, Qcow2Image)
+        image.tracker.add("fine", 512)
+        image.tracker.add("coarse", 1 << 20)
+        write_at(image, 0, bytes(4096))  # which loads them
+        image.resize(1 << 40)
+        assert [one.name for one in image.bitmaps()] == ["coarse"]
+        with pytest.raises(ImageError, match="would take 268435456 bytes"):
+            image.tracker.add("fine", 512)
+        for number in range(8):  # 32 MiB each, but for "coarse"
+            image.tracker.add(str(number), 4096)
+        with pytest.raises(OSError, match="bitmap '7', and there is no memory"):
+            image.tracker.load_all()

@@ -64,7 +64,7 @@ def sound_images(format: str, directory: Path) -> list[Sparse]:
 
 
 def target(format: str, scratch: Path) -> Callable[[bytes], None]:
-    """Opens, reads, writes, checks and mends an input; typed errors are fine, anything else is raised."""
+    """Opens, reads, writes, changes, checks and mends an input; typed errors are fine, anything else is raised."""
     path = scratch / "image"
 
     def run(data: bytes) -> None:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 _EXTENSION = struct.Struct(">IIQQ")
 _ENTRY = struct.Struct(">QIIBBHI")
 IN_USE, AUTO = 1, 2
-_MOST, _MOST_DIRECTORY, _MOST_BYTES, _MOST_NAME = 65535, 1024 * 65535, 64 << 20, 1023
+_MOST, _MOST_DIRECTORY, _MOST_NAME = 65535, 1024 * 65535, 1023
+_MOST_BYTES, _MOST_LOADED = 64 << 20, 256 << 20
+"""Of memory: one bitmap, a bit each for 32 TiB in pieces of 64 KiB; all of an image's."""
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
@@ -134,8 +136,10 @@ class Tracker:
         image = self._image
         cluster, size = image.cluster_size, self._bytes(one)
         entries = -(-size // cluster)
-        if one.table_size != entries or one.table_offset % cluster or size > _MOST_BYTES:
+        if one.table_size != entries or one.table_offset % cluster:
             raise DamagedImage(image.path, f"the table of bitmap {one.name!r}")
+        if not self._fits(size):
+            raise DamagedImage(image.path, f"{size} bytes of bitmap {one.name!r}, and there is no memory for them")
         data = bytearray(entries * cluster)
         for i, entry in enumerate(from_big_endian(read_at(image.file, one.table_offset, entries * 8))):
             place = entry & _OFFSET
@@ -145,19 +149,30 @@ class Tracker:
                 data[i * cluster : (i + 1) * cluster] = read_at(image.file, place, cluster)
             elif entry & 1:
                 data[i * cluster : (i + 1) * cluster] = b"\xff" * cluster
-        one.data = data[:size]
-        return one.data
+        del data[size:]
+        one.data = data
+        return data
 
     def _bytes(self, one: Marks) -> int:
         pieces = -(-self._image.size // (1 << one.granularity_bits))
         return -(-pieces // 8)
 
+    def _fits(self, size: int) -> bool:
+        """There is memory for one of so many bytes beside those that are loaded."""
+        loaded = sum(len(one.data) for one in self.all if one.data is not None)
+        return size <= min(_MOST_BYTES, _MOST_LOADED - loaded)
+
     def resize(self) -> None:
-        """The disk has another size; the loaded ones follow. Others cannot, and are given up."""
+        """The disk has another size; the loaded ones follow. Others cannot, and are given up, as are those that there
+        is no memory for."""
         for one in self.all:
             if one.data is not None:
+                old, one.data = one.data, None
                 size = self._bytes(one)
-                one.data = one.data[:size].ljust(size, b"\0")
+                if self._fits(size):
+                    del old[size:]
+                    old += bytes(size - len(old))
+                    one.data = old
         if any(one.data is None for one in self.all):
             self.all = [one for one in self.all if one.data is not None]
             self._begun = True
@@ -253,7 +268,9 @@ class Tracker:
         if granularity & (granularity - 1) or not 512 <= granularity <= 1 << 31:
             raise ImageError(f"{granularity} is not a power of 2 from 512 to 2 GiB", "granularity")
         one = Marks(name, granularity.bit_length() - 1, AUTO)
-        one.data = bytearray(self._bytes(one))
+        if not self._fits(size := self._bytes(one)):
+            raise ImageError(f"the bitmap would take {size} bytes", self._image.path, "say a larger granularity")
+        one.data = bytearray(size)
         self.all.append(one)
         self.save()
 
