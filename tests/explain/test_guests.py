@@ -16,6 +16,7 @@ import pytest
 
 from skep.errors import UserError
 from skep.explain import Activity, Cause, Explanation
+from skep.machine.amd64 import why_not_kvm
 from skep.vm import End, State, Vm
 from tests.boot.bzimage import write_guest
 from tests.engine.assemble import Program
@@ -240,7 +241,10 @@ def triple_fault(vm: Vm) -> Explanation:
     ],
 )
 def test_triple_faults(make: Make, letter: str, why: str) -> None:
-    explanation = triple_fault(make(letter))
+    vm = make(letter)
+    if letter == "g" and vm.engine.name == "kvm" and why_not_kvm() is None:
+        pytest.skip("where a gate is in no memory, KVM tries to emulate the instruction, and cannot")
+    explanation = triple_fault(vm)
     assert why in explanation.processors[0].broken, explanation.processors[0].broken
     assert f"cannot deliver exceptions: {why}" in str(explanation)
 
