@@ -4,7 +4,7 @@
 # make test-nested  what needs hardware virtualization, in a nested machine where this one has none
 # make bench  beside QEMU and natively (BENCH_OPTIONS='--rows alu,crc --rounds 2 --boots 0'); COMPILED=1: with the
 #             translator compiled, as wheels have it
-# make fuzz FORMAT=qcow2 SECONDS=3600    a coverage-guided fuzzer of an image format; it keeps its corpus in .fuzz
+# make fuzz FORMAT=qcow2 SECONDS=3600    a coverage-guided fuzzer of an image format, seconds of CPU; it keeps its corpus in .fuzz
 # make lint   the linters alone
 # make docs   this documentation, in docs/_build/html
 #
