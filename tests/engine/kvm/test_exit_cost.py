@@ -19,10 +19,8 @@ from tests.engine.tiny import RecordingIo, TestInterrupts
 EXITS = 4_000
 ROUNDS = 10
 MOST = 2.5
-"""Times as much."""
-MOST_NESTED = 8.0
-"""In the laboratory, whose QEMU forgets its TLB and its jumps at each exit: what counts there is how many pages of code
-and data are touched, and a host that is busy besides."""
+"""Times as much. In the laboratory, too, whose QEMU forgets its TLB and its jumps at each exit: what counts there is
+how many pages of code and data are touched."""
 
 
 class CountingIo(RecordingIo):
@@ -94,5 +92,4 @@ def test_a_round_trip(kvm: KvmEngine, program: Path) -> None:
     for _ in range(ROUNDS):
         c = subprocess.run([program, str(EXITS)], check=True, capture_output=True, timeout=60).stdout
         ratios.append(in_python(kvm) / int(c))
-    most = MOST_NESTED if "SKEP_PROGRAMS" in os.environ else MOST
-    assert statistics.median(ratios) <= most, ratios
+    assert statistics.median(ratios) <= MOST, ratios
