@@ -244,7 +244,7 @@ def tinker(image: Image, rng: random.Random) -> None:
     things: list[Callable[[], object]] = [
         lambda: image.discard(at, length),
         lambda: image.write_zeroes(at, length, False),
-        lambda: image.write_compressed(b"pq" * (unit // 2), at) if unit <= MIB else None,
+        lambda: image.write_compressed((b"pq" * (unit // 2))[: image.size - at], at) if unit <= MIB else None,
         lambda: image.read_now(room, at),
         lambda: image.write_now(room, at),
         lambda: in_place(False),
