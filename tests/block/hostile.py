@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from skep.block.backend import read_at, write_at
-from skep.block.format import Image
+from skep.block.format import BackingName, Image
 from skep.block.image import create_image, open_image
 from skep.block.qcow2.image import Qcow2Image
 from skep.errors import UserError
@@ -54,6 +54,15 @@ def written(path: Path, format: str, options: Mapping[str, str]) -> None:
     with open_image(path, format=format) as image:
         for at in (0, 70000 // 512 * 512, MIB, 2 * MIB + 65536):
             write_at(image, at, b"data" * 256)
+
+
+def overlay(path: Path, format: str, options: Mapping[str, str]) -> None:
+    """A disk that has some of its data from another image beside it."""
+    below = path.with_name(f"below.{format}")
+    written(below, format, options)
+    create_image(path, format, options=options, backing=BackingName(below.name, format))
+    with open_image(path, format=format) as image:
+        write_at(image, 70000 // 512 * 512 + 1024, b"over" * 256)
 
 
 def small_disk() -> bytes:
@@ -87,17 +96,21 @@ def seeds(format: str, directory: Path) -> list[Path]:
             ):
                 add(lambda path, options=options: with_snapshot(path, options))
             add(encrypted)
+            add(lambda path: overlay(path, format, {"cluster_size": "4096"}))
         case "vhdx":
             for options in ({"block_size": "1M"}, {"block_size": "1M", "subformat": "fixed"}):
                 add(lambda path, options=options: written(path, format, options))
             with_log(made[0], directory / "log.vhdx")
             made.append(directory / "log.vhdx")
+            add(lambda path: overlay(path, format, {"block_size": "1M"}))
         case "vmdk":
             for kind in ("monolithicSparse", "streamOptimized", "monolithicFlat"):
                 add(lambda path, kind=kind: written(path, format, {"subformat": kind}))
+            add(lambda path: overlay(path, format, {}))
         case "vpc":
             for kind in ("dynamic", "fixed"):
                 add(lambda path, kind=kind: written(path, format, {"subformat": kind}))
+            add(lambda path: overlay(path, format, {"force_size": "on"}))
         case "vdi":
             add(lambda path: written(path, format, {}))
         case "luks":

@@ -275,3 +275,17 @@ def test_grains_that_qemu_forgot_are_given_back(tmp_path: Path) -> None:
         assert image.check().clean
         assert not any(read_at(image, MIB, 65536)) and set(read_at(image, 2 * MIB, 65536)) == {2}
     run("qemu-img", "check", path)
+
+
+def test_tables_that_lie_over_each_other_are_not_mended(tmp_path: Path) -> None:
+    """A write of one of them would change the other."""
+    path = tmp_path / "disk.vmdk"
+    create_image(path, "vmdk", 1 << 20)
+    data = bytearray(path.read_bytes())
+    redundant = int.from_bytes(data[48:56], "little")
+    data[redundant * 512 : redundant * 512 + 4] = redundant.to_bytes(4, "little")
+    path.write_bytes(data)
+    with open_image(path) as image:
+        assert image.check().messages == [f"ERROR the tables at {redundant * 512:#x} lie over others"]
+        found = image.repair()
+        assert (found.corruptions, found.corruptions_fixed) == (1, 0)

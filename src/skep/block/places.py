@@ -72,11 +72,13 @@ def examine(
     last = -(-file.size // step // _WORD)
     first = 0
     while first < last:
-        marks, taken = _mark(first, last, step, reserved, owned)
+        marks, crossed, taken = _mark(first, last, step, reserved, owned)
+        for host in crossed:  # writing one changes the other, and no entry is to blame
+            result.corrupt(f"the tables at {host:#x} lie over others")
         for number in taken:
             bad(number, f"entry {number} has a place in the file that is not its own")
         if taken and forget is not None:  # what else they claimed may be nobody's now
-            marks, _ = _mark(first, marks.end, step, reserved, owned)
+            marks, _, _ = _mark(first, marks.end, step, reserved, owned)
         for start, end in marks.free(step, file.size):
             if end - start >= unit:
                 _leak(file, result, start, end, unit, mend)
@@ -195,20 +197,22 @@ class _Marks:
 
 def _mark(
     first: int, last: int, step: int, reserved: Reserved, owned: Callable[[], Iterable[Owned]]
-) -> tuple[_Marks, array[int]]:
-    """The marks of as many words as there is memory for, and the entries that claim what is another's."""
+) -> tuple[_Marks, array[int], array[int]]:
+    """The marks of as many words as there is memory for, where what is no entry's lies over something like it, and the
+    entries that claim what is another's."""
     while True:
         marks = _Marks(first, last)
-        taken = array("Q")
+        crossed, taken = array("Q"), array("Q")
         for host, length in reserved():
-            marks.claim(host // step, -(-(host + length) // step))
+            if not marks.claim(host // step, -(-(host + length) // step)):
+                crossed.append(host)
         for number, host, length, wrong in owned():
             if wrong is None and not marks.claim(host // step, -(-(host + length) // step)):
                 taken.append(number)
             if marks.end < last:
                 break
         if marks.end == last:
-            return marks, taken
+            return marks, crossed, taken
         last = marks.end
 
 
