@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ from tests.vm.test_guests import IRQCHIPS, kernel
 __all__ = ["kernel"]
 
 ENGINES = ("translate", "kvm", "kvm alone", "kvm whole")
+PAIRS = [
+    *product(ENGINES, repeat=2),
+    *(
+        pytest.param(before, after, id=f"{before}-{after} on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
+        for before, after in pairwise((*ENGINES, "translate"))
+    ),
+]
 
 
 class Made:
@@ -54,8 +62,7 @@ def counts_on(vm: Vm, times: int = 1) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("after", ENGINES)
-@pytest.mark.parametrize("before", ENGINES)
+@pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_a_guest_that_counts_goes_on(make: Made, before: str, after: str) -> None:
     first = make(before, "s")
     first.start()
@@ -76,8 +83,7 @@ def test_a_guest_that_counts_goes_on(make: Made, before: str, after: str) -> Non
     assert outcome is not None and outcome.end is End.STOPPED
 
 
-@pytest.mark.parametrize("after", ENGINES)
-@pytest.mark.parametrize("before", ENGINES)
+@pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_a_guest_asleep_between_ticks_is_woken(make: Made, before: str, after: str) -> None:
     """By the PIT."""
     first = make(before, "k")
