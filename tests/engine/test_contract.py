@@ -225,12 +225,11 @@ def test_state_out_and_in_is_the_same(boot: Machines) -> None:
 def test_state_taken_within_an_access_has_it_done(boot: Machines) -> None:
     guest = boot("in al, 0x60\n again: jmp again")
 
-    def asked(port: int, size: int) -> int:
-        guest.vcpu.request_exit()
-        return 0x77
-
-    guest.io.port_read = asked  # type: ignore[method-assign]
-    assert guest.vcpu.run().reason is ExitReason.KICKED
+    guest.io.inputs[0x60] = 0x77
+    guest.io.on_read = lambda port, size: guest.vcpu.request_exit()
+    with guest.watched(10):
+        assert guest.vcpu.run().reason is ExitReason.KICKED
+    assert guest.io.log == [("in", 0x60, 1, 0x77)]
     state = guest.state
     assert state["rax"] & 0xFF == 0x77 and state["rip"] == PROGRAM + 2
 

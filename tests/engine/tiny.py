@@ -80,8 +80,12 @@ class RecordingIo:
         self.inputs: dict[int, int] = {}
         self.on_write: Callable[[int, int, int], None] | None = None
         """Called with (port, size, value) of every OUT, on the vCPU's thread."""
+        self.on_read: Callable[[int, int], None] | None = None
+        """Called with (port, size) of every IN, before it is answered."""
 
     def port_read(self, port: int, size: int) -> int:
+        if self.on_read is not None:
+            self.on_read(port, size)
         value = self.inputs.get(port, (1 << 8 * size) - 1) & ((1 << 8 * size) - 1)
         self.log.append(("in", port, size, value))
         return value
