@@ -164,15 +164,16 @@ class Mapped(Image):
             if found is None:
                 beyond = ((index // tables.entries + 1) * tables.entries) << bits
                 new = Run(Kind.NONE, -1, min(end, beyond) - offset)
-            elif tables.words == 2:
-                new = self._subclusters(found, inside, end - offset)
             else:
-                word = found[0].words[found[1]]
+                words, at = found[0].words, found[1]
+                word = words[at]
                 n = min(end - offset, cluster - inside)
-                if not word:
-                    if n < end - offset and not any(rest := found[0].words[found[1] :]):
-                        n = min(end - offset, (len(rest) << bits) - inside)
+                if not word and not words[at + tables.words - 1]:
+                    if n < end - offset and not any(rest := words[at:]):
+                        n = min(end - offset, (len(rest) // tables.words << bits) - inside)
                     new = Run(Kind.NONE, -1, n)
+                elif tables.words == 2:
+                    new = self._subclusters(found, inside, end - offset)
                 elif word & COMPRESSED:
                     new = Run(Kind.COMPRESSED, word, n)
                 else:
