@@ -88,7 +88,7 @@ def test_what_debootstrap_complains_of_is_one_line_and_nothing_is_left(
     """With everything else as it is: only the archive is not there."""
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tools.parent / "cache"))
-    monkeypatch.setattr(debian_root, "_archive", lambda arch: ("bookworm", "file:///nonexistent"))
+    monkeypatch.setattr(debian_root, "archive", lambda arch: ("bookworm", "file:///nonexistent"))
     monkeypatch.setattr(debian_root.debian, "build", lambda arch, scratch, made: program(scratch / "linux-image-1.deb"))
     with pytest.raises(UserError, match=r"the root could not be made: .*nonexistent.*; making ") as caught:
         debian_root.obtain()

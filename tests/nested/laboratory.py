@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import queue
-import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Self
 from skep.errors import UserError
 from skep.guest import debian
 from skep.guest import root as debian_root
+from tests.nested import emulator
 
 ROOT = Path(__file__).parents[2]
 TREE = ("src", "tests", "benchmarks", "pyproject.toml")
@@ -39,9 +39,7 @@ PROGRAMS = ("tests/engine/kvm/exits.c",)
 CPUS = 2
 MEMORY = "2048"
 """Of L1, in MiB."""
-QEMU_FIRMWARE = ("bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin", "multiboot_dma.bin", "pvh.bin")
-"""What ``-M q35 -nodefaults -kernel`` asks for."""
-TOOLS = ("qemu-system-x86_64", "mke2fs", "setpriv")
+TOOLS = ("mke2fs", "setpriv")
 
 _KERNEL = (
     "console=ttyS0 root=/dev/nvme0n1 ro rootfstype=ext4 quiet panic=-1 mitigations=off tsc=reliable no_timer_check"
@@ -49,9 +47,6 @@ _KERNEL = (
     ' init=/bin/sh -- -c "mount -t proc proc /proc; mount -t devtmpfs dev /dev; mount -t ext4 -o ro /dev/nvme0n2 /mnt;'
     ' exec sh /mnt/run.sh"'
 )
-_QEMU = """#!/bin/sh
-exec /mnt/qemu/lib/ld-linux-x86-64.so.2 --library-path /mnt/qemu/lib /mnt/qemu/program -L /mnt/qemu/firmware "$@"
-"""
 _RUN = """
 mount -t sysfs sys /sys
 mount -t tmpfs tmp /tmp
@@ -129,18 +124,7 @@ class Payload:
 
     def put_qemu(self) -> None:
         """This host's, for ``-accel kvm`` there: ``/mnt/qemu/qemu-system-x86_64``, with its libraries and firmware."""
-        program = Path(shutil.which("qemu-system-x86_64") or "")
-        home = self._staged / "qemu"
-        _copy(program.resolve(), home / "program")
-        listed = subprocess.run(("ldd", program), check=True, capture_output=True, text=True).stdout
-        for name in re.findall(r"(/\S+) \(0x", listed):
-            _copy(Path(name).resolve(), home / "lib" / Path(name).name)
-        places = subprocess.run((program, "-L", "help"), check=True, capture_output=True, text=True).stdout.split()
-        for name in QEMU_FIRMWARE:
-            where = next(Path(place, name) for place in places if Path(place, name).exists())
-            _copy(where.resolve(), home / "firmware" / name)
-        (home / program.name).write_text(_QEMU)
-        (home / program.name).chmod(0o755)
+        emulator.put_host(self._staged / "qemu", "/mnt/qemu")
 
     def build(self, command: str, files: Iterable[tuple[str, str]] = ()) -> Path:
         """The image, whose L1 runs ``command``, a piece of shell, in the working tree. ``files`` are put into its root
@@ -183,8 +167,9 @@ class Machine:
         ]  # fmt: skip
         command: list[str | Path] = [
             "setpriv", "--pdeathsig", "KILL",
-            "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm,+npt,+umip",
-            "-smp", str(CPUS), "-m", MEMORY, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            emulator.for_laboratory(), "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512",
+            "-cpu", "EPYC,+svm,+npt,+umip", "-smp", str(CPUS), "-m", MEMORY, "-nodefaults",
+            "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{console}", "-serial", "stdio", "-serial", f"file:{self._beats}",
             "-kernel", root.kernel, "-append", _KERNEL, "-device", "nvme,serial=l1", *drives,
         ]  # fmt: skip

@@ -114,7 +114,7 @@ def _check_tools() -> None:
         )
 
 
-def _archive(arch: str) -> tuple[str, str]:
+def archive(arch: str) -> tuple[str, str]:
     """This system's release, and where its package client finds it."""
     release = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
     wanted = ("Created-By: Packages", f"Codename: {release}", "Component: main", f"Architecture: {arch}")
@@ -128,7 +128,7 @@ def _archive(arch: str) -> tuple[str, str]:
 
 
 def _build(arch: str, scratch: Path, made: Path) -> None:
-    release, mirror = _archive(arch)
+    release, mirror = archive(arch)
     debian.build(arch, scratch, made)
     (kernel,) = scratch.glob("linux-image-*.deb")
     with as_file(files("skep.guest") / "root.sh") as script, Ticker() as ticker:
