@@ -49,8 +49,10 @@ def test_serial_ports_speak_both_ways_at_once_by_interrupts(linux: Linux) -> Non
 def test_the_hpet_is_taken(linux: Linux) -> None:
     assert "hpet0: 3 comparators, 64-bit 100.000000 MHz counter" in linux("dmesg | grep hpet0")
     available = "/sys/devices/system/clocksource/clocksource0/available_clocksource"
-    clocks = linux(f"until grep '^tsc ' {available}; do sleep 0.1; done").split()  # it may yet be tsc-early
-    assert clocks == ["tsc", "hpet", "acpi_pm"]
+    clocks = linux(f"cat {available}").split()
+    assert clocks[1:] == ["hpet", "acpi_pm"]
+    # In a nested machine Linux finds no moment that is quiet enough to refine what it was told of the TSC.
+    assert clocks[0] == "tsc" or (clocks[0] == "tsc-early" and linux.vm.engine.name == "kvm")
 
 
 def test_time_goes_on_by_the_hpet(linux: Linux) -> None:

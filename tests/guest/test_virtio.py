@@ -52,11 +52,12 @@ def test_random_numbers_a_terminal_and_named_ports(guest: Guest, engine: str, tm
         terminal.send("exit\n")
         linux.end()
 
-        # The named ports are pipes: bytes as they are, and nobody reads until somebody is there.
+        # The named ports are pipes: bytes as they are. Until somebody is there Linux reads an end, and writes wait.
         names = linux("cd /sys/class/virtio-ports && grep . */name").split()
         nodes = {name: "/dev/" + line.split("/")[0] for line in names for name in [line.rpartition(":")[2]]}
         assert sorted(nodes) == ["console", "org.one", "org.two"]
-        linux.begin(f"read -r line < {nodes['org.one']}; echo got $line; seq 1 3000 > {nodes['org.two']}")
+        read = f"until read -r line < {nodes['org.one']}; do sleep 0.1; done; echo got $line"
+        linux.begin(f"{read}; seq 1 3000 > {nodes['org.two']}")
         first, second = Client(one), Client(two)
         first.socket.sendall(b"a line\n")
         second.expect(b"".join(b"%d\n" % i for i in range(1, 3001)))
