@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from skep.errors import UserError
@@ -92,6 +93,9 @@ class BootFile:
     def _copy(self, what: str) -> None:
         try:
             with open(self.path, "rb", buffering=0) as file:
+                with suppress(OSError):  # no regular file, or a full disk: what is left goes by hand
+                    while n := os.sendfile(self._fd, file.fileno(), None, _CHUNK):
+                        self.size += n
                 while data := file.read(_CHUNK):
                     self._append(data)
         except IsADirectoryError:
