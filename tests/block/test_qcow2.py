@@ -459,3 +459,21 @@ def test_bitmaps_that_memory_has_no_room_for(tmp_path: Path) -> None:
             image.tracker.add(str(number), 4096)
         with pytest.raises(OSError, match="bitmap '7', and there is no memory"):
             image.tracker.load_all()
+
+
+def test_a_repair_finds_what_waits_to_be_written(tmp_path: Path) -> None:
+    """A cluster that counts as free, and that the refcount table claims, is given to the disk."""
+    path = tmp_path / "disk.qcow2"
+    create_image(path, "qcow2", MIB, options={"cluster_size": "4096"})
+    with open_image(path) as image:
+        write_at(image, 0, b"x" * 4096)
+    data = bytearray(path.read_bytes())
+    entry = int.from_bytes(data[48:56], "big") + 10 * 8
+    data[entry : entry + 8] = (-(-len(data) // 4096) * 4096).to_bytes(8, "big")
+    path.write_bytes(data)
+    with open_image(path) as image:
+        write_at(image, 4096, b"y" * 4096)
+        found = image.repair()
+        assert found.corruptions and found.corruptions == found.corruptions_fixed
+        assert image.check().clean
+        assert read_at(image, 0, 8192) == b"x" * 4096 + b"y" * 4096

@@ -334,6 +334,7 @@ def repair(image: Qcow2Image, leaks_only: bool) -> CheckResult:
     """Set the counts to what was found, drop what leads nowhere, and set the flags by the counts."""
     if image.read_only:
         raise ImageError("an image that is only read cannot be repaired", image.path)
+    image.settle()  # what waits to be written is of the image, too
     before = check(image)
     if leaks_only and before.corruptions:
         checker = Checker(image)
