@@ -125,7 +125,7 @@ def test_a_step_over_an_access_to_a_device(boot: Boot) -> None:
 
 
 def test_a_repeated_instruction_is_stepped_by_iterations(boot: Boot) -> None:
-    """One at a time, but in KVM's emulator, which does them all and comes back."""
+    """One at a time, but in KVM's emulator, which does them all and comes back; QEMU's processor comes back, too."""
     guest = boot("mov edi, V\nmov ecx, 3\nmov eax, 0x55\nagain: rep stosb\nnext: hlt")
     guest.vcpu.set_debug(debug(step=True))
     where, counts = 0, []
@@ -133,7 +133,7 @@ def test_a_repeated_instruction_is_stepped_by_iterations(boot: Boot) -> None:
         where, _ = stops(guest)
         if where == guest.program["again"]:
             counts.append(guest.reg("rcx"))
-    assert counts in ([3, 2, 1], [3, 0])
+    assert counts in ([3, 2, 1], [3, 0], [3, 2, 1, 0])
     assert guest.read(V, 4) == b"\x55" * 3 + b"\0"
 
 
