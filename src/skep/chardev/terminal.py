@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import termios
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import subprocess
 
 _GUARD = 'read -r word || stty "$1" <&1'
 """Runs in a shell beside us, its standard input a pipe from us, its output the terminal. The pipe ends without a
@@ -67,6 +70,8 @@ class Terminal:
             guard.communicate(b"restored\n")
 
     def _start_guard(self) -> None:
+        import subprocess  # few consoles are terminals
+
         try:
             modes = subprocess.run(["stty", "-g"], stdin=self._fd, capture_output=True, text=True, check=True).stdout
             self._guard = subprocess.Popen(

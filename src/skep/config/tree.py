@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,8 @@ NOT_DUMPED = frozenset({"config.dump"})
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like ``name``, if any is like it at all."""
+    import difflib  # few names are wrong
+
     found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     return found[0] if found else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -135,5 +135,5 @@ def choose_engine(
 
 
 def _check_host() -> None:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise HostError(f"Skep has no board for {platform.machine()} hosts yet", None, "use an x86-64 one")
+    if os.uname().machine != "x86_64":
+        raise HostError(f"Skep has no board for {os.uname().machine} hosts yet", None, "use an x86-64 one")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import threading
 from collections.abc import Callable
 
@@ -24,7 +23,7 @@ _REGISTER_PRIVATE_EXPEDITED = 1 << 4
 def make_fence() -> Fence:
     """A function for one thread's use: all stores made before a call are seen by every processor before any load made
     after it."""
-    return lock_fence() if platform.machine() == "x86_64" else membarrier_fence()
+    return lock_fence() if os.uname().machine == "x86_64" else membarrier_fence()
 
 
 def lock_fence() -> Fence:
@@ -46,7 +45,7 @@ def lock_fence() -> Fence:
 def membarrier_fence() -> Fence:
     """Elsewhere a lock orders less, and membarrier(2) does: 0.4 us."""
     syscall = ctypes.CDLL(None, use_errno=True).syscall
-    number = _MEMBARRIER[platform.machine()]
+    number = _MEMBARRIER[os.uname().machine]
     if syscall(number, _REGISTER_PRIVATE_EXPEDITED, 0, 0):
         raise OSError(ctypes.get_errno(), f"membarrier: {os.strerror(ctypes.get_errno())}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import platform
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -109,8 +109,8 @@ def _executable(code: bytes) -> tuple[mmap.mmap, int]:
 
 
 def _is_amd64() -> bool:
-    return platform.machine() in ("x86_64", "AMD64")
+    return os.uname().machine == "x86_64"
 
 
 def _absent(*_arguments: Any) -> int:
-    raise HostError("this needs an x86-64 host", platform.machine(), "run an amd64 guest on an amd64 machine")
+    raise HostError("this needs an x86-64 host", os.uname().machine, "run an amd64 guest on an amd64 machine")
