@@ -6,9 +6,11 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
+import skep
 from benchmarks.console import Boot, boot
 from benchmarks.peers import Payload, qemu_command, skep_command
 
@@ -46,6 +48,9 @@ def run(payload: Payload, count: int, timeout: float, qemu: bool, say: Callable[
 
 
 def _skep(payload: Payload, timeout: float, cache: str, code: str, watch: bool = False) -> Boot:
-    """``code``: where Python's bytecode is, which an installed Skep has, whatever this environment forbids."""
-    environment = {**os.environ, "XDG_CACHE_HOME": cache, "PYTHONPYCACHEPREFIX": code, "PYTHONDONTWRITEBYTECODE": ""}
+    """``code``: where Python's bytecode is, which an installed Skep has beside its modules, whatever this environment
+    forbids."""
+    environment = {**os.environ, "XDG_CACHE_HOME": cache, "PYTHONDONTWRITEBYTECODE": ""}
+    if not os.path.exists(cache_from_source(skep.__file__)):
+        environment["PYTHONPYCACHEPREFIX"] = code
     return boot(skep_command(payload), 2 * timeout if watch else timeout, environment, watch)
