@@ -15,7 +15,7 @@ CUT = 64 << 10
 """So many of the console's last bytes are kept for the message of a failure."""
 
 
-_BOOTED = re.compile(rb"(?:^|\x1b\S*)BOOT\r?$", re.MULTILINE)
+_BOOTED = re.compile(rb"(?:^|\r|\x1b\S*)BOOT\r?$", re.MULTILINE)
 """A BIOS clears the screen, with no end of line; what it said before may be in the same one."""
 
 

@@ -14,6 +14,7 @@ from benchmarks.console import BenchmarkError, boot
         pytest.param(r"\033c\033[?7l\033[2JBOOT\r\n", id="a cleared screen"),
         pytest.param(r"Booting from ROM..\033c\033[?7l\033[2JBOOT\r\n", id="a BIOS that is cut off"),
         pytest.param(r"\033[2J\033[0m.\r\nBOOT\r\n", id="a line of its own"),
+        pytest.param(r"\033[2J\033[0m.\rBOOT\r\n", id="a line that was begun again"),
     ],
 )
 def test_the_line_of_init_is_seen(said: str) -> None:
