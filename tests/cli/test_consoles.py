@@ -20,7 +20,7 @@ import pytest
 
 from skep.guest.debian import Guest
 from tests.cli.test_ctl import gdb, skep
-from tests.cli.test_run import Run
+from tests.cli.test_run import Run, Started
 from tests.linux import command_line
 from tests.tiny_kernel import printing, tiny_kernel
 
@@ -30,7 +30,7 @@ WAIT = 300.0
 SHELL = "stty -F /dev/ttyS0 -echo; exec sh </dev/ttyS0 >/dev/ttyS0 2>&1"
 
 
-class Skep:
+class Skep(Started):
     """``skep run web`` of Debian's kernel; its initramfs runs ``script``."""
 
     def __init__(self, guest: Guest, script: str, *arguments: str) -> None:
@@ -50,14 +50,6 @@ class Skep:
     def end(self) -> tuple[int, str, str]:
         output, errors = self.process.communicate(timeout=WAIT)
         return self.process.returncode, output, errors
-
-    def __enter__(self) -> Skep:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate(timeout=WAIT)
 
 
 @pytest.fixture(autouse=True)

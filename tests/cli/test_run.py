@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 
@@ -42,7 +43,21 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Run:
+class Started:
+    """A process of a test's, which ends with it."""
+
+    process: subprocess.Popen[Any]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate(timeout=WAIT)
+
+
+class Run(Started):
     """One ``skep run`` with pipes."""
 
     def __init__(self, *arguments: str) -> None:
@@ -72,14 +87,6 @@ class Run:
     def end(self, data: bytes | None = None, wait: float = WAIT) -> tuple[int, bytes, str]:
         output, errors = self.process.communicate(data, timeout=wait)
         return self.process.returncode, self.output + output, errors.decode()
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate(timeout=WAIT)
 
 
 @pytest.fixture

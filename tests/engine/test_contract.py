@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from skep.engine.amd64.msrs import IA32_TSC_DEADLINE, LSTAR
 from skep.engine.amd64.tsc import read_tsc
-from skep.engine.contract import ExitReason
+from skep.engine.contract import ExitReason, Vcpu
 from skep.engine.exits import ExitRecord
 from skep.machine.amd64 import why_not_kvm
 from skep.memory import GuestMemory
@@ -234,25 +236,32 @@ def test_state_taken_within_an_access_has_it_done(boot: Machines) -> None:
     assert state["rax"] & 0xFF == 0x77 and state["rip"] == PROGRAM + 2
 
 
+@contextmanager
+def bare(boot: Machines, memory: GuestMemory, io: RecordingIo) -> Iterator[Vcpu]:
+    """A processor in a machine that has nothing else."""
+    vm = boot.engine.create_vm(memory, io, 1, "baseline", 0)
+    vcpu = vm.create_vcpu(0, TestInterrupts())
+    try:
+        yield vcpu
+    finally:
+        vcpu.close()
+        vm.close()
+        memory.close()
+
+
 def test_real_mode(boot: Machines) -> None:
     memory = GuestMemory(RAM)
     io = RecordingIo()
     # mov al, [0x700]; inc al; out 0x80, al; hlt
     memory.write(0x7C00, bytes.fromhex("a00007 fec0 e680 f4"))
     memory.store_u8(0x700, 41)
-    vm = boot.engine.create_vm(memory, io, 1, "baseline", 0)
-    vcpu = vm.create_vcpu(0, TestInterrupts())
-    try:
+    with bare(boot, memory, io) as vcpu:
         code = {"selector": 0, "base": 0, "limit": 0xFFFF, "attributes": 0x9B}
         data = {"selector": 0, "base": 0, "limit": 0xFFFF, "attributes": 0x93}
         vcpu.set_state({"cs": code, "ds": data, "es": data, "ss": data, "cr0": 0x10, "rip": 0x7C00, "rflags": 2})
         assert vcpu.run().reason is ExitReason.HALTED
         assert io.outs(0x80) == [42]
         assert vcpu.get_state()["rip"] == 0x7C08
-    finally:
-        vcpu.close()
-        vm.close()
-        memory.close()
 
 
 def test_the_tsc_is_the_hosts_plus_the_offset(boot: Machines) -> None:
@@ -279,18 +288,12 @@ def test_memory_above_the_hole(boot: Machines) -> None:
     # mov al, [0x300_0010]; out 0x80, al; hlt, in flat 32-bit mode
     memory.write(0x7C00, bytes.fromhex("a010000003 e680 f4"))
     memory.store_u8((48 << 20) + 0x10, 77)
-    vm = boot.engine.create_vm(memory, io, 1, "baseline", 0)
-    vcpu = vm.create_vcpu(0, TestInterrupts())
-    try:
+    with bare(boot, memory, io) as vcpu:
         code = {"selector": 8, "base": 0, "limit": 0xFFFFFFFF, "attributes": 0xC09B}
         data = {"selector": 16, "base": 0, "limit": 0xFFFFFFFF, "attributes": 0xC093}
         vcpu.set_state({"cs": code, "ds": data, "es": data, "ss": data, "cr0": 0x11, "rip": 0x7C00, "rflags": 2})
         assert vcpu.run().reason is ExitReason.HALTED
         assert io.outs(0x80) == [77]
-    finally:
-        vcpu.close()
-        vm.close()
-        memory.close()
 
 
 def test_nothing_is_left_behind(boot: Machines) -> None:

@@ -13,6 +13,7 @@ import pytest
 from skep.errors import UserError
 from skep.guest import packages
 from skep.guest.debian import Guest
+from tests import apt
 from tests.linux import Linux
 
 SCRIPT = r"""
@@ -39,19 +40,11 @@ $B sh -c 'kill -SEGV $$' ; echo status $?
 def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program, through the system's package client with lists of its own, for this machine has none for i386."""
     home = tmp_path_factory.mktemp("i386")
-    for path in ("state/lists/partial", "cache/archives/partial"):
-        (home / path).mkdir(parents=True)
-    (home / "status").touch()
-    options = {
-        "Dir::State": home / "state", "Dir::State::status": home / "status", "Dir::Cache": home / "cache",
-        "APT::Architecture": "i386", "APT::Architectures": "i386", "Acquire::Languages": "none",
-        "APT::Sandbox::User": "root",
-    }  # fmt: skip
-    flags = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+    client = apt.client(home / "apt", "i386")
     try:
         packages.check_client()
-        subprocess.run(["apt-get", "-q", *flags, "update"], check=False, capture_output=True, timeout=300)
-        packages.apt("apt-get", "-q", *flags, "download", "busybox-static", cwd=home)
+        subprocess.run([*client, "update"], check=False, capture_output=True, timeout=300)
+        packages.apt(*client, "download", "busybox-static", cwd=home)
     except (UserError, packages.AptFailed) as error:
         pytest.skip(f"no i386 busybox: {error}")
     (deb,) = home.glob("busybox-static_*_i386.deb")

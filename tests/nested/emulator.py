@@ -17,6 +17,7 @@ from pathlib import Path
 from skep.errors import UserError
 from skep.guest import cache, packages
 from skep.guest import root as debian_root
+from tests import apt
 
 NAME = "qemu-system-x86_64"
 ENOUGH = 10
@@ -68,24 +69,14 @@ def _version(program: str) -> int:
 def _fetch(scratch: Path, made: Path, home: Path) -> None:
     packages.check_client()
     _, mirror = debian_root.archive("amd64")
-    state, tree = scratch / "apt", scratch / "tree"
-    for name in ("etc/sources.list.d", "etc/preferences.d", "lists/partial", "archives/partial"):
-        (state / name).mkdir(parents=True)
-    (state / "etc/sources.list").write_text(f"deb [signed-by={_KEYS}] {mirror} {RELEASE} main\n")
-    (state / "status").touch()
-    options = {
-        "Dir::Etc": state / "etc", "Dir::Etc::parts": "/etc/apt/apt.conf.d", "Dir::State": state,
-        "Dir::State::status": state / "status", "Dir::Cache": state, "APT::Architecture": "amd64",
-        "APT::Architectures": "amd64", "APT::Sandbox::User": "root", "Acquire::Languages": "none",
-        "Debug::NoLocking": "true",
-    }  # fmt: skip
-    client = ("apt-get", "-q", "-y", *(part for name, value in options.items() for part in ("-o", f"{name}={value}")))
+    tree = scratch / "tree"
+    client = apt.client(scratch / "apt", "amd64", f"deb [signed-by={_KEYS}] {mirror} {RELEASE} main")
     try:
         packages.apt(*client, "update")
         packages.apt(*client, "install", "--download-only", "--no-install-recommends", "qemu-system-x86")
     except packages.AptFailed as failed:
         raise UserError(f"apt-get: {failed}", f"Debian {RELEASE}'s QEMU") from None
-    for deb in (state / "archives").glob("*.deb"):
+    for deb in (scratch / "apt/archives").glob("*.deb"):
         subprocess.run(("dpkg-deb", "-x", deb, tree), check=True)
     libraries = tree / "usr/lib/x86_64-linux-gnu"
     lister = (libraries / _LOADER, "--library-path", libraries, "--list")

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from skep import bells
 from skep.errors import InternalError
 
 _MOST_EVENTS = 64
@@ -32,7 +33,7 @@ class Loop:
     def __init__(self, name: str, failed: Callable[[BaseException], None] | None = None) -> None:
         self._failed = failed
         self._epoll = select.epoll()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake = bells.hang()
         self._epoll.register(self._wake, select.EPOLLIN)
         self._callbacks: dict[int, tuple[Callback | None, Callback | None]] = {}
         self._calls: deque[Callback] = deque()

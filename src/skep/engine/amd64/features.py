@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
 
 from skep.engine.amd64 import hostcpuid
 from skep.engine.amd64.cpuid import Feature, host_has
+from skep.engine.amd64.native import is_amd64
 from skep.engine.amd64.registers import Xcr0
 from skep.errors import HostError
 
@@ -19,7 +19,7 @@ HWCAP2_FSGSBASE = 1 << 1
 
 def missing() -> list[str]:
     """Names of what the host lacks; empty where the translator can run."""
-    if os.uname().machine != "x86_64":
+    if not is_amd64():
         return ["an x86-64 CPU"]
     names = [feature.name for feature in NEEDED if not host_has(feature)]
     state = Xcr0.X87 | Xcr0.SSE

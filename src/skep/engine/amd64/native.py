@@ -36,7 +36,7 @@ def function(code: bytes, result: Any, *arguments: Any) -> Callable[..., int]:
     It runs with the GIL held, so it must be short. On a host of another architecture it raises :class:`HostError` when
     it is called.
     """
-    if not _is_amd64():
+    if not is_amd64():
         return _absent
     page, address = _executable(code)
     made: Any = ctypes.PYFUNCTYPE(result, *arguments)(address)
@@ -55,7 +55,7 @@ class Ioctl:
     """
 
     def __init__(self, request: int) -> None:
-        if not _is_amd64():
+        if not is_amd64():
             return
         self._page, address = _executable(_ioctl(request))
         self._method = _MethodDef(b"ioctl", address, _NOARGS, None)
@@ -64,7 +64,7 @@ class Ioctl:
         )
 
     def __call__(self, descriptor: int) -> Callable[[], int]:
-        if not _is_amd64():
+        if not is_amd64():
             return _absent
         # The last argument is what the function keeps alive: us.
         made: Callable[[], int] = self._new(ctypes.addressof(self._method), descriptor, self)
@@ -108,7 +108,7 @@ def _executable(code: bytes) -> tuple[mmap.mmap, int]:
     return page, address
 
 
-def _is_amd64() -> bool:
+def is_amd64() -> bool:
     return os.uname().machine == "x86_64"
 
 

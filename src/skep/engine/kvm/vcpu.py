@@ -243,7 +243,7 @@ class KvmVcpu:
 
     def _make_posted(self) -> None:
         if self._posted is not None:
-            self._posted.make(self._ring, self.exits.note)
+            self._posted.make(self._ring, self._note)
 
     def _port(self) -> None:
         data = self._bytes
