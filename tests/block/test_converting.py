@@ -161,9 +161,9 @@ def test_an_error_of_one_thread_ends_all_and_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 def test_a_target_that_fails_ends_all_and_is_told(tmp_path: Path, kind: str) -> None:
     """Whoever had a place then has none, so nobody waits for him."""
-    (tmp_path / "source").write_bytes(random.Random(8).randbytes(16 * MIB))
-    create_image(tmp_path / "target", kind, 16 * MIB)
-    bad = f"driver=fault,what=write,after=5,times=1,file.driver=file,file.filename={tmp_path}/target"
+    (tmp_path / "source").write_bytes(random.Random(8).randbytes(32 * MIB))
+    create_image(tmp_path / "target", kind, 32 * MIB)
+    bad = f"driver=fault,what=write,after=2,times=1,file.driver=file,file.filename={tmp_path}/target"
     layers = bad if kind == "raw" else "driver=qcow2," + "".join(f"file.{one}," for one in bad.split(","))[:-1]
     with (
         open_image(tmp_path / "source", format="raw", read_only=True) as source,
@@ -172,7 +172,7 @@ def test_a_target_that_fails_ends_all_and_is_told(tmp_path: Path, kind: str) -> 
         with pytest.raises(OSError, match="this write is to fail"):
             convert([source], target, Conversion(sparse=0, workers=4))
         assert convert([source], target, Conversion(sparse=0, workers=4)) == 0
-        back = bytearray(16 * MIB)
+        back = bytearray(32 * MIB)
         target.preadv([memoryview(back)], 0)
         assert back == (tmp_path / "source").read_bytes()
     if kind == "qcow2":

@@ -25,7 +25,9 @@ _MOST_PACKERS = 4
 _WATCHED = 16
 """The number of the piece after which it is known what takes long."""
 _SPARE = 2
-"""Pieces that are read before their turn, beyond one for each thread."""
+"""Pieces that are read before their turn, beyond one for each thread, at least."""
+_ROOM = 16 << 20
+"""Bytes that are read before they are written, or being written."""
 
 
 class Conversion(NamedTuple):
@@ -82,8 +84,8 @@ def convert(
             settled(spot.end)
 
     ordered = how.ordered and target.cluster_size is not None  # else an offset is a place
-    line = _Line(spots, ordered, lambda: _Piece(target, how, step), done)
-    line.run(min(how.workers, _MOST_PACKERS if how.compress else os.cpu_count() or 1), eager=how.compress)
+    line = _Line(spots, ordered, lambda: _Piece(target, how, step), partial(_Batch, target, how), done)
+    line.run(min(how.workers, _MOST_PACKERS if how.compress else os.cpu_count() or 1), step, eager=how.compress)
     progress(1)
     return line.missing
 
@@ -129,29 +131,28 @@ def _not_below(spots: Iterator[Spot], backing_size: int) -> Iterator[Spot]:
 
 
 class _Piece:
-    """Memory for one spot after another, and what is done with what is in it."""
+    """Memory for one spot after another."""
 
     def __init__(self, target: Image, how: Conversion, most: int) -> None:
         self._target, self._how = target, how
-        self._unit = target.cluster_size or PIECE
-        self._room = bytearray(most)  # once, as new memory costs as much as a transfer
-        self._packed: list[tuple[int, int, bytes | None]] = []
-        self._placed: list[tuple[Write, memoryview]] = []
-        self._there = False
+        self.room = bytearray(most)  # once, as new memory costs as much as a transfer
+        self.packed: list[tuple[int, int, bytes | None]] = []
+        """(start, length, compressed) of the clusters in it."""
+        self.there = False
         """The host has copied it."""
         self.missing = 0
         """How many sectors of it could not be read."""
 
     def prepare(self, spot: Spot) -> None:
         self.spot, self.missing = spot, 0
-        self._there = self._how.offload and not spot.zeros and self._offloaded(spot)
-        if spot.zeros or self._there:
+        self.there = self._how.offload and not spot.zeros and self._offloaded(spot)
+        if spot.zeros or self.there:
             return
         length = spot.extent.length
-        with memoryview(self._room)[:length] as view:
+        with memoryview(self.room)[:length] as view:
             self.missing = _read_into(spot.image, view, spot.extent.offset, self._how.salvage)
             if self._how.compress:
-                self._packed = list(self._pack(view))
+                self.packed = list(self._pack(view))
 
     def _offloaded(self, spot: Spot) -> bool:
         length = spot.extent.length
@@ -165,53 +166,81 @@ class _Piece:
                     place.ended()
 
     def _pack(self, view: memoryview) -> Iterator[tuple[int, int, bytes | None]]:
-        for at in range(0, len(view), self._unit):
-            n = min(self._unit, len(view) - at)
-            if self._how.backing_size is not None or self._room[at : at + n] != _ZEROES[:n]:
+        unit = self._target.cluster_size or PIECE
+        for at in range(0, len(view), unit):
+            n = min(unit, len(view) - at)
+            if self._how.backing_size is not None or self.room[at : at + n] != _ZEROES[:n]:
                 yield at, n, self._target.pack(view[at : at + n])
+
+
+class _Batch:
+    """Pieces whose turn has come: what lies side by side in them is one write."""
+
+    def __init__(self, target: Image, how: Conversion, pieces: list[_Piece]) -> None:
+        self._target, self._how, self.pieces = target, how, pieces
+        self._run: list[memoryview] = []
+        """Data without a place, which ends at ``_end``."""
+        self._end = 0
+        self._placed: list[tuple[Write, list[memoryview]]] = []
 
     def place(self) -> None:
         """Decide where in the target's file it goes. All of it is there after :meth:`write`, which has to follow."""
-        spot = self.spot
-        if self._there:
-            return
-        if spot.zeros:
-            self._clear(spot)
-            return
-        how, target = self._how, self._target
-        with memoryview(self._room) as view:
-            if how.compress:
-                for at, n, packed in self._packed:
-                    target.write_compressed(view[at : at + n], spot.at + at, packed)
-                return
-            for start, n, zero in self._runs(spot) if how.sparse else ((0, spot.extent.length, False),):
-                if not zero:
-                    self._write_run(view[start : start + n], spot.at + start)
-                elif not how.zero_target or how.backing_size is not None:
-                    target.write_zeroes(spot.at + start, n, True)
-
-    def _write_run(self, data: memoryview, offset: int) -> None:
-        write = self._target.placed(offset, len(data))
-        if write is None:
-            self._target.pwritev([data], offset)
-        else:
-            self._placed.append((write, data))
+        for piece in self.pieces:
+            if piece.there:
+                continue
+            if piece.spot.zeros:
+                self._place_run()
+                self._clear(piece.spot)
+            elif self._how.compress:
+                self._write_packed(piece)
+            else:
+                self._place_piece(piece)
+        self._place_run()
 
     def write(self) -> None:
         """All that has its place, even if a part of it fails."""
         failed: BaseException | None = None
         for write, data in self._placed:
             try:
-                write([data])
+                write(data)
             except BaseException as error:
                 failed = failed or error
         self._placed.clear()
         if failed is not None:
             raise failed
 
-    def _runs(self, spot: Spot) -> Iterator[tuple[int, int, bool]]:
+    def _place_piece(self, piece: _Piece) -> None:
+        how, spot, view = self._how, piece.spot, memoryview(piece.room)
+        for start, n, zero in self._runs(piece) if how.sparse else ((0, spot.extent.length, False),):
+            at = spot.at + start
+            if not zero:
+                if self._run and at != self._end:
+                    self._place_run()
+                self._run.append(view[start : start + n])
+                self._end = at + n
+            elif not how.zero_target or how.backing_size is not None:
+                self._place_run()
+                self._target.write_zeroes(at, n, True)
+
+    def _place_run(self) -> None:
+        if not (data := self._run):
+            return
+        self._run = []
+        length = sum(map(len, data))
+        write = self._target.placed(self._end - length, length)
+        if write is None:
+            self._target.pwritev(data, self._end - length)
+        else:
+            self._placed.append((write, data))
+
+    def _runs(self, piece: _Piece) -> Iterator[tuple[int, int, bool]]:
         unit = max(self._how.sparse, self._target.zero_unit)
-        return zero_runs(self._room, unit, spot.extent.length, -spot.at % unit)
+        return zero_runs(piece.room, unit, piece.spot.extent.length, -piece.spot.at % unit)
+
+    def _write_packed(self, piece: _Piece) -> None:
+        with memoryview(piece.room) as view:
+            for at, n, packed in piece.packed:
+                self._target.write_compressed(view[at : at + n], piece.spot.at + at, packed)
 
     def _clear(self, spot: Spot) -> None:
         how = self._how
@@ -222,15 +251,21 @@ class _Piece:
 
 
 class _Line:
-    """Threads that read pieces, give them their places in turn, and write them. Each does whatever comes next: there is
-    no handing over, and one waits only if too many pieces wait for the place of one before them."""
+    """Threads that read pieces, give them their places in turn, and write them. Each does whatever comes next: it reads
+    as long as there is room, then it writes what is there at once, while others read. There is no handing over, and one
+    waits only if all are before the place of one that is still being read."""
 
     def __init__(
-        self, spots: Iterator[Spot], ordered: bool, make_piece: Callable[[], _Piece], done: Callable[[Spot], None]
+        self,
+        spots: Iterator[Spot],
+        ordered: bool,
+        make_piece: Callable[[], _Piece],
+        make_batch: Callable[[list[_Piece]], _Batch],
+        done: Callable[[Spot], None],
     ) -> None:
         self._spots = enumerate(spots)
         self._ordered = ordered
-        self._make_piece = make_piece
+        self._make_piece, self._make_batch = make_piece, make_batch
         self._done = done
         self._taking = threading.Lock()
         self._changed = threading.Condition(threading.Lock())
@@ -238,6 +273,8 @@ class _Line:
         self._free: list[_Piece] = []
         self._ready: dict[int, _Piece] = {}
         """Read, and without a place."""
+        self._most = 1
+        """Pieces that are written at once."""
         self._next = 0
         """Which gets its place next."""
         self._placing = False
@@ -252,11 +289,13 @@ class _Line:
         self._reserve: list[threading.Thread] = []
         self.missing = 0
 
-    def run(self, workers: int, *, eager: bool) -> None:
+    def run(self, workers: int, step: int, *, eager: bool) -> None:
         """Until there are no more, on this thread and others. Unless ``eager``, that is one, as two read and write by
         turns what the host has in memory, and more come when it turns out that to prepare takes longer than to write.
         Raises what the first thread that failed did."""
-        self._free += [self._make_piece() for _ in range(workers + _SPARE)]
+        count = workers + _SPARE if eager else max(workers + _SPARE, _ROOM // step)
+        self._most = max(1, count // 2)
+        self._free += [self._make_piece() for _ in range(count)]
         for n in range(1, workers):
             self._threads.append(threading.Thread(target=self._work, name=f"convert {n}", daemon=True))
         at_once = len(self._threads) if eager else 1
@@ -280,18 +319,30 @@ class _Line:
                 self._changed.notify_all()
 
     def _next_step(self) -> Callable[[], None] | None:
-        """To write comes first. None: this thread is not needed any more, or another one failed."""
+        """None: this thread is not needed any more, or another one failed."""
         with self._changed:
             while self._error is None:
-                if self._next in self._ready and not self._placing:
+                if not self._exhausted and self._free and len(self._ready) < self._most:
+                    return partial(self._begin, self._free.pop())
+                if not self._placing and (taken := self._take()):
                     self._placing = True
-                    return partial(self._finish, self._next, self._ready.pop(self._next))
+                    return partial(self._finish, taken)
                 if self._exhausted:  # who has the next piece does the rest
                     break
                 if self._free:
                     return partial(self._begin, self._free.pop())
                 self._changed.wait()
             return None
+
+    def _take(self) -> dict[int, _Piece]:
+        """What may get its place now."""
+        if not self._ordered:
+            return {number: self._ready.pop(number) for number in sorted(self._ready)[: self._most]}
+        taken: dict[int, _Piece] = {}
+        while len(taken) < self._most and (piece := self._ready.pop(self._next, None)) is not None:
+            taken[self._next] = piece
+            self._next += 1
+        return taken
 
     def _begin(self, piece: _Piece) -> None:
         with self._taking:
@@ -306,28 +357,25 @@ class _Line:
         piece.prepare(spot)
         with self._changed:
             self._preparing += time.monotonic() - begun
-            if self._ordered:
-                self._ready[number] = piece
-                return
-        self._finish(number, piece)
+            self._ready[number] = piece
 
-    def _finish(self, number: int, piece: _Piece) -> None:
+    def _finish(self, taken: dict[int, _Piece]) -> None:
         begun = time.monotonic()
+        batch = self._make_batch(list(taken.values()))
         try:
-            piece.place()
-            if self._ordered:
-                with self._changed:
-                    self._next += 1
-                    self._placing = False
-                    self._changed.notify()
+            batch.place()
+            with self._changed:
+                self._placing = False
+                self._changed.notify()
         finally:
-            piece.write()
+            batch.write()
         with self._changed:
             self._writing += time.monotonic() - begun
-            self._tell(number, piece)
-            self._free.append(piece)
-            self._changed.notify()
-            if number == _WATCHED and self._preparing > self._writing:
+            for number, piece in taken.items():
+                self._tell(number, piece)
+            self._free += taken.values()
+            self._changed.notify_all()
+            if _WATCHED in taken and self._preparing > self._writing:
                 for thread in self._reserve:
                     thread.start()
 
