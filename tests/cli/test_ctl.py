@@ -18,7 +18,7 @@ import pytest
 
 from skep.control.directory import Claim
 from tests.cli.test_run import Run
-from tests.engine.engines import need
+from tests.engine.engines import KVM_ON_HARDWARE, need
 from tests.on_terminal import OnTerminal
 from tests.tiny_kernel import tiny_kernel
 
@@ -46,7 +46,7 @@ def engine(request: pytest.FixtureRequest) -> str:
     return engine
 
 
-UNDER_EACH = pytest.mark.parametrize("engine", ["translate", "kvm"], indirect=True)
+UNDER_EACH = pytest.mark.parametrize("engine", ["translate", "kvm", KVM_ON_HARDWARE], indirect=True)
 """For what engines have a part in."""
 
 

@@ -28,6 +28,11 @@ spins:  jmp spins
 """
 
 
+WHEREVER = pytest.mark.parametrize(
+    "where", ["here", pytest.param("hardware", marks=(pytest.mark.hardware, pytest.mark.slow))]
+)
+
+
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     need("kvm")
@@ -63,9 +68,10 @@ def environment(directory: Path) -> Iterator[dict[str, str]]:
     yield {**os.environ, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"]}
 
 
+@WHEREVER
 @pytest.mark.parametrize("irqchip", ["split", "off"])
 def test_a_killed_one_leaves_nothing(
-    pool: int, tmp_path: Path, directory: Path, environment: dict[str, str], irqchip: str
+    pool: int, tmp_path: Path, directory: Path, environment: dict[str, str], irqchip: str, where: str
 ) -> None:
     """No process, no huge page; two files, which whoever looks removes."""
     before = free_pages()
@@ -98,7 +104,8 @@ def test_an_instruction_that_kvm_cannot_emulate(tmp_path: Path, environment: dic
     assert "code: fnsave" in done.stderr
 
 
-def test_auto_explains_itself(tmp_path: Path, environment: dict[str, str]) -> None:
+@WHEREVER
+def test_auto_explains_itself(tmp_path: Path, environment: dict[str, str], where: str) -> None:
     """In one line, whichever it takes."""
     words = command(tmp_path, "mov dx, 0x604\nmov ax, 0x3400\nout dx, ax\n" + SPINS, "-v")
     words[words.index("kvm")] = "auto"

@@ -19,7 +19,7 @@ import pytest
 from skep.control.client import Client
 from skep.errors import UserError
 from skep.machine.amd64 import why_not_kvm
-from tests.engine.engines import need
+from tests.engine.engines import KVM_ON_HARDWARE, need
 from tests.on_terminal import OnTerminal
 from tests.tiny_kernel import COMMANDS, tiny_kernel
 
@@ -34,6 +34,10 @@ def engine(request: pytest.FixtureRequest) -> str:
     engine: str = request.param
     need(engine)
     return engine
+
+
+ON_HARDWARE_TOO = pytest.mark.parametrize("engine", ["translate", "kvm", KVM_ON_HARDWARE], indirect=True)
+"""For what a real KVM has a part in: a process is dear in the laboratory."""
 
 
 @pytest.fixture(scope="session")
@@ -117,10 +121,12 @@ def wait_until_running(name: str) -> None:
 # How it ends
 
 
+@ON_HARDWARE_TOO
 def test_power_off_is_status_0(run: Start) -> None:
     assert run().end(b"q") == (0, b"B", "")
 
 
+@ON_HARDWARE_TOO
 def test_bytes_of_a_pipe_reach_the_guest_and_its_end_does_not_stop_it(run: Start) -> None:
     text = bytes(byte for byte in range(256) if byte not in COMMANDS) * 8  # Ctrl-A and x among them
     vm = run()
@@ -135,6 +141,7 @@ def test_bytes_of_a_pipe_reach_the_guest_and_its_end_does_not_stop_it(run: Start
     assert vm.end() == (0, b"B" + text, "")
 
 
+@ON_HARDWARE_TOO
 def test_a_reboot_starts_again_with_the_files_read_at_the_start(run: Start, kernel: Path, tmp_path: Path) -> None:
     copy = tmp_path / "kernel"
     copy.write_bytes(kernel.read_bytes())
@@ -160,6 +167,7 @@ def test_a_triple_fault_is_status_3_with_the_registers(run: Start) -> None:
     assert any(line.startswith("  cs: selector=10 ") for line in lines)
 
 
+@ON_HARDWARE_TOO
 def test_halting_for_good_is_said_once(run: Start) -> None:
     vm = run()
     vm.send(b"h")
@@ -198,6 +206,7 @@ def test_a_standard_descriptor_that_is_closed_is_nobody_elses(
 # Signals
 
 
+@ON_HARDWARE_TOO
 def test_sigterm_presses_the_power_button(run: Start) -> None:
     vm = run()
     vm.send(b"ap")
@@ -229,6 +238,7 @@ def test_the_terminals_signals_stop_at_once(run: Start, number: signal.Signals) 
 # The rest of the command line
 
 
+@ON_HARDWARE_TOO
 def test_a_dump_runs_the_same_vm(run: Start, kernel: Path, engine: str, tmp_path: Path) -> None:
     options = ("--kernel", str(kernel), "--engine", engine, "--memory", "16M", "--no-reboot", "-o", "config.dump=1")
     dump = subprocess.run([*SKEP, "run", *options], capture_output=True, check=True, timeout=WAIT, env=ENVIRONMENT)
@@ -240,6 +250,7 @@ def test_a_dump_runs_the_same_vm(run: Start, kernel: Path, engine: str, tmp_path
     assert (done.returncode, done.stdout, done.stderr) == (0, b"B", b"")
 
 
+@ON_HARDWARE_TOO
 def test_verbose_says_which_engine_and_why(run: Start, engine: str) -> None:
     status, output, errors = run("-v").end(b"q")
     assert (status, output) == (0, b"B")

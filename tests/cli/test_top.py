@@ -17,7 +17,7 @@ from skep.control.top import Top
 from tests.boot.bzimage import write_guest
 from tests.cli.test_ctl import skep
 from tests.cli.test_run import WAIT, Run
-from tests.engine.engines import need
+from tests.engine.engines import ALONE_ON_HARDWARE, ON_HARDWARE, need
 from tests.on_terminal import OnTerminal
 
 GUEST = """
@@ -52,14 +52,14 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "skep"
 
 
-@pytest.fixture(params=["translate", "kvm", "kvm alone"])
+@pytest.fixture(params=["translate", "kvm", "kvm alone", ON_HARDWARE, ALONE_ON_HARDWARE])
 def run(kernel: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Run]]:
-    engine, *alone = request.param.split()
+    engine, *how = request.param.split()
     need(engine)
     with ExitStack() as started:
 
         def start(name: str, command: str, *arguments: str) -> Run:
-            choice = ["--engine", engine, "-o", f"kvm.irqchip={'off' if alone else 'split'}"]
+            choice = ["--engine", engine, "-o", f"kvm.irqchip={'off' if 'alone' in how else 'split'}"]
             guest = ["--memory", "64M", "--kernel", str(kernel), "--cmdline", command]
             vm = started.enter_context(Run(name, *guest, *choice, *arguments))
             vm.expect(b"B")

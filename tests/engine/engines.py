@@ -21,7 +21,11 @@ NAMES = ("translate", "kvm", pytest.param("hardware", marks=pytest.mark.hardware
 guests only, and KVM on hardware virtualization. See :func:`named`."""
 ON_HARDWARE = pytest.param("kvm on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
 WHOLE_ON_HARDWARE = pytest.param("kvm whole on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
-"""Parameters of whole VMs that run under KVM, the latter with all interrupt controllers the kernel's."""
+ALONE_ON_HARDWARE = pytest.param("kvm alone on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
+"""Parameters of whole VMs that run under KVM, with the interrupt controllers that "auto" gives them, with all of them
+the kernel's, and with none."""
+KVM_ON_HARDWARE = pytest.param("kvm", id="kvm on hardware", marks=(pytest.mark.hardware, pytest.mark.slow))
+"""A parameter of a process with a VM under KVM."""
 EVERYWHERE = pytest.mark.parametrize("boot", NAMES, indirect=True)
 """For tests of what each engine promises, with the fixture ``boot``."""
 EXACTLY = pytest.mark.parametrize("boot", [NAMES[0], NAMES[2]], indirect=True)

@@ -229,7 +229,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 IRQCHIPS = {"alone": {"kvm.irqchip": "off"}, "whole": {"kvm.irqchip": "whole"}}
-IRQCHIPS["whole on hardware"] = IRQCHIPS["whole"]
+IRQCHIPS |= {f"{how} on hardware": config for how, config in IRQCHIPS.items()}
 
 
 @pytest.fixture(params=["translate", "kvm", "kvm alone", "kvm whole", ON_HARDWARE, WHOLE_ON_HARDWARE])

@@ -8,13 +8,16 @@ import pytest
 
 from skep.engine.contract import ExitReason
 from skep.engine.debug import Debug
+from tests.engine.engines import ALONE_ON_HARDWARE, ON_HARDWARE, WHOLE_ON_HARDWARE
 from tests.vm.test_guests import kernel
-from tests.vm.test_saved import ENGINES, Made, counts_on, make
+from tests.vm.test_saved import Made, counts_on, make
 
 __all__ = ["kernel", "make"]
 
 
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "translate"])  # which parks in the run
+@pytest.mark.parametrize(  # not the translator, which parks in the run
+    "engine", ["kvm", "kvm alone", "kvm whole", ON_HARDWARE, ALONE_ON_HARDWARE, WHOLE_ON_HARDWARE]
+)
 def test_a_processor_is_stepped_and_goes_on(make: Made, engine: str) -> None:
     """Through a loop of two instructions, an increment of memory first."""
     vm = make(engine, "s")
