@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.config import Tree, check_settings, keys_of, option, parse_options, values, view
+from skep.config import Tree, View, check_settings, keys_of, option, parse_options, values, view
 from skep.errors import HostError, InternalError, UserError
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
+class Disk(View):
     path: str = option(values.text, doc="the image")
     ro: bool = option(values.boolean, False, doc="refuse writes")
     queues: int = option(values.integer(1, 4), 1, key="queue.count", doc="how many queues")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from skep.block.format import SECTOR
 from skep.block.registry import FORMATS
 from skep.config import values
 from skep.config.tree import Node
-from skep.config.views import option, view
+from skep.config.views import View, option, view
 from skep.errors import UserError
 
 LAYERS = "layers"
@@ -59,8 +58,7 @@ def _rate(value: str) -> int:
     return rate
 
 
-@dataclass(frozen=True, slots=True)
-class BlockOptions:
+class BlockOptions(View):
     """One disk, in bhyve's keys where bhyve has them."""
 
     path: str = option(
@@ -88,7 +86,7 @@ class BlockOptions:
         key="wce",
         doc="how the write cache starts, which the guest may switch; without it writes are durable when they complete",
     )
-    block: BlockSizes = option(  # noqa: RUF009 - ruff cannot know that the type is immutable
+    block: BlockSizes = option(
         block_sizes, _SMALL, key="sectorsize", doc="LOGICAL[/PHYSICAL]: block sizes in bytes, 512 to 65536"
     )
     serial: str | None = option(
@@ -134,4 +132,4 @@ class BlockOptions:
                 raise UserError("is told by the layers", node.full(key), "leave it out")
         import json  # few disks are told so
 
-        return replace(options, path=f"json:{json.dumps(layers)}")
+        return cls(**vars(options) | {"path": f"json:{json.dumps(layers)}"})

@@ -7,9 +7,8 @@ starts, as firmware would; the guest may move them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from skep.bus import Bus
 from skep.bus.msix import MsiX
@@ -39,8 +38,7 @@ def intx_gsi(slot: int, pin: int) -> int:
     return INTX_FIRST_GSI + (slot + pin) % INTX_GSIS
 
 
-@dataclass(frozen=True, slots=True)
-class PciIds:
+class PciIds(NamedTuple):
     """What a driver is found by. ``class_code`` is class, subclass and programming interface: 0x060000."""
 
     vendor: int
@@ -51,20 +49,31 @@ class PciIds:
     subsystem: int = 0
 
 
-@dataclass(slots=True)
 class Bar:
     """A base address register, and where its window is now."""
 
-    index: int
-    size: int
-    region: IoRegion
-    io: bool
-    wide: bool
-    prefetchable: bool
-    doorbells: Mapping[int, int]
-    """Offsets at which a write only wakes somebody, and the eventfd that does."""
-    at: int | None = None
-    """The address on the board's bus; None while it is not decoded, or hidden behind what was there before."""
+    __slots__ = ("at", "doorbells", "index", "io", "prefetchable", "region", "size", "wide")
+
+    def __init__(
+        self,
+        index: int,
+        size: int,
+        region: IoRegion,
+        io: bool,
+        wide: bool,
+        prefetchable: bool,
+        doorbells: Mapping[int, int],
+    ) -> None:
+        """``doorbells``: offsets at which a write only wakes somebody, and the eventfd that does."""
+        self.index = index
+        self.size = size
+        self.region = region
+        self.io = io
+        self.wide = wide
+        self.prefetchable = prefetchable
+        self.doorbells = doorbells
+        self.at: int | None = None
+        """The address on the board's bus; None while it is not decoded, or hidden behind what was there before."""
 
 
 class PciFunction(Fields):

@@ -8,6 +8,6 @@ view (:mod:`skep.config.views`), where a key that nobody knows is an error. This
 from skep.config.grammar import parse_options
 from skep.config.settings import Settings, check_settings
 from skep.config.tree import Node, Tree
-from skep.config.views import keys_of, option, view
+from skep.config.views import View, keys_of, option, view
 
-__all__ = ["Node", "Settings", "Tree", "check_settings", "keys_of", "option", "parse_options", "view"]
+__all__ = ["Node", "Settings", "Tree", "View", "check_settings", "keys_of", "option", "parse_options", "view"]

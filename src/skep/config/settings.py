@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from skep.config import values
 from skep.config.tree import Tree
-from skep.config.views import option, view
+from skep.config.views import View, option, view
 from skep.errors import HostError, UserError
 
 MAX_CPUS = 255
@@ -22,8 +21,7 @@ BRANCHES = ("pci", "lpc", "bios", "system", "board", "chassis", "x86")
 """Branches of the tree whose keys the devices declare."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(View):
     """The VM's own keys, as values."""
 
     name: str = option(

@@ -9,15 +9,18 @@ State goes in and out by the names of the manuals, so that what is saved under o
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import EngineChips, LocalApics, LocalInterrupts
 from skep.contracts.io import Doorbells, IoSpace, PostedWrites
-from skep.engine.debug import Debug
 from skep.engine.exits import Exits
 from skep.memory import GuestMemory
+
+if TYPE_CHECKING:
+    from skep.engine.debug import Debug
 
 
 class Activity(enum.StrEnum):
@@ -47,10 +50,9 @@ class ExitReason(enum.Enum):
     """The engine could not go on; ``detail["message"]`` says why. Ours, not the guest's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(NamedTuple):
     reason: ExitReason
-    detail: dict[str, Any] = field(default_factory=dict)
+    detail: Mapping[str, Any] = MappingProxyType({})
 
 
 class Vcpu(Protocol):

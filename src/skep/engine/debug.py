@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
 MOST = 4
 """Places at a time: what processors have registers for."""
@@ -20,32 +19,38 @@ class On(enum.Enum):
     """A read or a write; likewise."""
 
 
-@dataclass(frozen=True, slots=True)
 class Place:
-    address: int
-    """Linear, and a multiple of ``size``."""
-    on: On
-    size: int = 1
-    """1, 2, 4 or 8 bytes; 1 for EXECUTE."""
+    """Does not change."""
 
-    def __post_init__(self) -> None:
-        sizes = (1,) if self.on is On.EXECUTE else (1, 2, 4, 8)
-        if self.size not in sizes or self.address % self.size or not 0 <= self.address < 1 << 64:
-            raise ValueError(f"no place that a processor can watch: {self}")
+    __slots__ = ("address", "on", "size")
+
+    def __init__(self, address: int, on: On, size: int = 1) -> None:
+        """``address`` is linear, and a multiple of ``size``: 1, 2, 4 or 8 bytes; 1 for EXECUTE. Raises ValueError."""
+        sizes = (1,) if on is On.EXECUTE else (1, 2, 4, 8)
+        if size not in sizes or address % size or not 0 <= address < 1 << 64:
+            raise ValueError(f"no place that a processor can watch: {size} bytes at {address:#x}, {on.value}")
+        self.address = address
+        self.on = on
+        self.size = size
 
 
-@dataclass(frozen=True, slots=True)
 class Debug:
-    """Nothing, unless said otherwise."""
+    """What is asked for; false if nothing is. Does not change."""
 
-    step: bool = False
-    """After one instruction, or some iterations of a repeated one; no interrupt comes before it. Where it raises an
-    exception, the translator stops at its handler; KVM, which knows only RFLAGS.TF, where the handler has returned."""
-    instruction: bool = False
-    """Before the guest executes the breakpoint instruction (on amd64 INT3, of one byte), whoever put it there."""
-    places: tuple[Place, ...] = ()
-    """While there are any, breakpoints of the guest's own do nothing."""
+    __slots__ = ("instruction", "places", "step")
 
-    def __post_init__(self) -> None:
-        if len(self.places) > MOST:
-            raise ValueError(f"{len(self.places)} places, and processors watch {MOST}")
+    def __init__(self, step: bool = False, instruction: bool = False, places: tuple[Place, ...] = ()) -> None:
+        """Raises ValueError for more than ``MOST`` places."""
+        if len(places) > MOST:
+            raise ValueError(f"{len(places)} places, and processors watch {MOST}")
+        self.step = step
+        """After one instruction, or some iterations of a repeated one; no interrupt comes before it. Where it raises an
+        exception, the translator stops at its handler; KVM, which knows only RFLAGS.TF, where the handler has
+        returned."""
+        self.instruction = instruction
+        """Before the guest executes the breakpoint instruction (on amd64 INT3, of one byte), whoever put it there."""
+        self.places = places
+        """While there are any, breakpoints of the guest's own do nothing."""
+
+    def __bool__(self) -> bool:
+        return self.step or self.instruction or bool(self.places)

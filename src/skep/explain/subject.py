@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -43,18 +42,28 @@ class Activity(enum.Enum):
     """By its engine, which cannot go on."""
 
 
-@dataclass(frozen=True, slots=True)
 class Seen:
     """One processor as it was found."""
 
-    index: int
-    activity: Activity
-    registers: Mapping[str, Any]
-    """As :meth:`skep.engine.contract.Vcpu.get_state` gives them; empty where there are none."""
-    places: tuple[int, ...] = ()
-    """rip at several moments, the last one now."""
-    exits: tuple[ExitRecord, ...] = ()
-    refused: Mapping[tuple[str, int], int] | None = None
+    __slots__ = ("activity", "exits", "index", "places", "refused", "registers")
+
+    def __init__(
+        self,
+        index: int,
+        activity: Activity,
+        registers: Mapping[str, Any],
+        places: tuple[int, ...] = (),
+        exits: tuple[ExitRecord, ...] = (),
+        refused: Mapping[tuple[str, int], int] | None = None,
+    ) -> None:
+        self.index = index
+        self.activity = activity
+        self.registers = registers
+        """As :meth:`skep.engine.contract.Vcpu.get_state` gives them; empty where there are none."""
+        self.places = places
+        """rip at several moments, the last one now."""
+        self.exits = exits
+        self.refused = refused
 
 
 class Subject(NamedTuple):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID, uuid3
 
-from skep.config import option, values
+from skep.config import View, option, values
 
 _NONE = 0xFFFF
 """The handle of a structure that is not there."""
@@ -21,8 +20,7 @@ _NAMESPACE = UUID("5a2e2b5e-6f0b-4c1e-9d5b-7c3a1f0e8d42")
 """Of the UUIDs that we derive from names; any constant will do."""
 
 
-@dataclass(frozen=True, slots=True)
-class BiosStrings:
+class BiosStrings(View):
     """The keys of ``bios``."""
 
     vendor: str = option(values.label, "Skep", doc="who made the firmware")
@@ -30,8 +28,7 @@ class BiosStrings:
     release_date: str = option(values.label, "01/01/2026", doc="its date, MM/DD/YYYY")
 
 
-@dataclass(frozen=True, slots=True)
-class SystemStrings:
+class SystemStrings(View):
     """The keys of ``system``."""
 
     manufacturer: str = option(values.label, "Skep", doc="who made the machine")
@@ -42,8 +39,7 @@ class SystemStrings:
     family_name: str = option(values.label, "Virtual Machine", doc="its family")
 
 
-@dataclass(frozen=True, slots=True)
-class BoardStrings:
+class BoardStrings(View):
     """The keys of ``board``."""
 
     manufacturer: str = option(values.label, "Skep", doc="who made the main board")
@@ -54,8 +50,7 @@ class BoardStrings:
     location: str = option(values.label, "None", doc="where in the chassis it is")
 
 
-@dataclass(frozen=True, slots=True)
-class ChassisStrings:
+class ChassisStrings(View):
     """The keys of ``chassis``."""
 
     manufacturer: str = option(values.label, "Skep", doc="who made the chassis")

@@ -8,14 +8,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from skep.boot.image import BootImage, open_image, open_multiboot
 from skep.bus import Bus
 from skep.bus.pci import FUNCTIONS, SLOTS, HostBridge, PciBus
 from skep.clock import GuestClock
-from skep.config import Node, Settings, Tree, option, values, view
+from skep.config import Node, Settings, Tree, View, option, values, view
 from skep.contracts.device import Device
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace, IrqLine
@@ -59,8 +58,7 @@ from skep.machine.pcidevices import Surroundings, check_boot_indexes, make_pci_d
 from skep.memory import GuestMemory
 
 
-@dataclass(frozen=True, slots=True)
-class LpcOptions:
+class LpcOptions(View):
     """What hangs on the board itself."""
 
     com1: str | None = option(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID
 
 from skep.boot.e820 import E820, RangeType
-from skep.config import Settings, Tree, option, values, view
+from skep.config import Settings, Tree, View, option, values, view
 from skep.devices import i8042, pm
 from skep.engine.amd64 import cpuid
 from skep.firmware import acpi, mptable, smbios
@@ -35,8 +34,7 @@ from skep.machine.amd64map import (
 from skep.memory import GuestMemory
 
 
-@dataclass(frozen=True, slots=True)
-class X86Options:
+class X86Options(View):
     """What is x86's own."""
 
     mptable: bool = option(values.boolean, True, doc="describe processors and interrupts by an MP table too")

@@ -8,7 +8,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -519,9 +518,9 @@ class Vm:
                     self._last_seen = [processor.seen() for processor in self._processors]
                 if outcome.end is End.TRIPLE_FAULT or stopped:
                     cause = Cause.ENGINE_FAILED if stopped else Cause.TRIPLE_FAULT
-                    outcome = replace(outcome, explanation=self._tell_why(cause))
+                    outcome = outcome._replace(explanation=self._tell_why(cause))
                 elif self._explainer.panicked() and outcome.end in (End.REBOOTED, End.POWERED_OFF):
-                    outcome = replace(outcome, explanation=self._tell_why(Cause.PANIC))
+                    outcome = outcome._replace(explanation=self._tell_why(Cause.PANIC))
                 self._processors_off()
                 if self._board is not None and self.state is State.RUNNING:
                     self._board.pause()

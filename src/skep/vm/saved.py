@@ -5,16 +5,14 @@ Everything is under the names of the manuals: a state that one engine left is wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from skep.contracts.device import SavedState
 from skep.errors import UserError
 from skep.machine import Board
 
 
-@dataclass(frozen=True)
-class VmState:
+class VmState(NamedTuple):
     """What :meth:`skep.vm.Vm.save` gives. Plain values all through."""
 
     ticks: int

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skep.errors import InternalError, SkepError
 
@@ -27,14 +28,13 @@ class End(enum.Enum):
     """Ours."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a VM ended. ``registers`` are there after a triple fault, ``error`` where it is ours, and ``explanation``
     where the guest failed (a triple fault, or its kernel's panic before it rebooted or powered off), and where the
     engine could not go on with it."""
 
     end: End
-    registers: dict[str, Any] = field(default_factory=dict)
+    registers: Mapping[str, Any] = MappingProxyType({})
     error: BaseException | None = None
     explanation: Explanation | None = None
     status: int = 0

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar
 
 from skep.config import values
 from skep.config.tree import Node
-from skep.config.views import NoKeys, option, view
+from skep.config.views import NoKeys, View, option, view
 from skep.contracts.chardev import CharBackend
 from skep.devices.virtio.device import DRIVER_OK, VirtioDevice
 from skep.devices.virtio.port import Port
@@ -46,8 +45,7 @@ def _port_name(value: str) -> str:
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class PortOptions:
+class PortOptions(View):
     """The keys under ``port.N`` of a virtio-console."""
 
     path: str = option(values.any_text, doc="where the host's end is, as for lpc.com1.path")

@@ -24,10 +24,10 @@ MPX, XSAVES. FSRM is not offered though the host may have it: a short REP MOVSB 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 from skep.engine.amd64 import hostcpuid
 from skep.engine.amd64.registers import Cr4, Xcr0
@@ -179,8 +179,7 @@ CR4_BASE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Cpuid:
+class Cpuid(NamedTuple):
     """One vCPU's CPUID."""
 
     vendor: bytes
@@ -189,7 +188,9 @@ class Cpuid:
     """(leaf, subleaf) -> EAX, EBX, ECX, EDX, for leaves with subleaves every one of them that is not zero; the rest of
     the leaves under subleaf 0. :meth:`read` adds what depends on control registers."""
 
-    physical_bits = PHYSICAL_BITS
+    @property
+    def physical_bits(self) -> int:
+        return PHYSICAL_BITS
 
     @property
     def is_amd(self) -> bool:

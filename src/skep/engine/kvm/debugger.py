@@ -41,7 +41,7 @@ class Debugger:
 
     def begin(self) -> None:
         """A run begins."""
-        if not self._control and self._debug == Debug():
+        if not self._control and not self._debug:
             return
         if self._stopped_at is not None and self._stopped_at != self._linear_rip():
             self._stopped_at = None

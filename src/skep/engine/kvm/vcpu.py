@@ -412,7 +412,7 @@ class KvmVcpu:
     def set_debug(self, debug: Debug) -> None:
         self._debugger.set(debug)
         for reason, access in ((uapi.EXIT_IO, self._port), (uapi.EXIT_MMIO, self._mmio)):
-            self._handlers[reason] = access if debug == Debug() else partial(self._access_debugged, access)
+            self._handlers[reason] = access if not debug else partial(self._access_debugged, access)
 
     def set_cpuid(self, rows: Sequence[uapi.CpuidEntry]) -> None:
         table = uapi.cpuid2(len(rows))
