@@ -46,7 +46,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def test_a_name_is_one_vms_until_it_is_released(run: Path) -> None:
     with Claim("web") as claim:
-        assert claim.socket == run / "web.sock"
+        assert claim.socket == str(run / "web.sock")
         assert directory.names() == ["web"]
         with pytest.raises(NameTaken, match=rf"^web: a VM of that name is running \(process {os.getpid()}\); give"):
             Claim("web")
@@ -73,7 +73,7 @@ def test_a_dead_vms_name_can_be_had_at_once(run: Path) -> None:
     (run / "web.sock").touch()
     end(process)
     with Claim("web") as claim:
-        assert not claim.socket.exists()
+        assert not os.path.exists(claim.socket)
 
 
 def test_of_many_one_gets_the_name(run: Path) -> None:
@@ -143,7 +143,7 @@ def test_what_others_put_in_its_place_is_refused(run: Path, tmp_path: Path, kind
 def test_another_users_run_directory_is_not_taken(tmp_path: Path) -> None:
     """As root has it by way of sudo: what root made there, its owner could not use."""
     os.chown(tmp_path, 65534, 65534)
-    assert directory.directory().parent != tmp_path
+    assert not directory.directory().startswith(str(tmp_path))
     assert not (tmp_path / "skep").exists()
 
 
@@ -151,7 +151,7 @@ def test_without_a_run_directory_there_is_tmp(monkeypatch: pytest.MonkeyPatch) -
     me = os.geteuid()
     for value in ("", "relative", "/nonexistent"):
         monkeypatch.setenv("XDG_RUNTIME_DIR", value)
-        assert directory.directory() in (Path(f"/run/user/{me}/skep"), Path(f"/tmp/skep-{me}"))
+        assert directory.directory() in (f"/run/user/{me}/skep", f"/tmp/skep-{me}")
 
 
 def test_a_path_too_long_for_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

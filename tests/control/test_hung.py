@@ -14,6 +14,7 @@ from skep.control import actions
 from skep.control.client import Client
 from skep.control.controller import Controller
 from skep.control.directory import Claim
+from skep.control.performer import Performer
 from skep.control.server import Server
 from skep.control.text import lines
 from skep.control.threads import look
@@ -167,7 +168,7 @@ def test_what_an_engine_raises_is_the_askers(start: Start) -> None:
     engine.vms[0].vcpus[0].get_state = broken  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="no state today"):
         vm.registers(0)
-    assert Controller(vm)._reply(actions.Registers()) == {
+    assert Performer(vm)._reply(actions.Registers()) == {
         "error": {"message": "internal error: ValueError: no state today"}
     }
     del engine.vms[0].vcpus[0].get_state

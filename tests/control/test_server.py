@@ -21,8 +21,9 @@ import skep
 from skep.control import actions, text
 from skep.control.client import Client
 from skep.control.controller import Controller
+from skep.control.conversation import LONGEST
 from skep.control.directory import Claim
-from skep.control.server import LONGEST, MOST, Server
+from skep.control.server import MOST, Server
 from skep.errors import UserError
 from skep.vm import State
 from tests.tiny_kernel import tiny_kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import calendar
 import random
 from collections.abc import Iterator
+from datetime import date
 
 import pytest
 
@@ -78,6 +79,20 @@ def test_time_in_bcd_and_over_a_leap_day(clock: Clock, time: Time) -> None:
     assert clock.shows() == [0x20, 0x24, 0x02, 0x29, 5, 0x23, 0x59, 0x57]
     time.pass_ns(3 * S)
     assert clock.shows() == [0x20, 0x24, 0x03, 0x01, 6, 0x00, 0x00, 0x00]
+
+
+def test_every_month_of_the_calendar(clock: Clock) -> None:
+    """Set to its first day, the clock shows it, and the weekday that it was."""
+    clock.write(B, BINARY | HOURS_24)
+    for year in (1, 4, 99, 100, 400, 1582, 1899, 1900, 1970, 1999, 2000, 2023, 2024, 2100, 9996, 9999):
+        for month in range(1, 13):
+            clock.write(B, SET | BINARY | HOURS_24)
+            century = int(f"{year // 100:02}", 16)
+            for index, value in ((CENTURY, century), (9, year % 100), (8, month), (7, 1), (4, 0), (2, 0), (0, 0)):
+                clock.write(index, value)
+            clock.write(B, BINARY | HOURS_24)
+            weekday = date(year, month, 1).isoweekday() % 7 + 1
+            assert clock.shows()[:5] == [century, year % 100, month, 1, weekday]
 
 
 def test_formats(clock: Clock) -> None:

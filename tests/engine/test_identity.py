@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from fractions import Fraction
+from random import Random
 from typing import Any
 
 import pytest
@@ -114,6 +116,15 @@ def test_kvm_is_told_of_another_frequency(name: str) -> None:
             vm.close()
             memory.close()
     assert host == pytest.approx(tsc_hz() // 1000, rel=2e-3)
+
+
+def test_the_crystals_ratio_is_the_nearest() -> None:
+    random = Random(0)
+    for _ in range(500):
+        hz = random.choice((random.randrange(10**5, 10**8) * 1000, random.randrange(10**8, 10**11)))
+        denominator, numerator, _, _ = cpuid.make("baseline", hz).table[0x15, 0]
+        best = Fraction(10**9, hz).limit_denominator(4293)
+        assert (denominator, numerator) == (best.numerator, best.denominator)
 
 
 def test_leaves_that_tell_a_frequency_tell_the_guests() -> None:

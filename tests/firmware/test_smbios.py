@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import struct
 import subprocess
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid3
 
 import pytest
 
@@ -28,7 +29,7 @@ def machine(
         system=smbios.SystemStrings(**system),
         board=smbios.BoardStrings(),
         chassis=smbios.ChassisStrings(),
-        uuid=ID,
+        uuid=str(ID),
         processor=smbios.Processor("GenuineIntel", "A CPU", 0x1F8BFBFF_000106A5, 2500, cores, enabled),
         memory=memory,
         rom=(0xF0000, 0x10000),
@@ -131,4 +132,4 @@ def test_a_label_that_no_table_takes_is_one_line(bad: str) -> None:
 
 def test_the_default_uuid_follows_the_name() -> None:
     assert smbios.default_uuid("a") == smbios.default_uuid("a") != smbios.default_uuid("b")
-    assert smbios.default_uuid("a").version == 3
+    assert UUID(smbios.default_uuid("a")) == uuid3(UUID(smbios._NAMESPACE), f"a@{os.uname().nodename}")

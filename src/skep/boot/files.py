@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from pathlib import Path
+from os import PathLike
+from typing import TypeAlias
 
 from skep.errors import UserError
 from skep.memory import GuestMemory
+
+FileName: TypeAlias = str | PathLike[str]
 
 _CHUNK = 1 << 20
 
@@ -15,7 +18,7 @@ _CHUNK = 1 << 20
 class BootFiles:
     """What every protocol starts from: a kernel, perhaps an initrd, a command line."""
 
-    def __init__(self, kernel: str | Path, initrd: str | Path | None = None, cmdline: str = "") -> None:
+    def __init__(self, kernel: FileName, initrd: FileName | None = None, cmdline: str = "") -> None:
         """Raises UserError for what cannot be read, is empty, or is no text."""
         self.cmdline = _encoded(cmdline)
         self.kernel = BootFile(kernel, "kernel")
@@ -76,7 +79,7 @@ class BootFile:
     TMPDIR or /var/tmp, where the kernel can write it out, or in a memfd where that cannot be.
     """
 
-    def __init__(self, path: str | Path, what: str) -> None:
+    def __init__(self, path: FileName, what: str) -> None:
         """``what`` it is, for the messages. Raises UserError where it cannot be read, or is empty."""
         self.path = path
         self.size = 0

@@ -1,19 +1,16 @@
-"""What a board wants of a boot protocol, and which one a kernel's file asks for."""
+"""What a board wants of a boot protocol, and which one a kernel's file asks for: a VM imports one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
-from skep.boot import elf
 from skep.boot.e820 import E820
-from skep.boot.files import BootFiles
-from skep.boot.linux import LinuxImage
-from skep.boot.multiboot import MultibootImage
-from skep.boot.pvh import PvhImage
+from skep.boot.files import BootFiles, FileName
 from skep.engine.amd64.registers import CpuState
 from skep.memory import GuestMemory
+
+_ELF = b"\x7fELF"
 
 
 class BootImage(Protocol):
@@ -31,8 +28,10 @@ class BootImage(Protocol):
     def close(self) -> None: ...
 
 
-def open_multiboot(kernel: str | Path, module: str | Path | None = None, cmdline: str = "") -> BootImage:
+def open_multiboot(kernel: FileName, module: FileName | None = None, cmdline: str = "") -> BootImage:
     """A kernel by the Multiboot Specification. Raises UserError."""
+    from skep.boot.multiboot import MultibootImage
+
     files = BootFiles(kernel, module, cmdline)
     try:
         return MultibootImage(files)
@@ -41,12 +40,16 @@ def open_multiboot(kernel: str | Path, module: str | Path | None = None, cmdline
         raise
 
 
-def open_image(kernel: str | Path, initrd: str | Path | None = None, cmdline: str = "") -> BootImage:
+def open_image(kernel: FileName, initrd: FileName | None = None, cmdline: str = "") -> BootImage:
     """By its content: an ELF file has a PVH entry, anything else has to be a Linux bzImage. Raises UserError."""
     files = BootFiles(kernel, initrd, cmdline)
     try:
-        if files.kernel.read(len(elf.MAGIC)) == elf.MAGIC:
+        if files.kernel.read(len(_ELF)) == _ELF:
+            from skep.boot.pvh import PvhImage
+
             return PvhImage(files)
+        from skep.boot.linux import LinuxImage
+
         return LinuxImage(files)
     except BaseException:
         files.close()

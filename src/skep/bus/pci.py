@@ -275,6 +275,10 @@ class PciFunction(Fields):
         self._drive_intx()
         self._map()
 
+    def complaints(self) -> list[str]:
+        """What its driver did wrong, and the host to it: the last few times."""
+        return []
+
     def close(self) -> None:
         """The bus no longer knows its windows."""
         for bar in self.bars.values():

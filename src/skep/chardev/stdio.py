@@ -75,8 +75,9 @@ class Stdio:
         self._receiver: Receiver | None = None
         self._escape = Escape(self._typed, {"x": stop, "c": self._toggle})
         self._terminal = Terminal(source) if os.isatty(source) else None
-        self.overlay: Overlay | None = None
-        """Where there is one, Ctrl-A c goes to it and back."""
+        self.make_overlay: Callable[[], Overlay] | None = None
+        """Where it can be made, Ctrl-A c goes to it and back."""
+        self._overlay: Overlay | None = None
         self._overlaid = False
         self._watched = False
         self._ended = False
@@ -191,22 +192,24 @@ class Stdio:
             self._escape.feed(data)
 
     def _typed(self, data: bytes) -> None:
-        if self._overlaid and self.overlay is not None:
-            self.overlay.typed(data)
+        if self._overlaid and self._overlay is not None:
+            self._overlay.typed(data)
         else:
             self._pump.put(data[: max(0, _ENOUGH - self._pump.waiting)])
             self._pump.run()
 
     def _toggle(self) -> None:
         """The guest's output waits while the overlay is there."""
-        if self.overlay is None:
-            return
+        if self._overlay is None:
+            if self.make_overlay is None:
+                return
+            self._overlay = self.make_overlay()
         self._overlaid = not self._overlaid
         if self._overlaid:
             self._writer.hold(True)
-            self.overlay.enter()
+            self._overlay.enter()
         else:
-            self.overlay.leave()
+            self._overlay.leave()
             self._writer.hold(False)
 
     def _tell_size(self) -> None:

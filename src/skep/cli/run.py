@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from skep.config import Settings, Tree, check_settings
 from skep.errors import UserError
 
 if TYPE_CHECKING:
+    from skep.chardev.stdio import Overlay, Stdio
     from skep.control.controller import Controller
     from skep.control.directory import Claim
     from skep.explain import Explanation
@@ -67,9 +69,7 @@ def _to_its_end(vm: Vm, controller: Controller, messages: Messages, verbose: boo
                 messages.say(f"memory: {vm.board.memory.kind}")
         stdio = vm.plugs.stdio
         if stdio is not None:
-            from skep.control.monitor import Monitor
-
-            stdio.overlay = Monitor(controller, stdio)
+            stdio.make_overlay = partial(_monitor, controller, stdio)
         with Signals(vm.power_button, vm.stop, stdio.look_at_size if stdio is not None else None):
             vm.start()
             if verbose and vm.withheld:
@@ -78,6 +78,12 @@ def _to_its_end(vm: Vm, controller: Controller, messages: Messages, verbose: boo
             outcome = vm.wait()
     assert outcome is not None, "a wait without a timeout"
     return outcome
+
+
+def _monitor(controller: Controller, stdio: Stdio) -> Overlay:
+    from skep.control.monitor import Monitor
+
+    return Monitor(controller, stdio)
 
 
 def _claim(tree: Tree, settings: Settings, messages: Messages) -> Claim | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from os import PathLike
 
 from skep.errors import InternalError, UserError
 
@@ -89,10 +89,11 @@ class Tree:
             raise UserError(f"{text!r} is not KEY=VALUE", where)
         self[key] = value
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | PathLike[str]) -> None:
         """Take every ``key=value`` line of a file; empty lines and those that start with # say nothing."""
         try:
-            text = Path(path).read_bytes().decode()
+            with open(path, "rb") as file:
+                text = file.read().decode()
         except OSError as error:
             raise UserError(error.strerror or str(error), path) from None
         except UnicodeDecodeError:

@@ -26,7 +26,7 @@ class Client:
         try:
             self._socket.settimeout(_PATIENCE)
             try:
-                self._socket.connect(str(directory.socket_of(name)))
+                self._socket.connect(directory.socket_of(name))
             except (FileNotFoundError, ConnectionRefusedError):
                 raise _no_such(name) from None
             except OSError as error:

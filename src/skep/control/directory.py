@@ -10,7 +10,6 @@ import fcntl
 import os
 import stat
 import time
-from pathlib import Path
 
 from skep.chardev.unix import LONGEST
 from skep.errors import UserError
@@ -20,7 +19,7 @@ _PATIENCE = 0.5
 """Seconds that a lock may be held by somebody who only cleans up."""
 
 
-def directory() -> Path:
+def directory() -> str:
     """This user's, made where it is missing: ``$XDG_RUNTIME_DIR/skep``, ``/run/user/UID/skep`` or ``/tmp/skep-UID``.
 
     Raises UserError where somebody else could have a hand in it.
@@ -29,8 +28,8 @@ def directory() -> Path:
     for base in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{me}"):
         # One that is another's is not for us, who may be root by way of sudo.
         if os.path.isabs(base) and _owner(base) == me:
-            return _private(Path(base, "skep"))
-    return _private(Path("/tmp") / f"skep-{me}")
+            return _private(f"{base}/skep")
+    return _private(f"/tmp/skep-{me}")
 
 
 def _owner(path: str) -> int | None:
@@ -41,13 +40,13 @@ def _owner(path: str) -> int | None:
     return status.st_uid if stat.S_ISDIR(status.st_mode) else None
 
 
-def _private(path: Path) -> Path:
+def _private(path: str) -> str:
     try:
         try:
-            path.mkdir(mode=0o700)
+            os.mkdir(path, 0o700)
         except FileExistsError:
             pass
-        status = path.lstat()
+        status = os.lstat(path)
     except OSError as error:
         raise UserError((error.strerror or str(error)).lower(), path) from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
@@ -65,8 +64,8 @@ class Claim:
     def __init__(self, name: str, patience: float = _PATIENCE) -> None:
         self.name = name
         base = directory()
-        self.socket = base / f"{name}{_SOCKET}"
-        self._lock = base / f"{name}{_LOCK}"
+        self.socket = f"{base}/{name}{_SOCKET}"
+        self._lock = f"{base}/{name}{_LOCK}"
         if len(os.fsencode(self.socket)) > LONGEST:
             raise UserError(f"is longer than the {LONGEST} bytes that a socket's name may have", self.socket)
         deadline = time.monotonic() + patience
@@ -114,23 +113,25 @@ def names() -> list[str]:
     """The VMs that have a name here and live, sorted. What dead ones left is removed."""
     base = directory()
     found = []
-    for lock in base.glob(f"*{_LOCK}"):
-        name = lock.name.removesuffix(_LOCK)
+    for file in os.listdir(base):
+        if not file.endswith(_LOCK):
+            continue
+        name, lock = file.removesuffix(_LOCK), f"{base}/{file}"
         fd = _try(lock)
         if fd is None:
             found.append(name)
         else:
-            _remove(base / f"{name}{_SOCKET}")
+            _remove(f"{base}/{name}{_SOCKET}")
             _remove(lock)
             os.close(fd)
     return sorted(found)
 
 
-def socket_of(name: str) -> Path:
-    return directory() / f"{name}{_SOCKET}"
+def socket_of(name: str) -> str:
+    return f"{directory()}/{name}{_SOCKET}"
 
 
-def _try(path: Path) -> int | None:
+def _try(path: str) -> int | None:
     """The lock of ``path``, as a descriptor that holds it; None while another has it."""
     while True:
         try:
@@ -150,15 +151,16 @@ def _try(path: Path) -> int | None:
         os.close(fd)  # who had it has removed it: the file of that name is another one
 
 
-def _process(lock: Path) -> str:
+def _process(lock: str) -> str:
     try:
-        return f" (process {int(lock.read_text())})"
+        with open(lock, encoding="ascii") as file:
+            return f" (process {int(file.read())})"
     except (OSError, ValueError):
         return ""
 
 
-def _remove(path: Path) -> None:
+def _remove(path: str) -> None:
     try:
-        path.unlink()
+        os.unlink(path)
     except FileNotFoundError:
         pass

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import date
 from typing import TYPE_CHECKING, ClassVar
 
 from skep.contracts.io import IoRegion, IrqLine
@@ -35,8 +34,16 @@ _NS = 1_000_000_000
 _UIP_NS = 244_000  # UIP announces an update this long before
 _DIVIDER_START_NS = 500_000_000  # from the divider's release to the first update
 _CRYSTAL_HZ = 32_768
-_EPOCH = date(1970, 1, 1).toordinal()
-_LAST_DAY = date.max.toordinal()
+
+
+def _days(year: int, month: int) -> int:
+    """From 1970 to the month's first day, in the Gregorian calendar. March begins the year, so that its end has the
+    leap day."""
+    years, months = (year, month - 3) if month > 2 else (year - 1, month + 9)
+    return 365 * years + years // 4 - years // 100 + years // 400 + (153 * months + 2) // 5 - 719_468
+
+
+_FIRST_DAY, _LAST_DAY = _days(1, 1), _days(9999, 12) + 30
 
 
 class Rtc(Fields):
@@ -179,7 +186,7 @@ class Rtc(Fields):
 
     def _store_time(self) -> None:
         days, second = divmod(self._seconds(), 86_400)
-        day = date.fromordinal(min(max(days + _EPOCH, 1), _LAST_DAY))
+        day = time.gmtime(min(max(days, _FIRST_DAY), _LAST_DAY) * 86_400)
         hour = second // 3600
         if not self.memory[B] & HOURS_24:
             self.memory[HOURS] = self._encode((hour + 11) % 12 + 1) | 0x80 * (hour >= 12)
@@ -188,19 +195,19 @@ class Rtc(Fields):
         for index, value in (
             (SECONDS, second % 60),
             (MINUTES, second // 60 % 60),
-            (WEEKDAY, day.isoweekday() % 7 + 1),
-            (DAY, day.day),
-            (MONTH, day.month),
-            (YEAR, day.year % 100),
+            (WEEKDAY, (day.tm_wday + 1) % 7 + 1),
+            (DAY, day.tm_mday),
+            (MONTH, day.tm_mon),
+            (YEAR, day.tm_year % 100),
         ):
             self.memory[index] = self._encode(value)
-        self.memory[CENTURY] = _to_bcd(day.year // 100)  # firmware's, always BCD
+        self.memory[CENTURY] = _to_bcd(day.tm_year // 100)  # firmware's, always BCD
 
     def _set_time(self, fraction_ns: int) -> None:
         """The time registers become the time; what makes no sense in them is taken as arithmetic would."""
         year = _from_bcd(self.memory[CENTURY]) * 100 + self._decode(YEAR)
         month = min(max(self._decode(MONTH), 1), 12)
-        days = date(min(max(year, 1), 9999), month, 1).toordinal() - _EPOCH + self._decode(DAY) - 1
+        days = _days(min(max(year, 1), 9999), month) + self._decode(DAY) - 1
         seconds = days * 86_400 + self._hour(HOURS) * 3600 + self._decode(MINUTES) * 60 + self._decode(SECONDS)
         self.offset_ns = seconds * _NS + fraction_ns - self._wall()
         self.updates_seen = self._seconds()

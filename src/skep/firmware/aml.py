@@ -7,7 +7,8 @@ are those of ASL (chapter 19), in lower case.
 from __future__ import annotations
 
 import struct
-from uuid import UUID
+
+from skep.firmware.guid import guid
 
 ZERO_OP, ONE_OP, NAME_OP = b"\x00", b"\x01", b"\x08"
 BYTE_PREFIX, WORD_PREFIX, DWORD_PREFIX, STRING_PREFIX, QWORD_PREFIX = b"\x0a", b"\x0b", b"\x0c", b"\x0d", b"\x0e"
@@ -153,7 +154,7 @@ def create_dword_field(source: bytes, index: int, path: str) -> bytes:
 
 def to_uuid(text: str) -> bytes:
     """ToUUID("..."), a buffer with the first three groups little end first (19.6.142)."""
-    return buffer(UUID(text).bytes_le)
+    return buffer(guid(text))
 
 
 # Resource descriptors (6.4). Ranges are given by their first and last address.

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import struct
 from typing import NamedTuple
-from uuid import UUID, uuid3
 
 from skep.config import View, option, values
+from skep.firmware.guid import guid, named
 
 _NONE = 0xFFFF
 """The handle of a structure that is not there."""
 _KIB, _MIB = 10, 20
-_NAMESPACE = UUID("5a2e2b5e-6f0b-4c1e-9d5b-7c3a1f0e8d42")
+_NAMESPACE = "5a2e2b5e-6f0b-4c1e-9d5b-7c3a1f0e8d42"
 """Of the UUIDs that we derive from names; any constant will do."""
 
 
@@ -79,7 +79,7 @@ class Machine(NamedTuple):
     system: SystemStrings
     board: BoardStrings
     chassis: ChassisStrings
-    uuid: UUID
+    uuid: str
     processor: Processor
     memory: tuple[tuple[int, int], ...]
     """Ranges of RAM: (first address, size), both whole KiB."""
@@ -87,9 +87,9 @@ class Machine(NamedTuple):
     """The BIOS's address, below 1 MiB, and its size."""
 
 
-def default_uuid(name: str) -> UUID:
+def default_uuid(name: str) -> str:
     """Of a VM that was given none: the same for the same name on the same host, as bhyve has it."""
-    return uuid3(_NAMESPACE, f"{name}@{os.uname().nodename}")
+    return named(_NAMESPACE, f"{name}@{os.uname().nodename}")
 
 
 def build(machine: Machine, base: int) -> bytes:
@@ -157,7 +157,7 @@ def _system(machine: Machine, handle: int) -> bytes:
     """Type 1."""
     power_switch = 6
     system = machine.system
-    body = struct.pack("<BBBB16sBBB", 1, 2, 3, 4, machine.uuid.bytes_le, power_switch, 5, 6)
+    body = struct.pack("<BBBB16sBBB", 1, 2, 3, 4, guid(machine.uuid), power_switch, 5, 6)
     return _structure(
         1, handle, body,
         system.manufacturer, system.product_name, system.version, system.serial_number, system.sku, system.family_name,

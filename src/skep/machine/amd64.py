@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from pathlib import Path
 
 from skep.boot.image import BootImage, open_image, open_multiboot
 from skep.bus import Bus
@@ -20,11 +19,9 @@ from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace, IrqLine
 from skep.devices import pm
 from skep.devices.i8042 import I8042
-from skep.devices.pctestdev import PcTestDev
 from skep.devices.ps2keyboard import Ps2Keyboard
 from skep.devices.rtc import Rtc
 from skep.devices.uart import Uart
-from skep.devices.virtio.pci import VirtioPci
 from skep.devices.vmgenid import VmGenId
 from skep.engine.amd64.cpuid import PHYSICAL_BITS
 from skep.engine.amd64.registers import Attr, CpuState, Cr0, Rflags, Segment
@@ -181,6 +178,8 @@ class Amd64Board:
         return pit
 
     def _test_device(self, events: Events) -> None:
+        from skep.devices.pctestdev import PcTestDev
+
         device = PcTestDev([self.lines.source(gsi) for gsi in range(ioapic.PINS)], events.leave)
         device.attach(self.bus)
         self.devices.append(device)
@@ -287,8 +286,8 @@ class Amd64Board:
     # Buttons. Nothing changes while the board is paused: what is pressed then acts when it goes on.
 
     def complaints(self) -> list[str]:
-        functions = [one for one in self.pci.functions.values() if isinstance(one, VirtioPci)]
-        return [f"{one.name}: {complaint}" for one in functions for complaint in list(one.device.complaints)]
+        functions = self.pci.functions.values()
+        return [f"{one.name}: {complaint}" for one in functions for complaint in one.complaints()]
 
     def power_button(self) -> None:
         self._press(self.pm.press_power_button)
@@ -458,5 +457,7 @@ def _translate(code_cache: str, code_size: int) -> Engine:
         if error.name is None or not error.name.startswith("iced_x86"):
             raise
         raise HostError("the translator needs the Python package iced-x86", None, "install it") from None
+    from pathlib import Path
+
     kept = {"on": store.directory(), "off": None}
     return TranslateEngine(kept[code_cache] if code_cache in kept else Path(code_cache), code_size)

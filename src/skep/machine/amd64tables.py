@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import NamedTuple
-from uuid import UUID
 
 from skep.boot.e820 import E820, RangeType
 from skep.config import Settings, Tree, View, option, values, view
@@ -137,7 +136,7 @@ def _smbios(tree: Tree, settings: Settings, memory: GuestMemory, model: cpuid.Cp
         system=view(tree.node("system"), smbios.SystemStrings),
         board=view(tree.node("board"), smbios.BoardStrings),
         chassis=view(tree.node("chassis"), smbios.ChassisStrings),
-        uuid=UUID(settings.uuid) if settings.uuid is not None else smbios.default_uuid(settings.name),
+        uuid=settings.uuid if settings.uuid is not None else smbios.default_uuid(settings.name),
         processor=smbios.Processor(
             manufacturer=model.vendor.decode("ascii"),
             brand=cpuid.BRAND.decode("ascii"),

@@ -1,4 +1,4 @@
-"""The devices that a tree may put into PCI slots, whatever the kind of machine."""
+"""The devices that a tree may put into PCI slots, whatever the kind of machine. A VM imports those that it has."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import NamedTuple
 from skep.bus.pci import HostBridge, PciFunction
 from skep.config import Node, keys_of, view
 from skep.config.views import NoKeys
-from skep.devices.virtio.console import MOST_PORTS, PortOptions, VirtioConsole, port_options
-from skep.devices.virtio.pci import VirtioPci
-from skep.devices.virtio.rnd import VirtioRnd
 from skep.errors import UserError
 from skep.locks import Lock
 from skep.machine import PlugSerial
@@ -64,9 +61,10 @@ def _hostbridge(name: str, node: Node, board: Surroundings) -> PciFunction:
 
 
 def _virtio_blk(name: str, node: Node, board: Surroundings) -> PciFunction:
-    from skep.block.image import open_disk  # here, for a VM without disks starts sooner without all of this
+    from skep.block.image import open_disk
     from skep.block.options import BlockOptions
     from skep.devices.virtio.blk import VirtioBlk
+    from skep.devices.virtio.pci import VirtioPci
 
     options = BlockOptions.from_node(node)
     queues = options.queues or min(board.cpus, _QUEUES)
@@ -75,6 +73,9 @@ def _virtio_blk(name: str, node: Node, board: Surroundings) -> PciFunction:
 
 
 def _virtio_console(name: str, node: Node, board: Surroundings) -> PciFunction:
+    from skep.devices.virtio.console import VirtioConsole, port_options
+    from skep.devices.virtio.pci import VirtioPci
+
     ports = port_options(node)
     backends = {
         number: board.plug(port.name or f"{name} port {number}", port.path, node.full(f"port.{number}.path"))
@@ -84,6 +85,9 @@ def _virtio_console(name: str, node: Node, board: Surroundings) -> PciFunction:
 
 
 def _virtio_rnd(name: str, node: Node, board: Surroundings) -> PciFunction:
+    from skep.devices.virtio.pci import VirtioPci
+    from skep.devices.virtio.rnd import VirtioRnd
+
     view(node, NoKeys, others=("device",))
     return VirtioPci(VirtioRnd(name, board.memory, board.lock, board.say))
 
@@ -99,7 +103,11 @@ def _disk_keys() -> dict[str, str]:
 
 
 def _port_keys() -> dict[str, str]:
-    return {f"port.N.{key}": about for key, about in keys_of(PortOptions).items()}
+    from skep.devices.virtio.console import MOST_PORTS, PortOptions
+
+    keys = {f"port.N.{key}": about for key, about in keys_of(PortOptions).items()}
+    keys["port.N.path"] += f"; N is 0 to {MOST_PORTS - 1}"
+    return keys
 
 
 class _Kind(NamedTuple):
@@ -113,7 +121,7 @@ _KINDS = {
     "virtio-blk": _Kind(_virtio_blk, "a disk: virtio-blk,PATH[,KEY[=VALUE]]...", _disk_keys),
     "virtio-console": _Kind(
         _virtio_console,
-        f"terminals and named ports, up to {MOST_PORTS}: virtio-console[,NAME=PATH]..., and console=PATH is a terminal",
+        "terminals and named ports: virtio-console[,NAME=PATH]..., and console=PATH is a terminal",
         _port_keys,
     ),
     "virtio-rnd": _Kind(_virtio_rnd, "the host's random numbers", _no_keys),

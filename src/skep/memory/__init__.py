@@ -22,7 +22,6 @@ import resource
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 from skep.errors import HostError
 from skep.locks import Lock, Order
@@ -139,8 +138,9 @@ class GuestMemory:
             if self._huge <= TRANSPARENT:
                 what = f"the host cannot map {self.size >> 20} MiB of guest memory: {error.strerror}"
                 raise HostError(what) from None
-            pool = Path(f"/sys/kernel/mm/hugepages/hugepages-{self._huge >> 10}kB")
-            free, needed = int((pool / "free_hugepages").read_text()), self.size // self._huge
+            pool = f"/sys/kernel/mm/hugepages/hugepages-{self._huge >> 10}kB"
+            with open(f"{pool}/free_hugepages", encoding="ascii") as file:
+                free, needed = int(file.read()), self.size // self._huge
             what = f"the VM needs {needed} pages of {self._huge >> 20} MiB, and this host has {free} free"
             raise HostError(what, "memory.hugepages", f"write a larger number to {pool}/nr_hugepages") from None
         if self._huge == TRANSPARENT:

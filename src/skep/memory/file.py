@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
 
 from skep.errors import HostError
 
 SMALL, TRANSPARENT = 0, 1
 _MFD_HUGETLB, _MFD_HUGE_SHIFT = 4, 26
-_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_SHARED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 
 # The calls that make a file system which is mounted nowhere (fsopen(2) and what follows from it).
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
@@ -81,9 +80,10 @@ def _sized(fd: int, size: int) -> int:
     return fd
 
 
-def _setting(path: Path) -> str:
+def _setting(path: str) -> str:
     """Of the choices in a file of sysfs the one in brackets; empty where there is none."""
     try:
-        return path.read_text().partition("[")[2].partition("]")[0]
+        with open(path, encoding="ascii") as file:
+            return file.read().partition("[")[2].partition("]")[0]
     except OSError:
         return ""

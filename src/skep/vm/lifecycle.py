@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +76,12 @@ class Vm:
         self,
         tree: Tree | None = None,
         *,
-        kernel: str | Path | None = None,
-        initrd: str | Path | None = None,
+        kernel: str | PathLike[str] | None = None,
+        initrd: str | PathLike[str] | None = None,
         cmdline: str | None = None,
         cpus: int | None = None,
         memory: str | None = None,
-        disks: Iterable[str | Path] = (),
+        disks: Iterable[str | PathLike[str]] = (),
         devices: Iterable[str] = (),
         engine: str | None = None,
         console: str | None = None,

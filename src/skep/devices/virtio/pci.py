@@ -139,6 +139,9 @@ class VirtioPci(PciFunction):
         super().loaded()
         self.device.set_dma(bool(self.command & COMMAND_MASTER))
 
+    def complaints(self) -> list[str]:
+        return list(self.device.complaints)
+
     def close(self) -> None:
         self.device.close()
         super().close()

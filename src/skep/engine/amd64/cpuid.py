@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import struct
 from enum import Enum
-from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -322,9 +321,25 @@ def _tsc_and_crystal(tsc_hz: int) -> Registers:
     goes into the crystal, which so differs from the timer's clock by at most 0.02 %, and the TSC comes out right.
     """
     limit = 0xFFFF_FFFF // (APIC_TIMER_HZ // 1000) - 1
-    ratio = Fraction(APIC_TIMER_HZ, tsc_hz).limit_denominator(limit)
-    denominator, numerator = ratio.numerator, ratio.denominator
-    return denominator, numerator, round(tsc_hz * ratio), 0
+    denominator, numerator = _nearest(APIC_TIMER_HZ, tsc_hz, limit)
+    return denominator, numerator, round(tsc_hz * denominator / numerator), 0
+
+
+def _nearest(over: int, under: int, limit: int) -> tuple[int, int]:
+    """The fraction nearest to ``over / under`` among those with a denominator up to ``limit``: the last convergent of
+    its continued fraction that has one, or the best between that and the next. (The library's module for fractions
+    takes longer to import than all of CPUID to make.)"""
+    a, b = over, under
+    before, last = (0, 1), (1, 0)
+    while b:
+        whole, rest = divmod(a, b)
+        following = before[0] + whole * last[0], before[1] + whole * last[1]
+        if following[1] > limit:
+            part = (limit - before[1]) // last[1]
+            between = before[0] + part * last[0], before[1] + part * last[1]
+            return min(last, between, key=lambda one: abs(one[0] * under - one[1] * over) / one[1])
+        before, last, a, b = last, following, b, rest
+    return last
 
 
 def _caches(cpus: int) -> list[Registers]:
