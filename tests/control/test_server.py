@@ -295,7 +295,7 @@ def test_closing_gives_all_back(vm: skep.Vm) -> None:
         server.close()
         server.close()
         assert all(client.file.read() == b"" for client in clients)
-        assert not claim.socket.exists()
+        assert not os.path.exists(claim.socket)
         for client in clients:
             client.__exit__()
     assert (sorted(os.listdir("/proc/self/fd")), threading.active_count()) == before

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from skep import __version__
+from skep.cli.words import Parser
 from skep.config import Tree
 from skep.config.sugar import add_console, add_device, add_disk, file_name, set_cpus
 from skep.errors import UserError
 
 DEFAULT_CMDLINE = "console=ttyS0"
 """For a Linux that was given no command line: where it is to talk."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake is one line, like every other mistake of the user."""
-
-    fill: Callable[[Parser], None] | None = None
-    """Adds its arguments when it is asked: a command that is not given costs no imports."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self.fill is not None:
-            fill, self.fill = self.fill, None
-            fill(self)
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, None, f"see `{self.prog} --help`")
 
 
 Write = Callable[[Tree, str], None]
@@ -206,18 +190,16 @@ def _guest_root(arguments: argparse.Namespace) -> int:
 
 
 def _add_ctl(commands: Any) -> None:
+    import dataclasses
+
+    from skep.control.actions import ACTIONS
+
     ctl = commands.add_parser(
         "ctl",
         help="ask something of a VM that runs",
         description="Ask something of a VM of this user's that runs; `skep list` shows them.",
     )
-    ctl.fill = _fill_ctl
     ctl.set_defaults(command=_ctl)
-
-
-def _fill_ctl(ctl: Parser) -> None:
-    from skep.control.actions import ACTIONS
-
     ctl.add_argument("name", metavar="NAME", help="the VM's name")
     asked = ctl.add_subparsers(metavar="ACTION", dest="action", required=True, parser_class=Parser)
     for name, kind in ACTIONS.items():
@@ -232,6 +214,8 @@ def _fill_ctl(ctl: Parser) -> None:
 
 
 def _ctl(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
     from skep.cli.ctl import ctl
     from skep.control.actions import ACTIONS
 
@@ -274,14 +258,18 @@ def _list(arguments: argparse.Namespace) -> int:
     return list_vms(arguments.json)
 
 
-def _add_disk_tools(commands: Any) -> None:
-    for name, do, about in (
-        ("image", _image, "make, check, convert and change disk images, as qemu-img does"),
-        ("io", _io, "read and write a disk image by commands, as qemu-io does"),
-    ):
-        tool = commands.add_parser(name, add_help=False, prefix_chars="\0", help=about)
-        tool.add_argument("words", nargs=argparse.REMAINDER)
-        tool.set_defaults(command=do)
+def _add_image(commands: Any) -> None:
+    _add_tool(commands, "image", _image, "make, check, convert and change disk images, as qemu-img does")
+
+
+def _add_io(commands: Any) -> None:
+    _add_tool(commands, "io", _io, "read and write a disk image by commands, as qemu-io does")
+
+
+def _add_tool(commands: Any, name: str, do: Callable[[argparse.Namespace], int], about: str) -> None:
+    tool = commands.add_parser(name, add_help=False, prefix_chars="\0", help=about)
+    tool.add_argument("words", nargs=argparse.REMAINDER)
+    tool.set_defaults(command=do)
 
 
 def _image(arguments: argparse.Namespace) -> int:
@@ -296,23 +284,30 @@ def _io(arguments: argparse.Namespace) -> int:
     return io(arguments.words)
 
 
-def make_parser() -> Parser:
-    """Every command and its options."""
+_COMMANDS: dict[str, Callable[[Any], None]] = {
+    "run": _add_run,
+    "guest": _add_guest,
+    "ctl": _add_ctl,
+    "list": _add_list,
+    "top": _add_top,
+    "image": _add_image,
+    "io": _add_io,
+}
+
+
+def make_parser(asked: str | None = None) -> Parser:
+    """Of all commands and their options, or of the command that is asked for, if there is such a one."""
     parser = Parser(prog="skep", description="A hypervisor in Python.")
     parser.add_argument("--version", action="version", version=f"skep {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
-    _add_run(commands)
-    _add_guest(commands)
-    _add_ctl(commands)
-    _add_list(commands)
-    _add_top(commands)
-    _add_disk_tools(commands)
+    commands = parser.add_subparsers(prog=parser.prog, metavar="COMMAND", parser_class=Parser)
+    for name in (asked,) if asked is not None and asked in _COMMANDS else _COMMANDS:
+        _COMMANDS[name](commands)
     return parser
 
 
 def run_command(arguments: Sequence[str]) -> int:
     """Parse and do. Raises UserError for what is wrong with the words."""
-    parser = make_parser()
+    parser = make_parser(arguments[0] if arguments else None)
     parsed = parser.parse_args(arguments)
     if not hasattr(parsed, "command"):
         parser.error("a command is missing")

@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from skep import __version__
 from skep.block.qcow2.create import parse_size
 from skep.cli.image import commands
 from skep.cli.opening import CACHES
-from skep.errors import UserError
+from skep.cli.words import Parser
 
 _SECRET = "a secret: secret,id=NAME,file=PATH"
 _IMAGE_OPTS = "FILE is options: driver=qcow2,file.filename=disk.qcow2"
 
 ENGINES = ("io_uring", "native", "threads")
 """`native`, Linux's older interface, is io_uring here."""
-
-
-class _Formatter(argparse.HelpFormatter):
-    """Made for each option, and asks the terminal's width itself: by shutil, that takes longer than all options do."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=_columns() - 2)
-
-
-def _columns() -> int:
-    columns = os.environ.get("COLUMNS", "")
-    if columns.isdecimal() and int(columns):
-        return int(columns)
-    try:
-        return os.get_terminal_size(1).columns or 80
-    except OSError:
-        return 80
-
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(formatter_class=_Formatter, **arguments)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, None, f"see `{self.prog} --help`")
 
 
 def size(text: str) -> int:
