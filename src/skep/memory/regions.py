@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
@@ -45,16 +44,19 @@ class Region(NamedTuple):
         return self._replace(gpa=start, size=end - start, host=self.host + inside, offset=self.offset + inside)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
 class Overlay:
     """What lies at guest-physical ``gpa``, over what was there: ``size`` bytes of the file ``fd`` (a memfd, open as
-    long as the overlay is there) from ``offset``, all multiples of 4096. Two overlays may show the same bytes."""
+    long as the overlay is there) from ``offset``, all multiples of 4096. Two overlays may show the same bytes. One does
+    not change."""
 
-    gpa: int
-    size: int
-    rights: Rights
-    fd: int = -1
-    offset: int = 0
+    __slots__ = ("fd", "gpa", "offset", "rights", "size")
+
+    def __init__(self, gpa: int, size: int, rights: Rights, fd: int = -1, offset: int = 0) -> None:
+        self.gpa = gpa
+        self.size = size
+        self.rights = rights
+        self.fd = fd
+        self.offset = offset
 
     @property
     def end(self) -> int:
