@@ -153,7 +153,7 @@ def _try(path: str) -> int | None:
 
 def _process(lock: str) -> str:
     try:
-        with open(lock, encoding="ascii") as file:
+        with open(lock, encoding="utf-8") as file:
             return f" (process {int(file.read())})"
     except (OSError, ValueError):
         return ""

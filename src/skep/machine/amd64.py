@@ -425,7 +425,7 @@ def why_not_kvm() -> str | None:
     survives.
     """
     try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as info:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
             flags = next((line for line in info if line.startswith("flags")), "").split()
     except OSError:
         flags = []

@@ -139,7 +139,7 @@ class GuestMemory:
                 what = f"the host cannot map {self.size >> 20} MiB of guest memory: {error.strerror}"
                 raise HostError(what) from None
             pool = f"/sys/kernel/mm/hugepages/hugepages-{self._huge >> 10}kB"
-            with open(f"{pool}/free_hugepages", encoding="ascii") as file:
+            with open(f"{pool}/free_hugepages", encoding="utf-8") as file:
                 free, needed = int(file.read()), self.size // self._huge
             what = f"the VM needs {needed} pages of {self._huge >> 20} MiB, and this host has {free} free"
             raise HostError(what, "memory.hugepages", f"write a larger number to {pool}/nr_hugepages") from None

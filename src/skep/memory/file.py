@@ -83,7 +83,7 @@ def _sized(fd: int, size: int) -> int:
 def _setting(path: str) -> str:
     """Of the choices in a file of sysfs the one in brackets; empty where there is none."""
     try:
-        with open(path, encoding="ascii") as file:
+        with open(path, encoding="utf-8") as file:
             return file.read().partition("[")[2].partition("]")[0]
     except OSError:
         return ""
