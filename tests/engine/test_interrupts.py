@@ -190,6 +190,42 @@ class TestExits:
         assert guest.load("count") == 500
 
 
+@EVERYWHERE
+@pytest.mark.parametrize("instruction", ["rdmsr", "wrmsr"])
+def test_one_that_comes_with_a_refused_msr_is_not_lost(boot: Machines, instruction: str) -> None:
+    """Of the local APIC's. #GP is first; the interrupt waits until its handler has interrupts on again."""
+    text = f"""
+        start: sti
+        mov ecx, 0x810
+        xor eax, eax
+        xor edx, edx
+        {instruction}
+        lost: test ebx, ebx
+        je lost
+        cli
+        hlt
+        refused: out 0xf4, al
+        add rsp, 8
+        add qword [rsp], 2
+        iretq
+        handler: inc ebx
+        mov rdi, [rsp + 16]
+        iretq
+    """
+    guest = boot(text, handlers={13: "refused", V: "handler"})
+
+    read = guest.interrupts.read_msr
+
+    def refused(index: int, value: int = 0) -> int | None:
+        if index == 0x810:
+            guest.interrupts.raise_vector(V)
+        return read(index)
+
+    guest.interrupts.read_msr = guest.interrupts.write_msr = refused  # type: ignore[method-assign,assignment]
+    at_end(guest)
+    assert guest.reg("rbx") == 1 and guest.reg("rdi") & 0x200
+
+
 def pending_program(body: str) -> str:
     """OUT to 0xf4 raises the interrupt, while IF is off; the handler stores where it came."""
     return f"start: cli\nout 0xf4, al\n{body}\ncli\nhlt\nhandler: mov rbx, [rsp]\ncli\nhlt"

@@ -283,9 +283,10 @@ class KvmVcpu:
         msr = self._run.msr
         value = self._interrupts.read_msr(msr.index)
         self._note("rdmsr", msr.index, 0, value)
+        msr.error, msr.data = value is None, value or 0
         if value is None:
             self.exits.note_refused("rdmsr", msr.index)
-        msr.error, msr.data = value is None, value or 0
+            self._exception_first()
 
     def _write_msr(self) -> None:
         msr = self._run.msr
@@ -293,6 +294,11 @@ class KvmVcpu:
         msr.error = not self._interrupts.write_msr(msr.index, msr.data)
         if msr.error:
             self.exits.note_refused("wrmsr", msr.index)
+            self._exception_first()
+
+    def _exception_first(self) -> None:
+        """KVM raises one when it is entered next. It would forget an interrupt that was injected before that."""
+        self._run.ready_for_interrupt_injection = 0
 
     def _unknown(self) -> Exit:
         return self._failure(f"KVM left the guest for a reason unknown to Skep: {self._run.exit_reason}")
