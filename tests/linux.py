@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import faulthandler
 import re
+import tempfile
 from types import TracebackType
 from typing import Any, Self
 
 import pytest
 
 import skep
+from skep.chardev.console import ConsoleTimeout
 from skep.engine.amd64.tsc import tsc_hz
 from skep.guest.debian import Guest
 
@@ -24,6 +27,8 @@ _COMPLAINT = re.compile(
     r"|nobody cared|I/O error|EXT4-fs error|insmod:|segfault"
 )
 
+_INTERRUPTS = re.compile(r"lapic|ioapic|pic|pit|hpet|com|lines")
+"""Names of devices that wake a guest."""
 _PERHAPS = _COMPLAINT.pattern.replace(r"\b", "")
 """For the guest's grep: a serial console is slow, and in a nested machine very slow."""
 
@@ -74,7 +79,7 @@ class Session:
 
     def wait_ready(self) -> None:
         """It takes commands, for the first time or after a reboot."""
-        self.vm.console.expect(r"READY\r\n", timeout=BOOT)
+        self._expect(r"READY\r\n", BOOT)
 
     def __call__(self, command: str, status: int = 0) -> str:
         """Run a line of shell and return what it printed; it is to end with ``status``."""
@@ -86,10 +91,26 @@ class Session:
 
     def end(self, status: int = 0, timeout: float = BOOT) -> str:
         """Wait for the end of what ``begin`` began."""
-        found = self.vm.console.expect(r"STATUS (\d+)\r\n", timeout=timeout)
+        found = self._expect(r"STATUS (\d+)\r\n", timeout)
         output = found.string[: found.start()].replace("\r\n", "\n")
         assert int(found[1]) == status, output
         return output
+
+    def _expect(self, pattern: str, timeout: float) -> re.Match[str]:
+        """What the console says; who waits in vain is told why, by the threads, the guest and its devices."""
+        try:
+            return self.vm.console.expect(pattern, timeout)
+        except ConsoleTimeout as error:
+            with tempfile.TemporaryFile("w+") as stacks:
+                faulthandler.dump_traceback(stacks)
+                stacks.seek(0)
+                error.add_note(stacks.read())
+            error.add_note(str(self.vm.explain()))
+            self.vm.freeze()
+            state = self.vm.save()
+            told = [f"{name}: {saved}" for name, saved in state.devices.items() if _INTERRUPTS.match(name)]
+            error.add_note("\n".join((f"guest time: {state.ticks} ticks", *told)))
+            raise
 
     def power_off(self) -> None:
         """It has nothing to complain of, and powers off."""
