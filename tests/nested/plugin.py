@@ -2,7 +2,8 @@
 has none they run in the nested laboratory, all of a session in one L1, and their reports come out here as if they had
 run here. pytest's options for what is to be run, stopped at and shown are the usual ones.
 
-An L1 that falls silent is ended, and what it left to do is given to a second one, once.
+An L1 that falls silent is ended, and what it left to do is given to a second one, once. Where what it is made of
+cannot be had, its tests are skipped.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class Nested:
         self._payload: Payload | None = None
         self._machine: Machine | None = None
         self._attempts = 0
+        self._lacking: str | None = None
+        """What L1 would be made of."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
@@ -95,7 +98,7 @@ class Nested:
     def _reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """What L1 says of one test, or why it says nothing."""
         reports: list[pytest.TestReport] = []
-        while True:
+        while self._lacking is None:
             try:
                 if self._machine is None:
                     self._start()
@@ -107,7 +110,7 @@ class Nested:
                         self._left.remove(item.nodeid)
                         return reports
             except UserError as error:
-                return [_failure(item, str(error))]
+                self._lacking = f"no nested machine can be had: {error}"
             except Silent as error:
                 console = self._machine.console() if self._machine is not None else ""
                 if self._machine is not None:
@@ -117,6 +120,7 @@ class Nested:
                     self._attempts = ATTEMPTS
                 if self._attempts >= ATTEMPTS:
                     return [_failure(item, f"{error}\n\nL1's console:\n{console[-4000:]}")]
+        return [_skipped(item, self._lacking)]
 
     def _report(self, data: dict[str, Any]) -> pytest.TestReport:
         report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
@@ -127,7 +131,7 @@ class Nested:
 
     def _start(self) -> None:
         if self._attempts >= ATTEMPTS:
-            raise UserError("L1 failed too often")
+            raise Silent("L1 failed too often")
         self._attempts += 1
         if self._directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="skep-nested-")
@@ -151,6 +155,11 @@ class Nested:
             if "end" in said:
                 raise Ended(f"pytest in L1 ended with status {said['end']}")
             yield said
+
+
+def _skipped(item: pytest.Item, why: str) -> pytest.TestReport:
+    file, line, _ = item.location
+    return pytest.TestReport(item.nodeid, item.location, {}, "skipped", (file, line or 0, why), "setup")
 
 
 def _failure(item: pytest.Item, text: str) -> pytest.TestReport:
