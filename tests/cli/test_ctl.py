@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from skep.control.directory import Claim
-from tests.cli.test_run import Run
+from tests.cli.test_run import ENVIRONMENT, Run
 from tests.engine.engines import KVM_ON_HARDWARE, need
 from tests.on_terminal import OnTerminal
 from tests.tiny_kernel import tiny_kernel
@@ -74,7 +74,7 @@ def skep(*arguments: str, status: int = 0) -> str:
         text=True,
         timeout=WAIT,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path("src").absolute())},
+        env={**os.environ, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"]},
     )
     assert done.returncode == status, done
     if status == 2:
@@ -246,7 +246,7 @@ def gdb(core: Path, *commands: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, timeout=WAIT, check=False).stdout
 
 
-@UNDER_EACH
+@pytest.mark.parametrize("engine", ["translate", "kvm"], indirect=True)  # L1 has no GDB
 def test_gdb_reads_a_dump(run: Start, tmp_path: Path) -> None:
     vm = run("web", "--memory", "64M")
     core = tmp_path / "core"

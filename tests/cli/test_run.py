@@ -24,7 +24,8 @@ from tests.on_terminal import OnTerminal
 from tests.tiny_kernel import COMMANDS, tiny_kernel
 
 SKEP = (sys.executable, "-m", "skep.cli")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path("src").absolute())}
+_PATH = (str(Path("src").absolute()), *filter(None, (os.environ.get("PYTHONPATH"),)))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(_PATH)}
 WAIT = 60.0
 """Seconds; nothing here takes two on an idle machine."""
 

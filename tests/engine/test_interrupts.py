@@ -84,7 +84,7 @@ class TestEndlessLoops:
         """A computation that uses flags and all registers comes to the same result however often it is interrupted."""
         text = """
             start: sti
-            mov ecx, 3000000
+            mov ecx, 10000000
             xor eax, eax
             mov r9, 0x9e3779b97f4a7c15
             again: add rax, r9
@@ -116,7 +116,7 @@ class TestEndlessLoops:
                 while not stop.is_set():
                     if not guest.interrupts.pending():  # else more come than are taken, where that costs much
                         guest.interrupts.raise_vector(V)
-                    time.sleep(0)
+                    time.sleep(0.0001)
 
             thread = threading.Thread(target=disturb)
             thread.start()
