@@ -75,7 +75,9 @@ def test_a_data_file_with_tables_is_refused(tmp_path: Path, qcow2: Path) -> None
     create_image(tmp_path / "disk", "qcow2", MIB, options={"data_file": "data"})
     before = descriptors()
     with pytest.raises(UserError, match="a qcow2 image cannot lie over one of qcow2"):
-        open_layers(f"driver=qcow2,file.filename={tmp_path}/disk,data-file.driver=qcow2,data-file.file.filename={qcow2}")
+        open_layers(
+            f"driver=qcow2,file.filename={tmp_path}/disk,data-file.driver=qcow2,data-file.file.filename={qcow2}"
+        )
     assert descriptors() == before
 
 

@@ -214,6 +214,7 @@ Talk = Callable[[socket.socket], None]
 def scripted(talk: Talk) -> Iterator[Address]:
     """A server on loopback that lets ``talk`` do the talking, with whoever comes first."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
+
         def serve() -> None:
             with contextlib.suppress(OSError), listener.accept()[0] as connection:
                 connection.settimeout(10)

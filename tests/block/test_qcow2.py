@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from skep.block.backend import read_at, write_at
-from skep.block.format import BackingName, Image, ImageError
+from skep.block.format import BackingName, DamagedImage, Image, ImageError
 from skep.block.image import create_image, open_image, open_layers
 from skep.block.qcow2 import check
 from skep.block.qcow2.header import Incompatible
@@ -477,3 +477,29 @@ def test_a_repair_finds_what_waits_to_be_written(tmp_path: Path) -> None:
         assert found.corruptions and found.corruptions == found.corruptions_fixed
         assert image.check().clean
         assert read_at(image, 0, 8192) == b"x" * 4096 + b"y" * 4096
+
+
+@pytest.mark.parametrize("look", ["extents", "make_empty", "shrink"])
+def test_one_l2_table_for_many(tmp_path: Path, look: str) -> None:
+    """A small file that seems to have a lot in it: whoever looked at all of that would take minutes."""
+    path, tables = tmp_path / "disk.qcow2", 8192
+    create_image(path, "qcow2", tables << 29)
+    with open_image(path) as image:
+        write_at(image, 0, b"x" * 65536)
+    with path.open("r+b") as file:
+        l1 = int.from_bytes(file.read(48)[40:48], "big")
+        file.seek(l1)
+        entry = file.read(8)
+        file.seek(l1)
+        file.write(entry * tables)
+    with open_image(path) as image:
+        assert isinstance(image, Qcow2Image)
+        assert read_at(image, 5 << 29, 65536) == b"x" * 65536
+        work = {
+            "extents": lambda: list(image.extents()),
+            "make_empty": image.make_empty,
+            "shrink": lambda: image.resize(MIB),
+        }
+        with pytest.raises(DamagedImage, match=f"{tables} tables"):
+            work[look]()
+        assert image.check().corruptions

@@ -15,6 +15,7 @@ import pytest
 
 from skep.block.backend import read_at
 from skep.block.dmg import _unpack_adc
+from skep.block.format import DamagedImage
 from skep.block.image import open_image
 from skep.errors import UserError
 from tests.block.conformance import run
@@ -68,6 +69,18 @@ def test_a_qcow_overlay(tmp_path: Path) -> None:
     model[1000 << 10 : 1003 << 10] = bytes([7]) * 3072
     with open_image(path, read_only=True) as image:
         assert read_at(image, 0, MIB) == model
+
+
+def test_one_qcow_table_for_many(tmp_path: Path) -> None:
+    """A small file that seems to have a lot in it: whoever looked at all of that would take minutes."""
+    path, tables = tmp_path / "disk.qcow", 8192
+    head = struct.pack(">4sIQIIQBBxxIQ", b"QFI\xfb", 1, 0, 0, 0, tables << 13 + 12, 12, 13, 0, 512)
+    here = 512 + tables * 8
+    path.write_bytes(head.ljust(512, b"\0") + struct.pack(">Q", here) * (tables + (1 << 13)))
+    with open_image(path, read_only=True) as image:
+        assert len(read_at(image, 0, 4096)) == 4096
+        with pytest.raises(DamagedImage, match=f"{tables} tables"):
+            list(image.extents())
 
 
 def test_a_parallels_image_is_checked(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 
 from skep.block.backend import read_at, write_at
-from skep.block.format import BackingName
+from skep.block.format import BackingName, DamagedImage
 from skep.block.image import create_image, open_image
 from skep.errors import UserError
 from tests.block.conformance import ImageConformance, run
@@ -153,32 +153,43 @@ def test_a_footer_counts_more_than_the_header(tmp_path: Path) -> None:
         assert read_at(image, 0, MIB) == (tmp_path / "model").read_bytes()
 
 
-def test_an_esx_sparse_extent_is_read(tmp_path: Path) -> None:
-    extent, path = tmp_path / "disk-delta.vmdk", tmp_path / "disk.vmdk"
-    grains, table = 2048, 4096
-    header = struct.pack("<4sIIIIIII", b"COWD", 1, 3, grains, 1, 4, 1, 100)
-    entries = array("I", [0] * table)
-    data = bytearray(101 * 512)
-    data[: len(header)] = header
-    data[4 * 512 : 4 * 512 + 4] = (5).to_bytes(4, "little")
-    for i, grain in enumerate((3, 4, 1000)):
-        entries[grain] = 40 + i
-        data[(40 + i) * 512 : (41 + i) * 512] = bytes([i + 1]) * 512
-    data[5 * 512 : 37 * 512] = entries.tobytes()
-    extent.write_bytes(data)
+def esx(path: Path, tables: int, places: list[int], rest: bytes) -> None:
+    """An ESX sparse extent by hand, of grains of a sector, with such a grain directory, and with ``rest`` behind it."""
+    grains = tables * 4096
+    head = struct.pack("<4sIIIIIII", b"COWD", 1, 3, grains, 1, 4, tables, 100).ljust(4 * 512, b"\0")
+    extent = path.with_name("disk-delta.vmdk")
+    extent.write_bytes(head + struct.pack(f"<{tables}I", *places).ljust(-(-tables * 4 // 512) * 512, b"\0") + rest)
     path.write_text(
         "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n"
         f'createType="vmfsSparse"\n\n# Extent description\nRW {grains} VMFSSPARSE "{extent.name}"\n'
     )
-    model = bytearray(grains * 512)
+
+
+def test_an_esx_sparse_extent_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vmdk"
+    entries, data, model = array("I", [0] * 4096), b"", bytearray(4096 * 512)
     for i, grain in enumerate((3, 4, 1000)):
-        model[grain * 512 : grain * 512 + 512] = bytes([i + 1]) * 512
+        entries[grain] = 40 + i
+        model[grain * 512 : grain * 512 + 512] = piece = bytes([i + 1]) * 512
+        data += piece
+    esx(path, 1, [5], entries.tobytes().ljust(35 * 512, b"\0") + data)
     (tmp_path / "model").write_bytes(model)
     run("qemu-img", "compare", "-f", "vmdk", "-F", "raw", path, tmp_path / "model")
     with open_image(path, read_only=True) as image:
         assert read_at(image, 0, image.size) == model
     with pytest.raises(UserError, match="only read"):
         open_image(path)
+
+
+def test_one_grain_table_for_many(tmp_path: Path) -> None:
+    """A small file that seems to have a lot in it: whoever looked at all of that would take minutes."""
+    path, tables = tmp_path / "disk.vmdk", 12_800
+    here = 4 + tables * 4 // 512
+    esx(path, tables, [here] * tables, bytes(4096 * 4))
+    with open_image(path, read_only=True) as image:
+        for look in (lambda: list(image.extents()), image.check):
+            with pytest.raises(DamagedImage, match=f"{tables} tables"):
+                look()
 
 
 @pytest.mark.parametrize("subformat", ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "streamOptimized"])

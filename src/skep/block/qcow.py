@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import struct
 import zlib
+from functools import cached_property
 
 from skep.block.backend import File, read_at
 from skep.block.format import BackingName, Can, CheckResult, DamagedImage, ImageError
 from skep.block.sparse import Kind, SparseImage
-from skep.block.tables import Table, contiguous
+from skep.block.tables import Table, check_room, contiguous
 
 _HEADER = struct.Struct(">4sIQIIQBBxxIQ")
 _ENTRY = struct.Struct(">Q")
@@ -49,7 +50,7 @@ class QcowImage(SparseImage):
             if name_length > _LONGEST_NAME or name_at + name_length > file.size:
                 raise ImageError("the name of the qcow image's backing file is too long", path)
             self._name = read_at(file, name_at, name_length).decode("utf-8", "surrogateescape")
-        self._cluster_bits = cluster_bits
+        self._cluster_bits, self._table_bits = cluster_bits, table_bits
         self._directory = Table(file, _ENTRY, tables, contiguous(directory, 4096), 512)
         per_table = 1 << table_bits
         table = Table(file, _ENTRY, tables * per_table, self._table_at, per_table)
@@ -57,6 +58,18 @@ class QcowImage(SparseImage):
 
     def _table_at(self, number: int) -> int | None:
         return self._directory[number] or None
+
+    @cached_property
+    def _tables(self) -> int:
+        found, directory = 0, self._directory
+        at = directory.skip(0, directory.count)
+        while at < directory.count:
+            found += 1
+            at = directory.skip(at + 1, directory.count)
+        return found
+
+    def _check_room(self) -> None:
+        check_room(self.file, self._tables, _ENTRY.size << self._table_bits)
 
     def _find(self, block: int) -> tuple[Kind, int]:
         entry = self._table[block]

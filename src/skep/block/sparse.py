@@ -360,6 +360,7 @@ class SparseImage(Image):
 
     def layer(self, offset: int, length: int) -> Iterator[Extent]:
         end = offset + length
+        self._check_room()
         while offset < end:
             step = min(end - offset, self.block_size << 14)
             with self._lock:
@@ -375,6 +376,9 @@ class SparseImage(Image):
 
     # As a whole.
 
+    def _check_room(self) -> None:
+        """Raises DamagedImage where the file has no room for all; only tables of tables can say so."""
+
     @property
     def cluster_size(self) -> int | None:
         return self.block_size
@@ -389,6 +393,7 @@ class SparseImage(Image):
 
     def _owned(self) -> Iterator[Owned]:
         """Everything that entries of tables point at, and entries that make no sense."""
+        self._check_room()
         block, blocks = 0, self._blocks
         while block < blocks:
             found = []

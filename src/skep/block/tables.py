@@ -11,7 +11,8 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from struct import Struct
 
-from skep.block.backend import BlockBackend, read_at
+from skep.block.backend import BlockBackend, File, read_at
+from skep.block.format import DamagedImage
 
 _CACHE_BYTES = 4 << 20
 _ROW = 256
@@ -176,6 +177,13 @@ def first_in_use(words: array[int], start: int, stop: int) -> int:
         if row != nothing[: len(row)]:
             return at + next(i for i, word in enumerate(row) if word)
     return max(start, stop)
+
+
+def check_room(file: File, tables: int, size: int) -> None:
+    """To look at all tables is as much work as the file is long, unless some are said to be in the same place. Raises
+    DamagedImage where so many of ``size`` bytes cannot be in it."""
+    if tables * size > file.size:
+        raise DamagedImage(file.path, f"{tables} tables of {size} bytes have no room in it")
 
 
 def contiguous(offset: int, page_size: int) -> Callable[[int], int]:

@@ -94,8 +94,9 @@ def _downgrade(image: Qcow2Image) -> None:
         raise ImageError(f"it uses what only version 3 has: {names}", path)
     if header.autoclear:
         raise ImageError("it has bitmaps, which only version 3 has", path, "skep image bitmap --remove")
+    seen: set[int] = set()
     for entry in snapshots.read(image):
-        if _has_zeroes(image, entry):
+        if _has_zeroes(image, entry, seen):
             what = f"snapshot {entry.snapshot.name!r} has clusters of zeros, which only version 3 has"
             raise ImageError(what, path, f"skep image snapshot -d {entry.snapshot.id}")
     if image.backing_name() is None:
@@ -108,10 +109,13 @@ def _downgrade(image: Qcow2Image) -> None:
     _set_version(image, 2)
 
 
-def _has_zeroes(image: Qcow2Image, entry: snapshots.Entry) -> bool:
+def _has_zeroes(image: Qcow2Image, entry: snapshots.Entry, seen: set[int]) -> bool:
+    """``seen``: tables that have none; snapshots share most."""
     for l1_entry in chain.from_iterable(snapshots.l1_in_parts(image, entry)):
-        if l1_entry & OFFSET:
-            words = from_big_endian(read_at(image.file, l1_entry & OFFSET, image.cluster_size))
+        table = l1_entry & OFFSET
+        if table and table not in seen:
+            seen.add(table)
+            words = from_big_endian(read_at(image.file, table, image.cluster_size))
             if any(word & ZERO and not word & COMPRESSED for word in words):
                 return True
     return False

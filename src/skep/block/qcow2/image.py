@@ -148,6 +148,7 @@ class Qcow2Image(Written):
     def _cut(self, first: int, last: int) -> None:
         """Forget these clusters of the disk, and L2 tables that have no others."""
         entries = self._tables.entries
+        self._tables.check_room()
         for l1_index in range(first // entries, -(-last // entries)):
             with self._lock:
                 if not self._tables.l2_offset(l1_index):

@@ -294,6 +294,7 @@ class Mapped(Image):
         """As ``layer``, but what is encrypted has a place in the file too."""
         end = offset + length
         step = max(1 << 30, self._cluster)
+        self._tables.check_room()
         while offset < end:
             with self._lock:
                 nothing = self._without_tables(offset, end)

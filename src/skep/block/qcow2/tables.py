@@ -15,6 +15,7 @@ from skep.block.backend import File, read_at
 from skep.block.format import DamagedImage
 from skep.block.qcow2.header import Header
 from skep.block.qcow2.refcounts import Write, from_big_endian, in_use, read_words, to_big_endian
+from skep.block.tables import check_room
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -54,6 +55,7 @@ class Tables:
         self._slice_bits = self._per_slice.bit_length() - 1
         self.l1_offset = header.l1_table_offset
         self.l1 = read_words(file, header.l1_table_offset, header.l1_size)
+        self._tables = self._count()
         self._l1_changed: set[int] = set()
         self._slices: OrderedDict[int, Slice] = OrderedDict()
         self._writing: set[int] = set()
@@ -72,6 +74,14 @@ class Tables:
     @property
     def crowded(self) -> bool:
         return self._dirty * 2 > self._room
+
+    def check_room(self) -> None:
+        """Whoever looks at all of them asks this first, as L1 may have some several times. Raises DamagedImage."""
+        check_room(self._file, self._tables, self._cluster)
+
+    def _count(self) -> int:
+        """How many L2 tables L1 has; what is added to it later has a place of its own."""
+        return len(self.l1) - self.l1.count(0)
 
     def l2_offset(self, l1_index: int) -> int:
         """Where the L2 table is; 0 if there is none."""
@@ -159,6 +169,7 @@ class Tables:
         self.l1 = array("Q")  # two may be more than there is room for
         self.l1 = read_words(self._file, offset, length if there is None else there)
         self.l1.extend(repeat(0, length - len(self.l1)))
+        self._tables = self._count()
         self.l1_offset = offset
 
     def collect(self) -> list[Write]:

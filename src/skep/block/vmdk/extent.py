@@ -17,7 +17,7 @@ from skep.block.backend import BlockBackend, Buffers, Extent, File, fill_zeroes,
 from skep.block.format import SECTOR, CheckResult, DamagedImage, Image, ImageError
 from skep.block.places import Owned, examine
 from skep.block.sparse import Kind, Run, SparseImage
-from skep.block.tables import Table, first_in_use
+from skep.block.tables import Table, check_room, first_in_use
 
 HOSTED, ESX = b"KDMV", b"COWD"
 
@@ -181,6 +181,10 @@ class SparseExtent(SparseImage):
         next_page = partial(first_in_use, directory)
         return Table(file, _GTE, count, where, self.header.table_length, next_page=next_page)
 
+    def _check_room(self) -> None:
+        tables = self.header.tables - self._directory.count(0)
+        check_room(self.file, tables, self.header.table_length * _GTE.size)
+
     # Grains.
 
     def _find(self, block: int) -> tuple[Kind, int]:
@@ -338,6 +342,7 @@ class SparseExtent(SparseImage):
         if not self.header.compressed:
             yield from super()._owned()
             return
+        self._check_room()
         block = 0
         while block < self._blocks:
             yield from self._owned_packed(block)

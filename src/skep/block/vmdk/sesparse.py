@@ -16,7 +16,7 @@ from typing import Self
 from skep.block.backend import Buffers, File, read_at
 from skep.block.format import SECTOR, DamagedImage, ImageError
 from skep.block.sparse import Kind, SparseImage
-from skep.block.tables import Table
+from skep.block.tables import Table, check_room
 from skep.block.vmdk.extent import Below, read_below
 
 _CONSTANT = struct.Struct("<26Q")
@@ -90,6 +90,9 @@ class SeSparseExtent(SparseImage):
         if entry >> 32 != _THERE or offset + _TABLE * SECTOR > self.file.size:
             raise DamagedImage(self.path, f"grain table {number} is {entry:#x}")
         return offset
+
+    def _check_room(self) -> None:
+        check_room(self.file, len(self._directory) - self._directory.count(0), _TABLE * SECTOR)
 
     def _find(self, block: int) -> tuple[Kind, int]:
         entry = self._table[block]
