@@ -46,9 +46,8 @@ run-root: $(RUN_STAMP)
 	exec $(BIN)/skep run --memory $(MEMORY) --kernel "$$(made kernel)" --initrd "$$(made initrd)" \
 	    --disk $(DISK) --cmdline "console=ttyS0 root=/dev/vda" $(RUN_OPTIONS)
 
-# The nested machine is left out: it fell silent now and then.
 test: lint
-	$(BIN)/pytest -m "not slow" --nested=never
+	$(BIN)/pytest -m "not slow"
 
 test-all: lint
 	$(BIN)/pytest
