@@ -11,7 +11,7 @@ import pytest
 
 from skep.engine.amd64.tsc import tsc_hz
 from skep.guest.debian import Guest
-from tests.linux import Linux, complaints
+from tests.linux import ENGINES, Linux, complaints
 
 # Reads the clock until it is told to stop; says how often, and every time that it was earlier than before.
 _WATCH = (
@@ -21,10 +21,15 @@ _WATCH = (
 
 
 @pytest.fixture(scope="module")
-def linux(guest: Guest) -> Iterator[Linux]:
-    with Linux(guest) as linux:
+def linux(guest: Guest, request: pytest.FixtureRequest) -> Iterator[Linux]:
+    with Linux(guest, engine=request.param) as linux:
         yield linux
         linux.power_off()
+
+
+UNDER_EACH = pytest.mark.parametrize("linux", ENGINES, indirect=True)
+BY_THE_TRANSLATOR = pytest.mark.parametrize("linux", ["translate"], indirect=True)
+"""Under KVM a guest's TSC is the host's own; and in the laboratory the command line tells its frequency."""
 
 
 class Reading(NamedTuple):
@@ -48,6 +53,7 @@ def read_clocks(linux: Linux, times: int = 1) -> Reading:
     return min(readings, key=lambda reading: reading.width)
 
 
+@BY_THE_TRANSLATOR
 def test_frequencies_are_told_and_not_measured(linux: Linux) -> None:
     log = linux("dmesg")
     detected = dict(reversed(pair) for pair in re.findall(r"tsc: Detected (\d+\.\d+) MHz (processor|TSC)", log))
@@ -57,6 +63,7 @@ def test_frequencies_are_told_and_not_measured(linux: Linux) -> None:
     assert not re.search(r"TSC calibration|calibrat\w+ (failed|against)|Refined TSC|APIC timer.*calibrat", log)
 
 
+@UNDER_EACH
 @pytest.mark.parametrize("clocksource", ["tsc", "hpet", "acpi_pm"])
 def test_frozen_time_is_no_time_and_none_goes_back(linux: Linux, clocksource: str) -> None:
     current = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
@@ -84,6 +91,7 @@ def test_frozen_time_is_no_time_and_none_goes_back(linux: Linux, clocksource: st
 
 
 @pytest.mark.slow
+@BY_THE_TRANSLATOR
 def test_the_guests_clock_keeps_the_hosts_pace(linux: Linux) -> None:
     """Within 50 ppm over five minutes, besides what we cannot tell for sure."""
     first = read_clocks(linux, 50)
