@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from skep import __version__
 from skep.errors import EngineLimit, UserError
@@ -31,6 +32,28 @@ def _occupy_standard_descriptors() -> None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+def command() -> NoReturn:
+    """The process ``skep``: :func:`main`, and the end.
+
+    By then a VM has given back all it had, and the kernel takes the rest. To have the interpreter take itself apart
+    object by object first would be a sixth of a short VM's processor time.
+    """
+    status = main()
+    threads = sys.modules.get("threading")
+    if threads is not None and any(not one.daemon for one in threads.enumerate()[1:]):
+        sys.exit(status)  # which waits for them
+    import atexit
+
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:  # whoever read it has gone
+            pass
+    os._exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

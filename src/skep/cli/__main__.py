@@ -1,7 +1,5 @@
 """``python -m skep.cli``."""
 
-import sys
+from skep.cli import command
 
-from skep.cli import main
-
-sys.exit(main())
+command()
