@@ -45,7 +45,7 @@ class Bus:
         self._starts: list[int] = []
         self._doorbells: dict[int, int] = {}
         self._engine: Doorbells | None = None
-        self._posted: list[int] = []
+        self._posted: dict[int, bool] = {}
 
     def close(self) -> None:
         """After the engine's VM."""
@@ -110,16 +110,17 @@ class Bus:
             if self._engine is not None:
                 self._engine.remove(gpa, fd)
 
-    def post_port(self, port: int) -> None:
+    def post_port(self, port: int, *, stream: bool = False) -> None:
         """Bytes written to this port may wait until the guest is next left for something else: its device only takes
-        note of them. Before the first engine's VM is adopted."""
-        self._posted.append(port)
+        note of them. Those of a ``stream``, which somebody waits to see, wait for some milliseconds at most. Before the
+        first engine's VM is adopted."""
+        self._posted[port] = stream
 
     def adopt_posted(self, engine: PostedWrites | None) -> None:
         """An engine's VM was made that can keep writes back, or not (None)."""
         if engine is not None:
-            for port in self._posted:
-                engine.add(port)
+            for port, stream in self._posted.items():
+                (engine.add_stream if stream else engine.add)(port)
 
     def adopt_doorbells(self, engine: Doorbells | None) -> None:
         """An engine's VM was made that has them, or is about to go (None)."""

@@ -64,6 +64,10 @@ class PostedWrites(Protocol):
         """From now on bytes that are written to this port wait. They are made before whatever any vCPU of the VM leaves
         guest code for afterwards, and when the VM stands still."""
 
+    def add_stream(self, port: int) -> None:
+        """The same, but only while many bytes are written there one after the other, and for some milliseconds at
+        most."""
+
 
 class Doorbells(Protocol):
     """Guest writes that only wake somebody, where an engine can do that without leaving guest code for it."""

@@ -97,6 +97,7 @@ class Uart(PlainLine, Fields):
 
     def attach(self, bus: Bus, base: int = COM1) -> None:
         bus.add_ports(base, 8, self)
+        bus.post_port(base + RBR_THR, stream=True)
         self._constants, self._lsr_port = bus.constants, base + LSR
         self._changed()
 
@@ -245,7 +246,9 @@ class Uart(PlainLine, Fields):
 
     def _changed(self) -> None:
         """Drive the interrupt line. A PC leads INTR through OUT2, which loopback turns off. And say what LSR, which
-        drivers read before each byte they send, is until the next change: reading it ends errors."""
+        drivers read before each byte they send, is until the next change: reading it ends errors, and in loopback what
+        is sent is received."""
         if self._constants is not None:
-            self._constants.set(self._lsr_port, None if self.lsr_errors else self._lsr())
+            changing = self.lsr_errors or self.mcr & MCR_LOOP
+            self._constants.set(self._lsr_port, None if changing else self._lsr())
         self._irq.set(self.mcr & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2 and self._cause() != IIR_NONE)

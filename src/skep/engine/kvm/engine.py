@@ -11,7 +11,7 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ from skep.engine.kvm.doorbells import KvmDoorbells
 from skep.engine.kvm.posted import Posted
 from skep.engine.kvm.rings import Rings
 from skep.engine.kvm.slots import Slots
+from skep.engine.kvm.streams import Streams
 from skep.engine.kvm.vcpu import KICK_SIGNAL, KvmVcpu
 from skep.errors import HostError, UserError
 from skep.locks import Lock, Order
@@ -176,8 +177,11 @@ class KvmVm:
                 self.doorbells = KvmDoorbells(self._fd)
             self.posted: PostedWrites | None = None
             self._posted: Posted | None = None
+            self._streams: Streams | None = None
+            self._constants: Sequence[int] | None = None
             if _has(kvm, uapi.CAP_COALESCED_PIO):
                 self.posted = self._posted = Posted(self._fd, _has(kvm, uapi.CAP_COALESCED_MMIO), io)
+                self._streams = Streams(self._posted)
             self._take_msrs()
             _install_kick_handler()
         except BaseException:
@@ -243,6 +247,8 @@ class KvmVm:
             interrupts,
             self._gate,
             self._posted,
+            self._streams,
+            self._constants,
             hosted=hosted,
             synced=self._synced,
             guest_debug=self._guest_debug,
@@ -276,7 +282,7 @@ class KvmVm:
             vcpu.set_tsc_offset(offset)
 
     def answer_ports(self, constants: ConstantPorts) -> None:
-        pass  # each access comes to us anyway
+        self._constants = constants.words
 
     def observe(self, *, times: bool, perf_map: bool) -> None:
         pass  # the counters cost nothing, and the guest's code is its own
@@ -295,6 +301,8 @@ class KvmVm:
         self._memory.remove_map_listener(self._slots)
         if self._rings is not None:
             self._rings.close()
+        if self._streams is not None:
+            self._streams.close()
         for vcpu in self._vcpus:
             vcpu.close()
         self._vcpus.clear()

@@ -31,19 +31,33 @@ class Posted:
     def __init__(self, fd: int, page: int, io: IoSpace) -> None:
         """``fd`` is the VM's; ``page`` says in which page of a vCPU's mapping the ring lies."""
         self._fd = fd
-        self._at = page * mmap.PAGESIZE
+        self.at = page * mmap.PAGESIZE
+        """Where the ring is in a vCPU's mapping."""
         self._io = io
         self._lock = Lock("posted writes", Order.POSTED)
+        self.streams: set[int] = set()
+        """Ports of :mod:`skep.engine.kvm.streams`."""
 
     def add(self, port: int) -> None:
         ioctl(self._fd, uapi.REGISTER_COALESCED_MMIO, uapi.CoalescedMmioZone(port, 1, 1))
 
+    def add_stream(self, port: int) -> None:
+        self.streams.add(port)
+
+    def keep_streams(self, keep: bool) -> None:
+        """Their bytes wait from now on; or are exits again."""
+        for port in self.streams:
+            request = uapi.REGISTER_COALESCED_MMIO if keep else uapi.UNREGISTER_COALESCED_MMIO
+            ioctl(self._fd, request, uapi.CoalescedMmioZone(port, 1, 1))
+
     def ring(self, mapping: mmap.mmap) -> Ring:
         """As a vCPU's mapping has it."""
-        return memoryview(mapping)[self._at : self._at + mmap.PAGESIZE].cast("I")
+        return memoryview(mapping)[self.at : self.at + mmap.PAGESIZE].cast("I")
 
-    def make(self, ring: Ring, note: Any) -> None:
-        """Make the writes that are there; ``note`` is :meth:`skep.engine.exits.Exits.note`."""
+    def make(self, ring: Ring, note: Any) -> bool:
+        """Make the writes that are there; ``note`` is :meth:`skep.engine.exits.Exits.note`. False: there are none."""
+        if ring[_FIRST] == ring[_LAST]:
+            return False
         with self._lock:
             while (first := ring[_FIRST] % _ENTRIES) != ring[_LAST] % _ENTRIES:
                 port, size, _, data = _ENTRY.unpack_from(ring, _HEADER + first * _ENTRY.size)
@@ -51,3 +65,4 @@ class Posted:
                 note("out", port, size, value)
                 self._io.port_write(port, size, value)
                 ring[_FIRST] = (first + 1) % _ENTRIES
+        return True

@@ -13,7 +13,7 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from skep.engine.kvm.counted import Counted, by_cause
 from skep.engine.kvm.debugger import Debugger
 from skep.engine.kvm.interrupts import Hosted, Injected, KvmApic, Way
 from skep.engine.kvm.posted import EMPTY, Posted
+from skep.engine.kvm.streams import Streams
 from skep.engine.kvm.uapi import ioctl
 from skep.errors import InternalError
 from skep.locks import Lock
@@ -69,6 +70,8 @@ _exit_io = struct.Struct("<BBHIQ").unpack_from
 _MMIO_ADDRESS, _MMIO_DATA = (_LEFT + uapi.ExitMmio.phys_addr.offset) // 8, _LEFT + uapi.ExitMmio.data.offset
 _MMIO_LENGTH, _MMIO_IS_WRITE = (_LEFT + uapi.ExitMmio.len.offset) // 4, _LEFT + uapi.ExitMmio.is_write.offset
 _OUT = uapi.EXIT_IO_OUT
+_IO = uapi.EXIT_IO
+_NONE_KNOWN = bytes(0x10000)
 _SYNCED_RIP = (uapi.Run.s.offset + uapi.Regs.rip.offset) // 8
 
 _REASONS = 64
@@ -91,15 +94,18 @@ class KvmVcpu:
         interrupts: LocalInterrupts,
         gate: Lock,
         posted: Posted | None,
+        streams: Streams | None,
+        constants: Sequence[int] | None,
         *,
         hosted: bool,
         synced: bool,
         guest_debug: int,
         counted: bool,
     ) -> None:
-        """``gate`` is held by who keeps all vCPUs out of the guest. ``hosted``: KVM has its local APIC; ``synced``: it
-        can leave the registers in the shared page; ``guest_debug``: what it can do for a debugger; ``counted``: it
-        counts for us."""
+        """``gate`` is held by who keeps all vCPUs out of the guest. ``constants``: what reading a byte from a port
+        gives, as :class:`skep.contracts.constantports.ConstantPorts` has it. ``hosted``: KVM has its local APIC;
+        ``synced``: it can leave the registers in the shared page; ``guest_debug``: what it can do for a debugger;
+        ``counted``: it counts for us."""
         self.index = index
         self._fd = fd
         self._kvm_run = _kvm_run(fd)
@@ -121,6 +127,12 @@ class KvmVcpu:
         self._bytes = memoryview(self._map)
         self._posted = posted
         self._ring = EMPTY if posted is None else posted.ring(self._map)
+        self._streams = streams
+        self._stream_ports: Container[int] = ()
+        if posted is not None and streams is not None:
+            self._stream_ports = posted.streams
+            streams.adopt(fd)
+        self._constants = constants if constants is not None else _NONE_KNOWN
         self._halves, self._words, self._quads = (self._bytes.cast("H"), self._bytes.cast("I"), self._bytes.cast("Q"))
         self._run.kvm_valid_regs = uapi.SYNC_X86_REGS if synced else 0
         self._guard = threading.Lock()  # of _thread, and of the signal to it
@@ -224,17 +236,18 @@ class KvmVcpu:
             self.inside = True
             failed = kvm_run()
             self.inside = False
-            if ring[0] != ring[1]:
-                self._make_posted()
             if not failed:
                 reason = words[_REASON]
             elif failed in (-errno.EINTR, -errno.EAGAIN):  # kicked; started by another processor
                 reason = uapi.EXIT_INTR
             else:
+                self._make_posted()
                 return self._failure(f"KVM_RUN: {os.strerror(-failed)}")
             if injected and quads[_CR8] != tpr:
                 interrupts.write_tpr(quads[_CR8])
             counts[reason] += 1
+            if reason != _IO and ring[0] != ring[1]:
+                self._make_posted()
             left = handlers[reason]()
             if left is not None:
                 return left
@@ -248,11 +261,18 @@ class KvmVcpu:
     def _port(self) -> None:
         data = self._bytes
         direction, size, port, count, at = _exit_io(data, _LEFT)
+        if direction != _OUT and size == count == 1 and (known := self._constants[port]):
+            data[at] = known & 0xFF
+            return
+        if self._ring[0] != self._ring[1]:
+            self._make_posted()
         while count > 0:
             if direction == _OUT:
                 value = data[at] if size == 1 else int.from_bytes(data[at : at + size], "little")
                 self._note("out", port, size, value)
                 self._port_write(port, size, value)
+                if port in self._stream_ports and self._streams is not None:
+                    self._streams.written()
             else:
                 value = self._port_read(port, size)
                 self._note("in", port, size, value)
