@@ -53,7 +53,13 @@ def _from_perf() -> int | None:
     size = 64  # PERF_ATTR_SIZE_VER0
     software, dummy, disabled_exclude_kernel_hv = 1, 9, 1 | 1 << 5 | 1 << 6
     attr = struct.pack("<IIQQQQQIIQ", software, size, dummy, 0, 0, 0, disabled_exclude_kernel_hv, 0, 0, 0)
-    fd: int = ctypes.CDLL(None).syscall(298, attr, 0, -1, -1, 8)  # perf_event_open, this process, PERF_FLAG_FD_CLOEXEC
+    perf_event_open, cloexec = 298, 8
+    # A host's first event of a task makes Linux wait until every processor has been through its scheduler; one of a
+    # processor does not, but is root's to have.
+    syscall = ctypes.CDLL(None).syscall
+    fd: int = syscall(perf_event_open, attr, -1, 0, -1, cloexec)
+    if fd < 0:
+        fd = syscall(perf_event_open, attr, 0, -1, -1, cloexec)
     if fd < 0:
         return None
     try:
