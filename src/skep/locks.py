@@ -42,6 +42,8 @@ class Order(enum.IntEnum):
     """A serial backend's buffers."""
     CLOCK = 50
     """A guest clock's queue of timers."""
+    KVM_CLOCK = 52
+    """What guests are told of a clock, in their memory."""
     MAP = 55
     """What guest memory is where. Held while engines follow its changes."""
     ENGINE = 60

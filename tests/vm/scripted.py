@@ -95,6 +95,11 @@ class ScriptedVm:
     def set_tsc_offset(self, offset: int) -> None:
         self.offsets.append(offset)
 
+    def kvm_clock(self, tsc: int) -> int:
+        return 0
+
+    def set_kvm_clock(self, tsc: int, ns: int) -> None: ...
+
     def close(self) -> None:
         assert all(vcpu.closed for vcpu in self.vcpus)
         self.closed = True
@@ -116,6 +121,7 @@ class ScriptedEngine:
         cpu_model: str,
         tsc_offset: int,
         tsc_hz: int | None = None,
+        time_of_day: Callable[[], int] | None = None,
     ) -> ScriptedVm:
         self.vms.append(ScriptedVm(self, memory, io, max_vcpus))
         return self.vms[-1]

@@ -78,6 +78,13 @@ class Settings(View):
         key="cpu.tsc_khz",
         doc="the frequency of the guest's TSC; the host's if not given, and any other only under a KVM that can scale",
     )
+    cpu_kvmclock: bool = option(
+        values.boolean,
+        True,
+        key="cpu.kvmclock",
+        doc="guests have kvm-clock, which tells them the frequency of their TSC and the time of day; without it they"
+        " measure the one by a timer and ask the clock chip for the other",
+    )
     boot_kernel: str | None = option(
         values.text, None, key="boot.kernel", doc="the kernel to boot: a Linux bzImage, or an ELF vmlinux (PVH)"
     )

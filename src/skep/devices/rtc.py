@@ -143,7 +143,7 @@ class Rtc(Fields):
             if not self._stopped():
                 self._store_time()
         elif index == A:
-            if not self._stopped() and self._now() % _NS >= _NS - _UIP_NS:
+            if not self._stopped() and self.now_ns() % _NS >= _NS - _UIP_NS:
                 return self.memory[A] | UIP
         elif index == C:
             self._collect()
@@ -155,7 +155,7 @@ class Rtc(Fields):
     def _write(self, index: int, value: int) -> None:
         if index in (C, D):
             return
-        was_stopped, fraction = self._stopped(), self._now() % _NS
+        was_stopped, fraction = self._stopped(), self.now_ns() % _NS
         if not was_stopped:
             self._collect()
             self._store_time()
@@ -178,11 +178,12 @@ class Rtc(Fields):
         """No updates: SET, or a divider that is held or not the crystal's."""
         return bool(self.memory[B] & SET) or self.memory[A] & 0x70 != 0x20
 
-    def _now(self) -> int:
+    def now_ns(self) -> int:
+        """What it says, in ns since 1970."""
         return self._wall() + self.offset_ns
 
     def _seconds(self) -> int:
-        return self._now() // _NS
+        return self.now_ns() // _NS
 
     def _store_time(self) -> None:
         days, second = divmod(self._seconds(), 86_400)
@@ -293,7 +294,7 @@ class Rtc(Fields):
         if due is None:
             self._update_timer.cancel()
         else:
-            self._update_timer.arm(self._clock.now_ns() + max(due * _NS - self._now(), 0))
+            self._update_timer.arm(self._clock.now_ns() + max(due * _NS - self.now_ns(), 0))
         period = self._period()
         if wanted & PIE and period:
             self._periodic_timer.arm(-(-(self.periods_seen + 1) * period * _NS // _CRYSTAL_HZ))

@@ -9,7 +9,7 @@ State goes in and out by the names of the manuals, so that what is saved under o
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -123,7 +123,15 @@ class EngineVm(Protocol):
         """Guest code may run again."""
 
     def set_tsc_offset(self, offset: int) -> None:
-        """The guest's TSC is the host's plus ``offset`` from now on. Called while no vCPU runs: at a thaw."""
+        """The guest's TSC is the host's plus ``offset`` from now on, and its kvm-clock moves with it. Called while no
+        vCPU runs: at a thaw."""
+
+    def kvm_clock(self, tsc: int) -> int:
+        """What kvm-clock says, in ns, when the guest's TSC is at ``tsc``, without what the guest added; 0 where guests
+        have none. Called while no vCPU runs."""
+
+    def set_kvm_clock(self, tsc: int, ns: int) -> None:
+        """It says ``ns`` when the TSC is at ``tsc``. Called while no vCPU runs, and none has a state yet."""
 
     def answer_ports(self, constants: ConstantPorts) -> None:
         """Before the first vCPU is made: what need not be asked of devices. It stays valid until after ``close``."""
@@ -163,8 +171,9 @@ class Engine(Protocol):
         cpu_model: str,
         tsc_offset: int,
         tsc_hz: int | None = None,
+        time_of_day: Callable[[], int] | None = None,
     ) -> EngineVm:
         """``cpu_model`` is "baseline" or "host"; the guest's TSC is the host's, made ``tsc_hz`` fast (None: as it is),
-        plus ``tsc_offset``.
+        plus ``tsc_offset``. ``time_of_day``, in ns since 1970, is what guests learn by kvm-clock; None: they have none.
 
         Raises skep.errors.UserError where the host cannot do it."""

@@ -35,7 +35,7 @@ _ON_A_PC = (
 _MSRS = {
     getattr(msrs, name): name
     for name in vars(msrs)
-    if name.startswith(("IA32_", "AMD_")) and isinstance(getattr(msrs, name), int)
+    if name.startswith(("IA32_", "AMD_", "KVM_")) and isinstance(getattr(msrs, name), int)
 } | {msrs.EFER: "EFER", msrs.STAR: "STAR", msrs.LSTAR: "LSTAR", msrs.FS_BASE: "FS_BASE", msrs.GS_BASE: "GS_BASE"}
 _CONTROL = ("rip", "rflags", "cr0", "cr2", "cr3", "cr4", "efer", "rsp")
 _GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{number}" for number in range(8, 16)))

@@ -60,6 +60,9 @@ class Board(Protocol):
         Gives the first processor's state, for :meth:`skep.engine.contract.Vcpu.set_state`.
         """
 
+    def time_of_day(self) -> int:
+        """What its clock chip says, in ns since 1970."""
+
     def adopt(self, vm: EngineVm | None) -> None:
         """The engine's VM was made, or is about to go (None): the board uses what it has of its own."""
 

@@ -23,6 +23,7 @@ from skep.devices.ps2keyboard import Ps2Keyboard
 from skep.devices.rtc import Rtc
 from skep.devices.uart import Uart
 from skep.devices.vmgenid import VmGenId
+from skep.engine.amd64 import msrs
 from skep.engine.amd64.cpuid import PHYSICAL_BITS
 from skep.engine.amd64.registers import Attr, CpuState, Cr0, Rflags, Segment
 from skep.engine.amd64.tsc import guest_counter, tsc_hz
@@ -162,6 +163,7 @@ class Amd64Board:
             local_time=settings.rtc_use_localtime,
         )
         rtc.attach(self.bus)
+        self.time_of_day = rtc.now_ns
         self.keyboard = Ps2Keyboard(self.lock)
         controller = I8042(self.lines.source(KEYBOARD_IRQ), self.keyboard, events.reset)
         controller.attach(self.bus)
@@ -388,6 +390,7 @@ def startup_state(vector: int) -> CpuState:
         **power_on_state(),
         "rip": 0, "cs": code, "ds": data, "es": data, "ss": data, "fs": data, "gs": data,
         "cr0": Cr0.ET | Cr0.NW | Cr0.CD, "cr3": 0,
+        "msrs": {msrs.KVM_SYSTEM_TIME_NEW: 0},  # as KVM's INIT has it: what lay there may be another kernel's now
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -396,7 +396,7 @@ class Vm:
                 self._power_on(board.reset(), paused=False)
                 self._start_watch()
             case Step.SAVE:
-                request.state = take(board, [processor.save() for processor in self._processors])
+                request.state = take(board, self._kvm_clock(), [processor.save() for processor in self._processors])
             case Step.LOAD:
                 if request.state is not None:
                     self._load(request.state)
@@ -437,12 +437,15 @@ class Vm:
         board.reset()
         board.pause()
         put(board, state)
-        first, *others = state.processors
-        self._power_on(first, paused=True, others=others)
+        self._power_on(*state.processors, paused=True, kvm_clock=state.kvm_clock)
         self._start_watch()
 
-    def _power_on(self, state: Any, *, paused: bool, others: Sequence[Any] = ()) -> None:
-        """The first processor runs, unless ``paused``; the others wait to be started by it, or go on too."""
+    def _kvm_clock(self) -> int:
+        return 0 if self._engine_vm is None else self._engine_vm.kvm_clock(self.board.clock.tsc())
+
+    def _power_on(self, state: Any, *others: Any, paused: bool, kvm_clock: int | None = None) -> None:
+        """The first processor runs, unless ``paused``; the others wait to be started by it, or go on too.
+        ``kvm_clock``: what that clock says, which begins at 0 otherwise."""
         self._parting = False
         self._explainer.begin()
         if not self._tuned:  # before the engine makes what a reset is to collect
@@ -450,8 +453,11 @@ class Vm:
             INTERPRETER.enter()
         board = self.board
         self._engine_vm = self._engine.create_vm(
-            board.memory, board.io, board.cpus, self.settings.cpu_model, board.clock.tsc_offset, board.clock.hz
-        )
+            board.memory, board.io, board.cpus, self.settings.cpu_model, board.clock.tsc_offset, board.clock.hz,
+            board.time_of_day if self.settings.cpu_kvmclock else None,
+        )  # fmt: skip
+        if kvm_clock is not None:
+            self._engine_vm.set_kvm_clock(board.clock.tsc(), kvm_clock)
         self.withheld = self._engine_vm.withheld
         board.adopt(self._engine_vm)
         self._engine_vm.answer_ports(board.bus.constants)

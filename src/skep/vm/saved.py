@@ -19,6 +19,8 @@ class VmState(NamedTuple):
     """Guest time, in ticks of its counter."""
     hz: int
     """Of that counter."""
+    kvm_clock: int
+    """Nanoseconds on the clock that the guest knows from its engine; 0 where it has none."""
     processors: list[dict[str, Any]]
     """As :meth:`skep.engine.contract.Vcpu.get_state` gives them, with ``activity``."""
     devices: dict[str, SavedState]
@@ -26,12 +28,12 @@ class VmState(NamedTuple):
     """(guest-physical address, contents) of the pieces that were ever written to; the others are zeros."""
 
 
-def take(board: Board, processors: list[dict[str, Any]]) -> VmState:
+def take(board: Board, kvm_clock: int, processors: list[dict[str, Any]]) -> VmState:
     """The board is paused."""
     devices = {device.name: device.save() for device in board.devices}
     if len(devices) != len(board.devices):
         raise UserError("two devices have one name", None, "give them different ones to save this VM")
-    return VmState(board.clock.tsc(), board.clock.hz, processors, devices, list(board.memory.written()))
+    return VmState(board.clock.tsc(), board.clock.hz, kvm_clock, processors, devices, list(board.memory.written()))
 
 
 def put(board: Board, state: VmState) -> None:

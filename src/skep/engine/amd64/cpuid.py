@@ -14,8 +14,10 @@ the sandbox. So the model says what makes a guest spend nothing on them: IA32_AR
 Linux) says that enhanced IBRS is there, which retires retpolines, and that the sampling bugs are not; BHI_CTRL that a
 bit of IA32_SPEC_CTRL does what would take a loop at every system call.
 
-Hypervisor leaves: our own signature first; then, where guests look for it too, KVM's with no feature. Linux takes
-x2APIC without interrupt remapping only from a hypervisor that it knows, and an APIC by MSR costs less than by MMIO.
+Hypervisor leaves: our own signature first; then, 0x100 further on, KVM's. Linux, FreeBSD and OpenBSD look for a
+signature that they know every 0x100 leaves, and Linux takes x2APIC without interrupt remapping only from a hypervisor
+that it knows; who looks at the first leaf alone finds one that it does not know, and asks no more of it. Of KVM's
+features there is kvm-clock (:mod:`skep.engine.amd64.kvmclock`), if the VM has it.
 
 Not offered, and #UD or #GP: MONITOR, VMX, SVM, PMU, MCE, TSX, protection keys, CET, AVX-512, LA57, user interrupts,
 MPX, XSAVES. FSRM is not offered though the host may have it: a short REP MOVSB costs a call here.
@@ -108,6 +110,9 @@ class Feature(Enum):
     IBRS = (7, 0, EDX, 26)
     ARCH_CAPABILITIES = (7, 0, EDX, 29)
     BHI_CTRL = (7, 2, EDX, 4)
+    KVM_CLOCKSOURCE = (0x4000_0101, 0, EAX, 0)
+    KVM_CLOCKSOURCE2 = (0x4000_0101, 0, EAX, 3)
+    KVM_CLOCKSOURCE_STABLE_BIT = (0x4000_0101, 0, EAX, 24)
     LAHF = (0x8000_0001, 0, ECX, 0)
     CMP_LEGACY = (0x8000_0001, 0, ECX, 1)
     LZCNT = (0x8000_0001, 0, ECX, 5)
@@ -153,6 +158,9 @@ AMD = frozenset((
     F.LFENCE_SERIALIZING, F.NULL_SELECTOR_CLEARS_BASE, F.SRSO_NO, F.TSA_SQ_NO, F.TSA_L1_NO,
 ))  # fmt: skip
 """Said by AMD's own leaf."""
+
+KVM_CLOCK = frozenset((F.KVM_CLOCKSOURCE, F.KVM_CLOCKSOURCE2, F.KVM_CLOCKSOURCE_STABLE_BIT))
+"""kvm-clock: by its old MSRs, by its new ones, and that its pages say whether all processors' TSCs agree."""
 
 MIRRORED = 0x0183_F3FF & ~(1 << 11)
 """Bits of 1.EDX that AMD repeats in 0x80000001.EDX."""
@@ -253,10 +261,14 @@ def model_features(model: str, vendor: bytes) -> frozenset[Feature]:
     return features
 
 
-def make(model: str, tsc_hz: int, apic_id: int = 0, cpus: int = 1, vendor: bytes | None = None) -> Cpuid:
+def make(
+    model: str, tsc_hz: int, apic_id: int = 0, cpus: int = 1, vendor: bytes | None = None, *, kvm_clock: bool = False
+) -> Cpuid:
     """The CPUID of the vCPU ``apic_id`` of ``cpus``, all cores of one package; the vendor is the host's by default."""
     vendor = vendor or host_vendor()
     features = model_features(model, vendor)
+    if kvm_clock:
+        features |= KVM_CLOCK
     if cpus > 1:
         features |= {F.HTT, F.CMP_LEGACY} if vendor == AMD_VENDOR else {F.HTT}
     table = _fixed(vendor, features, tsc_hz, apic_id, cpus)

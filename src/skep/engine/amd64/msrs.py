@@ -5,6 +5,7 @@ from __future__ import annotations
 from skep.engine.amd64.registers import Efer
 
 IA32_TSC = 0x10
+KVM_WALL_CLOCK, KVM_SYSTEM_TIME = 0x11, 0x12
 IA32_PLATFORM_ID = 0x17
 IA32_APIC_BASE = 0x1B
 IA32_FEATURE_CONTROL = 0x3A
@@ -29,6 +30,9 @@ X2APIC_TPR, X2APIC_EOI, X2APIC_ICR, X2APIC_SELF_IPI = 0x808, 0x80B, 0x830, 0x83F
 IPI_FIXED, IPI_LOGICAL = 0xCC8FF, 0x800
 """In the interrupt command register (SDM 3, 11.6.1): what a fixed interrupt may have set; a logical destination."""
 X2APIC_FIRST, X2APIC_LAST = 0x800, 0x8FF
+KVM_WALL_CLOCK_NEW, KVM_SYSTEM_TIME_NEW = 0x4B56_4D00, 0x4B56_4D01
+KVM_FIRST, KVM_COUNT = KVM_WALL_CLOCK_NEW, 16
+"""KVM's own."""
 EFER = 0xC000_0080
 STAR = 0xC000_0081
 LSTAR = 0xC000_0082

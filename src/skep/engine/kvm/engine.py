@@ -11,7 +11,7 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import EngineChips, LocalApics, LocalInterrupts
 from skep.contracts.io import Doorbells, IoSpace, PostedWrites
 from skep.engine.amd64 import cpuid, msrs
-from skep.engine.amd64.cpuid import SUBLEAVES, Feature
+from skep.engine.amd64.cpuid import KVM_LEAF, SUBLEAVES, Feature
 from skep.engine.amd64.native import function
 from skep.engine.amd64.tsc import tsc_hz as host_tsc_hz
 from skep.engine.contract import EngineVm
@@ -28,6 +28,7 @@ from skep.engine.kvm.apics import KvmApics
 from skep.engine.kvm.chips import KvmChips
 from skep.engine.kvm.counted import IN_KERNEL, by_cause
 from skep.engine.kvm.doorbells import KvmDoorbells
+from skep.engine.kvm.kvmclock import KvmClock
 from skep.engine.kvm.posted import Posted
 from skep.engine.kvm.rings import Rings
 from skep.engine.kvm.slots import Slots
@@ -43,6 +44,9 @@ DEVICE = "/dev/kvm"
 TSS_PAGES = 0xFFFB_D000
 """Three pages, and the one before them, that KVM needs for real mode on old Intel CPUs: in the hole under 4 GiB."""
 
+KVM_FEATURES = 0x4000_0001
+"""The leaf where KVM tells us of its features for guests."""
+
 OURS = frozenset((Feature.TSC_DEADLINE, Feature.HYPERVISOR, Feature.HTT, Feature.CMP_LEGACY, Feature.X2APIC))
 """Features that need nothing of the hardware: the local APIC is Skep's, and the others only tell what there is."""
 
@@ -51,6 +55,8 @@ _NEEDED = {
     uapi.CAP_IMMEDIATE_EXIT: "immediate exit",
     uapi.CAP_X86_USER_SPACE_MSR: "MSRs in user space",
     uapi.CAP_X86_MSR_FILTER: "MSR filters",
+    uapi.CAP_ADJUST_CLOCK: "a kvm-clock that can be set",
+    uapi.CAP_KVMCLOCK_CTRL: "word to guests that they stood still",
 }
 _SPLIT = {uapi.CAP_SPLIT_IRQCHIP: "the split irqchip"}
 _WHOLE = {
@@ -97,6 +103,7 @@ class KvmEngine:
         cpu_model: str,
         tsc_offset: int,
         tsc_hz: int | None = None,
+        time_of_day: Callable[[], int] | None = None,
     ) -> EngineVm:
         try:
             fd = os.open(self.device, os.O_RDWR | os.O_CLOEXEC)
@@ -104,7 +111,7 @@ class KvmEngine:
             raise failures.not_opened(self.device, error) from None
         try:
             return KvmVm(
-                fd, memory, io, max_vcpus, cpu_model, tsc_offset, tsc_hz or host_tsc_hz(),
+                fd, memory, io, max_vcpus, cpu_model, tsc_offset, tsc_hz or host_tsc_hz(), time_of_day,
                 hosts_apics=self.hosts_apics, hosts_chips=self.hosts_chips, dirty_ring=self.dirty_ring,
             )  # fmt: skip
         except OSError as error:
@@ -125,6 +132,7 @@ class KvmVm:
         cpu_model: str,
         tsc_offset: int,
         tsc_hz: int,
+        time_of_day: Callable[[], int] | None,
         *,
         hosts_apics: bool,
         hosts_chips: bool,
@@ -159,9 +167,13 @@ class KvmVm:
         self._vcpus: list[KvmVcpu] = []
         self._memory = memory
         self._gate = Lock("the way into the guest", Order.ENGINE)
+        self._clocked = time_of_day is not None
         self.withheld = tuple(sorted(one.name for one in self._absent(self._model_of(0))))
         self._fd = uapi.ioctl(kvm, uapi.CREATE_VM)
         try:
+            self._clock: KvmClock | None = None
+            if time_of_day is not None:
+                self._clock = KvmClock(self._fd, memory, tsc_hz, tsc_offset, time_of_day)
             uapi.ioctl(self._fd, uapi.SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(TSS_PAGES - 4096))
             uapi.ioctl(self._fd, uapi.SET_TSS_ADDR, TSS_PAGES)
             self._slots = self._make_slots(kvm, dirty_ring)
@@ -222,17 +234,22 @@ class KvmVm:
             yield
 
     def _take_msrs(self) -> None:
-        """Unknown MSRs come to us, which are remembered; and the local APIC's where it is ours: two by a filter, the
-        x2APIC's because KVM does not know them then."""
+        """Unknown MSRs come to us, which are remembered; by a filter KVM's own, but for what the guest was offered of
+        them and is not ours; and the local APIC's where it is ours: two by the filter, the x2APIC's because KVM does
+        not know them then."""
         reasons = uapi.MSR_EXIT_REASON_INVAL | uapi.MSR_EXIT_REASON_UNKNOWN | uapi.MSR_EXIT_REASON_FILTER
         uapi.ioctl(self._fd, uapi.ENABLE_CAP, uapi.EnableCap(uapi.CAP_X86_USER_SPACE_MSR, 0, (reasons, 0, 0, 0)))
-        if self.local_apics is not None:
-            return
-        ours = ctypes.create_string_buffer(8)  # a bitmap of zeros
+        ours = [msrs.IA32_APIC_BASE, msrs.IA32_TSC_DEADLINE] if self.local_apics is None else []
+        ours += [msrs.KVM_WALL_CLOCK, *range(msrs.KVM_FIRST, msrs.KVM_FIRST + msrs.KVM_COUNT)]
+        if self._clock is None:
+            ours.append(msrs.KVM_SYSTEM_TIME)
+        else:
+            ours.remove(msrs.KVM_SYSTEM_TIME_NEW)
+        none = ctypes.create_string_buffer(8)  # a bitmap of zeros
         msr_filter = uapi.MsrFilter()
-        for entry, index in zip(msr_filter.ranges, (msrs.IA32_APIC_BASE, msrs.IA32_TSC_DEADLINE), strict=False):
+        for entry, (first, count) in zip(msr_filter.ranges, _ranges(ours), strict=False):
             entry.flags = uapi.MSR_FILTER_READ | uapi.MSR_FILTER_WRITE
-            entry.nmsrs, entry.base, entry.bitmap = 1, index, ctypes.addressof(ours)
+            entry.nmsrs, entry.base, entry.bitmap = count, first, ctypes.addressof(none)
         uapi.ioctl(self._fd, uapi.X86_SET_MSR_FILTER, msr_filter)
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> KvmVcpu:
@@ -249,6 +266,7 @@ class KvmVm:
             self._posted,
             self._streams,
             self._constants,
+            None if self._clock is None else self._clock.wall,
             hosted=hosted,
             synced=self._synced,
             guest_debug=self._guest_debug,
@@ -277,9 +295,22 @@ class KvmVm:
         """Nothing was held."""
 
     def set_tsc_offset(self, offset: int) -> None:
+        began = 0 if self._clock is None else self._clock.at(0)
         self._tsc_offset = offset
         for vcpu in self._vcpus:
             vcpu.set_tsc_offset(offset)
+        if self._clock is not None:
+            self._clock.tsc_offset = offset
+            self._clock.set(0, began)  # after the TSCs: as long as they differ, KVM tells the time in another way
+            for vcpu in self._vcpus:
+                vcpu.stood_still()
+
+    def kvm_clock(self, tsc: int) -> int:
+        return 0 if self._clock is None else self._clock.at(tsc)
+
+    def set_kvm_clock(self, tsc: int, ns: int) -> None:
+        if self._clock is not None:
+            self._clock.set(tsc, ns)
 
     def answer_ports(self, constants: ConstantPorts) -> None:
         self._constants = constants.words
@@ -311,13 +342,15 @@ class KvmVm:
             self._fd = -1
 
     def _model_of(self, index: int) -> cpuid.Cpuid:
-        return cpuid.make(self._model, self._tsc_hz, index, self.max_vcpus)
+        return cpuid.make(self._model, self._tsc_hz, index, self.max_vcpus, kvm_clock=self._clocked)
 
     def _absent(self, model: cpuid.Cpuid) -> list[Feature]:
         """What of the CPU model this hardware or this KVM has not."""
         return [feature for feature in model.features - OURS if not self._has_feature(*feature.value)]
 
     def _has_feature(self, leaf: int, subleaf: int, register: int, bit: int) -> bool:
+        if leaf == KVM_LEAF + 1:
+            leaf = KVM_FEATURES
         return bool(self._supported.get((leaf, subleaf), (0, 0, 0, 0))[register] >> bit & 1)
 
     def _cpuid(self, model: cpuid.Cpuid) -> list[uapi.CpuidEntry]:
@@ -335,6 +368,18 @@ class KvmVm:
             )
             for (leaf, subleaf), values in sorted(model.table.items())
         ]
+
+
+def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Numbers as ranges: (first, count)."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        first, count = found[-1] if found else (number, 0)
+        if number == first + count:
+            found[-1:] = [(first, count + 1)]
+        else:
+            found.append((number, 1))
+    return found
 
 
 def can_host_apics(device: str = DEVICE) -> bool:

@@ -18,6 +18,7 @@ CAP_NR_MEMSLOTS = 10
 CAP_SET_GUEST_DEBUG = 23
 CAP_COALESCED_MMIO = 15
 CAP_IRQ_ROUTING = 25
+CAP_ADJUST_CLOCK = 39
 CAP_TSC_CONTROL = 60
 CAP_IRQFD = 32
 CAP_PIT2 = 33
@@ -27,6 +28,7 @@ CAP_TSC_DEADLINE_TIMER = 72
 CAP_IRQFD_RESAMPLE = 82
 CAP_READONLY_MEM = 81
 CAP_SYNC_REGS = 74
+CAP_KVMCLOCK_CTRL = 76
 CAP_SIGNAL_MSI = 77
 CAP_SPLIT_IRQCHIP = 121
 CAP_IOEVENTFD_ANY_LENGTH = 122
@@ -120,6 +122,15 @@ class MsrFilter(Structure):
 
 class DeviceAttr(Structure):
     _fields_ = (("flags", c_uint32), ("group", c_uint32), ("attr", c_uint64), ("addr", c_uint64))
+
+
+class ClockData(Structure):
+    """``clock`` is kvm-clock's, in ns; the rest only SET_CLOCK's ``flags`` would ask for."""
+
+    _fields_ = (
+        ("clock", c_uint64), ("flags", c_uint32), ("pad0", c_uint32), ("realtime", c_uint64), ("host_tsc", c_uint64),
+        ("pad", c_uint32 * 4),
+    )  # fmt: skip
 
 
 class Regs(Structure):
@@ -428,6 +439,7 @@ GET_IRQCHIP = _ior(0x62, ctypes.sizeof(Irqchip)) | _iow(0x62, ctypes.sizeof(Irqc
 SET_IRQCHIP = _ior(0x63, ctypes.sizeof(Irqchip))
 CREATE_PIT2 = _iow(0x77, ctypes.sizeof(PitConfig))
 GET_PIT2, SET_PIT2 = _ior(0x9F, ctypes.sizeof(PitState2)), _iow(0xA0, ctypes.sizeof(PitState2))
+SET_CLOCK, GET_CLOCK = _iow(0x7B, ctypes.sizeof(ClockData)), _ior(0x7C, ctypes.sizeof(ClockData))
 SET_GSI_ROUTING = _iow(0x6A, 8)
 REGISTER_COALESCED_MMIO = _iow(0x67, ctypes.sizeof(CoalescedMmioZone))
 UNREGISTER_COALESCED_MMIO = _iow(0x68, ctypes.sizeof(CoalescedMmioZone))
@@ -447,6 +459,7 @@ GET_DEBUGREGS, SET_DEBUGREGS = _ior(0xA1, ctypes.sizeof(Debugregs)), _iow(0xA2, 
 GET_STATS_FD = _io(0xCE)
 SET_TSC_KHZ = _io(0xA2)
 SET_GUEST_DEBUG = _iow(0x9B, ctypes.sizeof(GuestDebug))
+KVMCLOCK_CTRL = _io(0xAD)
 ENABLE_CAP = _iow(0xA3, ctypes.sizeof(EnableCap))
 SIGNAL_MSI = _iow(0xA5, ctypes.sizeof(Msi))
 GET_XSAVE, SET_XSAVE = _ior(0xA4, ctypes.sizeof(Xsave)), _iow(0xA5, ctypes.sizeof(Xsave))

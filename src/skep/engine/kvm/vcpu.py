@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 from skep.contracts.interrupts import HostedInterrupts, LocalInterrupts
 from skep.contracts.io import IoSpace
-from skep.engine.amd64 import msrs
+from skep.engine.amd64 import kvmclock, msrs
 from skep.engine.amd64.cpuid import AVX_OFFSET, AVX_SIZE
+from skep.engine.amd64.kvmclock import WallClock
 from skep.engine.amd64.native import Ioctl
 from skep.engine.amd64.registers import SEGMENTS, Rflags
 from skep.engine.contract import Activity, Exit, ExitReason
@@ -96,6 +97,7 @@ class KvmVcpu:
         posted: Posted | None,
         streams: Streams | None,
         constants: Sequence[int] | None,
+        wall: WallClock | None,
         *,
         hosted: bool,
         synced: bool,
@@ -103,9 +105,9 @@ class KvmVcpu:
         counted: bool,
     ) -> None:
         """``gate`` is held by who keeps all vCPUs out of the guest. ``constants``: what reading a byte from a port
-        gives, as :class:`skep.contracts.constantports.ConstantPorts` has it. ``hosted``: KVM has its local APIC;
-        ``synced``: it can leave the registers in the shared page; ``guest_debug``: what it can do for a debugger;
-        ``counted``: it counts for us."""
+        gives, as :class:`skep.contracts.constantports.ConstantPorts` has it. ``wall`` is there where guests have
+        kvm-clock. ``hosted``: KVM has its local APIC; ``synced``: it can leave the registers in the shared page;
+        ``guest_debug``: what it can do for a debugger; ``counted``: it counts for us."""
         self.index = index
         self._fd = fd
         self._kvm_run = _kvm_run(fd)
@@ -118,6 +120,7 @@ class KvmVcpu:
                 raise InternalError("a board that has the local APICs, with an engine that has them")
             self._way = Hosted(fd, interrupts)
         self._apic = KvmApic(fd)
+        self._wall = wall
         self.counted = Counted(fd, offered=counted)
         """What KVM counts."""
         self._debugger = Debugger(fd, guest_debug)
@@ -301,7 +304,10 @@ class KvmVcpu:
 
     def _read_msr(self) -> None:
         msr = self._run.msr
-        value = self._interrupts.read_msr(msr.index)
+        if self._wall is not None and msr.index in kvmclock.WALL_CLOCK:
+            value: int | None = self._wall.msr
+        else:
+            value = self._interrupts.read_msr(msr.index)
         self._note("rdmsr", msr.index, 0, value)
         msr.error, msr.data = value is None, value or 0
         if value is None:
@@ -311,7 +317,10 @@ class KvmVcpu:
     def _write_msr(self) -> None:
         msr = self._run.msr
         self._note("wrmsr", msr.index, 0, msr.data)
-        msr.error = not self._interrupts.write_msr(msr.index, msr.data)
+        if self._wall is not None and msr.index in kvmclock.WALL_CLOCK:
+            msr.error = not self._wall.write_msr(msr.data)
+        else:
+            msr.error = not self._interrupts.write_msr(msr.index, msr.data)
         if msr.error:
             self.exits.note_refused("wrmsr", msr.index)
             self._exception_first()
@@ -384,6 +393,8 @@ class KvmVcpu:
         state["xcr0"] = next((x.value for x in xcrs.xcrs[: xcrs.nr_xcrs] if x.xcr == 0), 1)
         state["xsave"] = bytes(self._get(uapi.GET_XSAVE, uapi.Xsave()).region)[:XSAVE_SIZE]
         state["msrs"] = self._get_msrs(msrs.SAVED)
+        if self._wall is not None:
+            state["msrs"] |= self._get_msrs((msrs.KVM_SYSTEM_TIME_NEW,)) | {msrs.KVM_WALL_CLOCK_NEW: self._wall.msr}
         if events.interrupt_injected and not events.interrupt_soft:
             state["interrupt"] = events.interrupt_nr
         if events.nmi_masked and not events.nmi_injected:
@@ -460,6 +471,14 @@ class KvmVcpu:
         if deadline:
             self._apic.write_msr(msrs.IA32_TSC_DEADLINE, deadline)
 
+    def stood_still(self) -> None:
+        """Tell the guest that it did, if it asked for the time."""
+        try:
+            ioctl(self._fd, uapi.KVMCLOCK_CTRL)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+
     def close(self) -> None:
         with self._guard:  # a late kick finds a page of its own
             if self._fd < 0:
@@ -534,7 +553,10 @@ class KvmVcpu:
         return found
 
     def _set_msrs(self, values: dict[int, int]) -> None:
-        left = list(values.items())
+        left = [one for one in values.items() if one[0] not in kvmclock.SAVED]
+        if self._wall is not None:
+            self._wall.msr = values.get(msrs.KVM_WALL_CLOCK_NEW, self._wall.msr)
+            left += [one for one in values.items() if one[0] == msrs.KVM_SYSTEM_TIME_NEW]
         while left:
             table = uapi.msrs(len(left))
             for entry, (index, value) in zip(table.entries, left, strict=True):

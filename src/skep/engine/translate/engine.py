@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from skep.contracts.constantports import ConstantPorts
@@ -42,6 +43,7 @@ class TranslateEngine:
         cpu_model: str,
         tsc_offset: int,
         tsc_hz: int | None = None,
+        time_of_day: Callable[[], int] | None = None,
     ) -> TranslateVm:
         features.require()
         if memory.page_size > PAGE:
@@ -50,30 +52,28 @@ class TranslateEngine:
         made_by = store_identity() if self._code_cache else ""
         store = Store(self._code_cache if made_by else None, made_by)
         cache = Cache(memory, store, self._code_size, max_vcpus)
-        return TranslateVm(memory, io, max_vcpus, cpu_model, tsc_offset, cache)
+        return TranslateVm(Shared(memory, io, max_vcpus, cpu_model, tsc_offset, cache, time_of_day))
 
 
 class TranslateVm:
     """A VM's part of the translator: the translations and what they rest on."""
 
-    def __init__(
-        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int, cache: Cache
-    ) -> None:
-        self.max_vcpus = max_vcpus
+    def __init__(self, shared: Shared) -> None:
+        self.max_vcpus = shared.max_vcpus
         self.local_apics: LocalApics | None = None
         self.chips: EngineChips | None = None
         self.doorbells: Doorbells | None = None
         self.posted: PostedWrites | None = None
         self.withheld: tuple[str, ...] = ()
-        self.shared = Shared(memory, io, max_vcpus, cpu_model, tsc_offset, cache)
-        self.cache = self.shared.cache
+        self.shared = shared
+        self.cache = shared.cache
         self.vcpus: list[TranslateVcpu] = []
         self._observed = False
         CATCHER.add(self.cache.buffer.rx, self.cache.buffer.size, self.cache.stubs["fault_exit"])
-        memory.add_write_listener(self._written)
+        shared.memory.add_write_listener(self._written)
         self._dirty = WrittenPages(self.cache)
-        memory.add_map_listener(self.shared.overlays)
-        memory.add_dirty_source(self._dirty)
+        shared.memory.add_map_listener(shared.overlays)
+        shared.memory.add_dirty_source(self._dirty)
 
     def create_vcpu(self, index: int, interrupts: LocalInterrupts) -> TranslateVcpu:
         vcpu = TranslateVcpu(self.shared, index, interrupts)
@@ -92,6 +92,15 @@ class TranslateVm:
         self.shared.tsc_offset = offset
         for vcpu in self.vcpus:
             vcpu.msrs.set_tsc_offset(offset)
+        if self.shared.clock is not None:
+            self.shared.clock.stopped()
+
+    def kvm_clock(self, tsc: int) -> int:
+        return 0 if self.shared.clock is None else self.shared.clock.at(tsc)
+
+    def set_kvm_clock(self, tsc: int, ns: int) -> None:
+        if self.shared.clock is not None:
+            self.shared.clock.set(tsc, ns)
 
     def answer_ports(self, constants: ConstantPorts) -> None:
         self.shared.constants = constants.address

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from skep.contracts.interrupts import LocalInterrupts
-from skep.engine.amd64 import msrs
+from skep.engine.amd64 import kvmclock, msrs
 from skep.engine.amd64.cpuid import Cpuid
 from skep.engine.amd64.registers import Cr0, Efer, canonical
 from skep.engine.amd64.tsc import read_tsc
 from skep.engine.exits import Exits
 from skep.engine.translate import identity
+from skep.engine.translate.kvmclock import Place
 from skep.engine.translate.layout import StateBlock
 
 M64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -47,8 +48,12 @@ WORDS = frozenset((msrs.IA32_SYSENTER_CS, msrs.SFMASK, msrs.TSC_AUX))
 class ModelSpecific:
     """``read`` and ``write`` are RDMSR and WRMSR at privilege 0; None and False mean #GP(0)."""
 
-    def __init__(self, st: StateBlock, interrupts: LocalInterrupts, cpuid: Cpuid, exits: Exits) -> None:
+    def __init__(
+        self, st: StateBlock, interrupts: LocalInterrupts, cpuid: Cpuid, exits: Exits, place: Place | None = None
+    ) -> None:
+        """``place``: where it is told the time, if the VM has kvm-clock."""
         self._st = st
+        self._place = place
         self._interrupts = interrupts
         self._cpuid = cpuid
         self._kept: dict[int, int] = {}
@@ -62,6 +67,9 @@ class ModelSpecific:
             msrs.IA32_BIOS_SIGN_ID: lambda value: True,  # written with 0 before CPUID fills it
             msrs.EFER: self._write_efer,
         }
+        if place is not None:
+            self._writers |= dict.fromkeys(kvmclock.WALL_CLOCK, place.wall.write_msr)
+            self._writers |= dict.fromkeys(kvmclock.SYSTEM_TIME, place.write_msr)
         self.reset()
 
     def reset(self) -> None:
@@ -100,6 +108,8 @@ class ModelSpecific:
         change = value - st.tsc_adjust
         st.tsc_offset = (st.tsc_offset + change) & M64
         st.tsc_adjust = value
+        if self._place is not None and change:
+            self._place.adjusted(value)
         if st.apic_deadline:
             st.apic_deadline = (st.apic_deadline + change) & M64 or 1
 
@@ -145,6 +155,10 @@ class ModelSpecific:
             return self._st.tsc_adjust
         if index == msrs.IA32_TSC_DEADLINE:
             return self._read_deadline()
+        if self._place is not None and index in kvmclock.SYSTEM_TIME:
+            return self._place.msr
+        if self._place is not None and index in kvmclock.WALL_CLOCK:
+            return self._place.wall.msr
         if index == msrs.IA32_APIC_BASE or msrs.X2APIC_FIRST <= index <= msrs.X2APIC_LAST:
             return self._interrupts.read_msr(index)
         return None
@@ -220,8 +234,10 @@ class ModelSpecific:
     # Saved state
 
     def save(self) -> dict[int, int]:
-        """All of :data:`skep.engine.amd64.msrs.SAVED`, and AMD's own where the CPU is AMD's."""
-        indices = (*msrs.SAVED, *msrs.AMD_RESET) if self._cpuid.is_amd else msrs.SAVED
+        """All of :data:`skep.engine.amd64.msrs.SAVED`, kvm-clock's, and AMD's own where the CPU is AMD's."""
+        indices = (*msrs.SAVED, *kvmclock.SAVED)
+        if self._cpuid.is_amd:
+            indices += (*msrs.AMD_RESET,)
         return {index: value for index in indices if (value := self._read(index)) is not None}
 
     def load(self, values: dict[int, int]) -> None:
@@ -231,5 +247,9 @@ class ModelSpecific:
                 setattr(self._st, IN_STATE[index], value)
             elif index == msrs.IA32_TSC_ADJUST:
                 self._change_adjust(value)
+            elif self._place is not None and index in kvmclock.SYSTEM_TIME:
+                self._place.write_msr(value)
+            elif self._place is not None and index in kvmclock.WALL_CLOCK:
+                self._place.wall.msr = value
             elif index in self._kept:
                 self._kept[index] = value

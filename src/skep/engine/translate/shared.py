@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from skep.contracts.interrupts import LocalInterrupts
 from skep.contracts.io import IoSpace
+from skep.engine.amd64.tsc import read_tsc, tsc_hz
 from skep.engine.translate.blocks import Cache
+from skep.engine.translate.kvmclock import KvmClock
 from skep.engine.translate.loan import Directory
 from skep.engine.translate.overlays import Overlays
 from skep.engine.translate.pairs import Pairs
@@ -18,7 +22,14 @@ class Shared:
     """A VM's memory and devices, and the translations of its code."""
 
     def __init__(
-        self, memory: GuestMemory, io: IoSpace, max_vcpus: int, cpu_model: str, tsc_offset: int, cache: Cache
+        self,
+        memory: GuestMemory,
+        io: IoSpace,
+        max_vcpus: int,
+        cpu_model: str,
+        tsc_offset: int,
+        cache: Cache,
+        time_of_day: Callable[[], int] | None,
     ) -> None:
         self.memory = memory
         self.io = io
@@ -33,6 +44,10 @@ class Shared:
         self.directory = Directory(max_vcpus)
         self.interrupts: list[LocalInterrupts] = []
         """All local APICs of vCPUs that were made."""
+        self.clock: KvmClock | None = None
+        """Where guests have kvm-clock."""
+        if time_of_day is not None:
+            self.clock = KvmClock(memory, tsc_hz(), lambda: read_tsc() + self.tsc_offset, time_of_day)
         self.constants = 0
         """Host address of a table of ports (contracts/constantports.py), or 0."""
         self.names: PerfMap | None = None

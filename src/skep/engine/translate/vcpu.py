@@ -79,10 +79,13 @@ class TranslateVcpu(Alone):
         for name, address in cache.stubs.items():
             if name in OFFSETS:
                 setattr(st, name, address)
-        model = cpuid_models.make(shared.cpu_model, tsc_hz(), apic_id=index, cpus=shared.max_vcpus)
+        clock = shared.clock
+        model = cpuid_models.make(
+            shared.cpu_model, tsc_hz(), apic_id=index, cpus=shared.max_vcpus, kvm_clock=clock is not None
+        )
         identity.write(st, model)
         self.exits = Exits()
-        self.msrs = ModelSpecific(st, interrupts, model, self.exits)
+        self.msrs = ModelSpecific(st, interrupts, model, self.exits, None if clock is None else clock.place())
         self.emulator = Emulator(self, model, self.msrs)
         self.msrs.set_tsc_offset(shared.tsc_offset)
         routines = cache.routines
