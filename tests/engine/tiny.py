@@ -208,8 +208,8 @@ class Tiny:
     ``handlers`` gives vectors to labels of the program (interrupt gates); ``ist`` gives vectors to IST stacks 1 to 7;
     ``user`` starts the program in ring 3, its pages and :data:`USER_STACK` being the user's. ``apic`` is a real one, in
     place of :attr:`interrupts`, and ``other_apics`` are the other vCPUs'; ``constants`` are ports that the engine may
-    answer; ``overlays``, there from the beginning, and others may lie below
-    ``reach``.
+    answer; ``overlays``, there from the beginning, and others may lie below ``reach``; with ``time_of_day`` it has
+    kvm-clock.
     """
 
     def __init__(
@@ -230,6 +230,7 @@ class Tiny:
         constants: ConstantPorts | None = None,
         reach: int = 0,
         overlays: Sequence[Overlay] = (),
+        time_of_day: Callable[[], int] | None = None,
     ) -> None:
         self.base = base
         self.memory = GuestMemory(RAM, reach=reach)
@@ -250,7 +251,7 @@ class Tiny:
             raise TinyError("the program is too long")
         self.memory.write(PROGRAM, self.program.code)
         self._tables(handlers or {}, ist or {})
-        self.vm = engine.create_vm(self.memory, self.io, cpus, cpu_model, 0)
+        self.vm = engine.create_vm(self.memory, self.io, cpus, cpu_model, 0, None, time_of_day)
         if constants is not None:
             self.vm.answer_ports(constants)
         self.vcpu = self.vm.create_vcpu(0, self.interrupts if apic is None else apic)

@@ -16,7 +16,7 @@ STRUCTURES = {
     uapi.CoalescedMmioZone: "kvm_coalesced_mmio_zone",
     uapi.ClearDirtyLog: "kvm_clear_dirty_log", uapi.CpuidEntry: "kvm_cpuid_entry2",
     uapi.DirtyGfn: "kvm_dirty_gfn", uapi.DirtyLog: "kvm_dirty_log", uapi.Debugregs: "kvm_debugregs",
-    uapi.DeviceAttr: "kvm_device_attr",
+    uapi.ClockData: "kvm_clock_data", uapi.DeviceAttr: "kvm_device_attr",
     uapi.Dtable: "kvm_dtable", uapi.EnableCap: "kvm_enable_cap", uapi.Ioeventfd: "kvm_ioeventfd",
     uapi.GuestDebug: "kvm_guest_debug",
     uapi.IoapicState: "kvm_ioapic_state", uapi.Irqchip: "kvm_irqchip", uapi.Irqfd: "kvm_irqfd",

@@ -119,9 +119,7 @@ class Place:
 def scale(hz: int) -> tuple[int, int]:
     """tsc_to_system_mul and tsc_shift for a TSC of that frequency: ns = (ticks << shift) * mul >> 32, where mul has 32
     significant bits."""
-    shift = 0
-    while hz > NS << 1 - shift:
-        shift -= 1
-    while hz << shift <= NS:
+    shift = 1 - ((hz - 1) // NS).bit_length()
+    while hz << max(shift, 0) <= NS:
         shift += 1
     return (NS << 32 - shift) // hz, shift
