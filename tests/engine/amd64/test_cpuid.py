@@ -91,12 +91,12 @@ def test_vendor_brand_and_hypervisor(vendor: bytes) -> None:
     brand = b"".join(struct.pack("<4I", *model.read(leaf, 0, 0, 0)) for leaf in (0x8000_0002, 0x8000_0003, 0x8000_0004))
     assert brand.rstrip(b"\0") == b"Skep virtual CPU"
     largest, b, c, d = model.read(0x4000_0000, 0, 0, 0)
-    assert struct.pack("<III", b, c, d) == b"SkepSkepSkep"
-    assert largest == 0x4000_0010
-    largest, b, c, d = model.read(0x4000_0100, 0, 0, 0)
     assert struct.pack("<III", b, c, d) == b"KVMKVMKVM\0\0\0"
-    assert largest == 0x4000_0101
-    assert model.read(0x4000_0101, 0, 0, 0) == (0, 0, 0, 0)  # no paravirtual feature
+    assert largest == 0x4000_0010
+    assert model.read(0x4000_0001, 0, 0, 0) == (0, 0, 0, 0)  # no paravirtual feature
+    largest, b, c, d = model.read(0x4000_0100, 0, 0, 0)
+    assert struct.pack("<III", b, c, d) == b"SkepSkepSkep"
+    assert largest == 0x4000_0100
     assert model.read(0x8000_0000, 0, 0, 0)[0] >= 0x8000_0008
     assert model.read(0x8000_0008, 0, 0, 0)[0] == 40 | 48 << 8
 

@@ -14,10 +14,11 @@ the sandbox. So the model says what makes a guest spend nothing on them: IA32_AR
 Linux) says that enhanced IBRS is there, which retires retpolines, and that the sampling bugs are not; BHI_CTRL that a
 bit of IA32_SPEC_CTRL does what would take a loop at every system call.
 
-Hypervisor leaves: our own signature first; then, 0x100 further on, KVM's. Linux, FreeBSD and OpenBSD look for a
-signature that they know every 0x100 leaves, and Linux takes x2APIC without interrupt remapping only from a hypervisor
-that it knows; who looks at the first leaf alone finds one that it does not know, and asks no more of it. Of KVM's
-features there is kvm-clock (:mod:`skep.engine.amd64.kvmclock`), if the VM has it.
+Hypervisor leaves: KVM's signature, with frequencies behind it as QEMU has them; of KVM's features there is kvm-clock
+(:mod:`skep.engine.amd64.kvmclock`), if the VM has it. Guests take from a hypervisor that they know what they would not
+from others: Linux x2APIC without interrupt remapping, where an APIC by MSR costs less than by MMIO. Linux, FreeBSD and
+OpenBSD look every 0x100 leaves for a name that they know, others at the first place alone. So our own name, which none
+of them knows, comes second.
 
 Not offered, and #UD or #GP: MONITOR, VMX, SVM, PMU, MCE, TSX, protection keys, CET, AVX-512, LA57, user interrupts,
 MPX, XSAVES. FSRM is not offered though the host may have it: a short REP MOVSB costs a call here.
@@ -110,9 +111,9 @@ class Feature(Enum):
     IBRS = (7, 0, EDX, 26)
     ARCH_CAPABILITIES = (7, 0, EDX, 29)
     BHI_CTRL = (7, 2, EDX, 4)
-    KVM_CLOCKSOURCE = (0x4000_0101, 0, EAX, 0)
-    KVM_CLOCKSOURCE2 = (0x4000_0101, 0, EAX, 3)
-    KVM_CLOCKSOURCE_STABLE_BIT = (0x4000_0101, 0, EAX, 24)
+    KVM_CLOCKSOURCE = (0x4000_0001, 0, EAX, 0)
+    KVM_CLOCKSOURCE2 = (0x4000_0001, 0, EAX, 3)
+    KVM_CLOCKSOURCE_STABLE_BIT = (0x4000_0001, 0, EAX, 24)
     LAHF = (0x8000_0001, 0, ECX, 0)
     CMP_LEGACY = (0x8000_0001, 0, ECX, 1)
     LZCNT = (0x8000_0001, 0, ECX, 5)
@@ -174,7 +175,7 @@ SIGNATURE = b"SkepSkepSkep"
 KVM_SIGNATURE = b"KVMKVMKVM\0\0\0"
 BRAND = b"Skep virtual CPU"
 
-KVM_LEAF = 0x4000_0100
+KVM_LEAF, SKEP_LEAF = 0x4000_0000, 0x4000_0100
 MAX_BASIC, MAX_HYPERVISOR, MAX_EXTENDED_INTEL, MAX_EXTENDED_AMD = 0x16, 0x4000_0010, 0x8000_0008, 0x8000_0021
 
 XSAVE_LEGACY_SIZE = 576  # x87 and SSE, with the header
@@ -300,9 +301,10 @@ def _fixed(
         (0x15, 0): _tsc_and_crystal(tsc_hz),
         (0x16, 0): (round(tsc_hz / 10**6), round(tsc_hz / 10**6), 100, 0),
         (7, 0): (2, 0, 0, 0),  # the last subleaf
-        (0x4000_0000, 0): (MAX_HYPERVISOR, *struct.unpack("<III", SIGNATURE)),
+        (KVM_LEAF, 0): (MAX_HYPERVISOR, *struct.unpack("<III", KVM_SIGNATURE)),
+        (KVM_LEAF + 1, 0): (0, 0, 0, 0),
         (0x4000_0010, 0): (tsc_hz // 1000, APIC_TIMER_HZ // 1000, 0, 0),
-        (KVM_LEAF, 0): (KVM_LEAF + 1, *struct.unpack("<III", KVM_SIGNATURE)),
+        (SKEP_LEAF, 0): (SKEP_LEAF, *struct.unpack("<III", SIGNATURE)),
         (0x8000_0000, 0): (MAX_EXTENDED_AMD, vendor_b, vendor_c, vendor_d) if amd else (MAX_EXTENDED_INTEL, 0, 0, 0),
         (0x8000_0001, 0): (signature if amd else 0, 0, 0, 0),
         (0x8000_0006, 0): (0, 0, 1024 << 16 | 8 << 12 | 64, 32 * 2 << 18 | 8 << 12 | 64 if amd else 0),

@@ -19,7 +19,7 @@ from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import EngineChips, LocalApics, LocalInterrupts
 from skep.contracts.io import Doorbells, IoSpace, PostedWrites
 from skep.engine.amd64 import cpuid, msrs
-from skep.engine.amd64.cpuid import KVM_LEAF, SUBLEAVES, Feature
+from skep.engine.amd64.cpuid import SUBLEAVES, Feature
 from skep.engine.amd64.native import function
 from skep.engine.amd64.tsc import tsc_hz as host_tsc_hz
 from skep.engine.contract import EngineVm
@@ -43,9 +43,6 @@ DEVICE = "/dev/kvm"
 
 TSS_PAGES = 0xFFFB_D000
 """Three pages, and the one before them, that KVM needs for real mode on old Intel CPUs: in the hole under 4 GiB."""
-
-KVM_FEATURES = 0x4000_0001
-"""The leaf where KVM tells us of its features for guests."""
 
 OURS = frozenset((Feature.TSC_DEADLINE, Feature.HYPERVISOR, Feature.HTT, Feature.CMP_LEGACY, Feature.X2APIC))
 """Features that need nothing of the hardware: the local APIC is Skep's, and the others only tell what there is."""
@@ -349,8 +346,6 @@ class KvmVm:
         return [feature for feature in model.features - OURS if not self._has_feature(*feature.value)]
 
     def _has_feature(self, leaf: int, subleaf: int, register: int, bit: int) -> bool:
-        if leaf == KVM_LEAF + 1:
-            leaf = KVM_FEATURES
         return bool(self._supported.get((leaf, subleaf), (0, 0, 0, 0))[register] >> bit & 1)
 
     def _cpuid(self, model: cpuid.Cpuid) -> list[uapi.CpuidEntry]:
