@@ -276,7 +276,7 @@ def test_the_tsc_is_the_hosts_plus_the_offset(boot: Machines) -> None:
 def test_cpuid_is_the_models(boot: Machines) -> None:
     guest = boot("mov eax, 0x40000000\n cpuid\n mov [rip + id], ebx\n mov eax, 1\n cpuid\n hlt\n id: dq 0")
     guest.run()
-    assert guest.read("id", 4) == b"Skep"
+    assert guest.read("id", 4) == b"KVMK"
     avx, hypervisor, tsc_deadline = 1 << 28, 1 << 31, 1 << 24
     assert guest.reg("rcx") & hypervisor and guest.reg("rcx") & tsc_deadline
     assert not (HARDWARE and guest.reg("rcx") & avx)  # the emulation shows the host's features
