@@ -266,6 +266,62 @@ def test_processors_agree_or_it_is_said_that_they_do_not(boot: Machines) -> None
     assert first.flags & second.flags & STABLE
 
 
+READ_BY_TURNS = f"""
+        start:  imul rsi, rdi, 64
+                add rsi, PLACE
+                mov rax, rsi
+                or eax, 1
+                xor edx, edx
+                mov ecx, {NEW}
+                wrmsr
+                mov ebx, ROUNDS
+        again:  lock bts dword [rip + busy], 0
+                jnc take
+                pause
+                jmp again
+        take:   mov r8d, [rsi]
+                lfence
+                rdtsc
+                shl rdx, 32
+                or rax, rdx
+                sub rax, [rsi + 8]
+                mov cl, [rsi + 28]
+                test cl, cl
+                js slower
+                shl rax, cl
+                jmp scaled
+        slower: neg cl
+                shr rax, cl
+        scaled: mov ecx, [rsi + 24]
+                mul rcx
+                shrd rax, rdx, 32
+                add rax, [rsi + 16]
+                test r8d, 1
+                jnz take
+                cmp r8d, [rsi]
+                jne take
+                cmp rax, [rip + last]
+                jae later
+                inc dword [rip + warps]
+        later:  mov [rip + last], rax
+                mov dword [rip + busy], 0
+                dec ebx
+                jne again
+                hlt
+        align 64
+        busy:   dq 0
+        warps:  dq 0
+        last:   dq 0
+"""
+
+
+@MOVABLE
+def test_no_processor_sees_an_earlier_time_than_another_did(boot: Machines) -> None:
+    guest = clocked(boot, READ_BY_TURNS, cpus=2, symbols={"PLACE": PLACE, "ROUNDS": 20_000})
+    guest.run_together()
+    assert guest.load("warps") == 0 and 0 < guest.load("last") < 100 * 10**9
+
+
 @pytest.mark.parametrize("after", [NAMES[0], NAMES[2]])
 @pytest.mark.parametrize("before", NAMES)
 def test_another_engine_goes_on_with_it(before: str, after: str) -> None:

@@ -64,7 +64,16 @@ def test_frequencies_are_told_and_not_measured(linux: Linux) -> None:
 
 
 @UNDER_EACH
-@pytest.mark.parametrize("clocksource", ["tsc", "hpet", "acpi_pm"])
+def test_the_time_of_day_is_the_clock_chips(linux: Linux) -> None:
+    """Before anything reads the chip, by kvm-clock; and in the chip's own words."""
+    log = linux("dmesg")
+    assert "kvm-clock: Using msrs 4b564d01 and 4b564d00" in log
+    chip, guest = (int(word) for word in linux("cat /sys/class/rtc/rtc0/since_epoch; date +%s").split())
+    assert abs(chip - guest) <= 1 and abs(guest - time.time()) < 60
+
+
+@UNDER_EACH
+@pytest.mark.parametrize("clocksource", ["tsc", "kvm-clock", "hpet", "acpi_pm"])
 def test_frozen_time_is_no_time_and_none_goes_back(linux: Linux, clocksource: str) -> None:
     current = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
     linux(f"rm -f /tmp/stop; echo {clocksource} > {current}; grep -x {clocksource} {current}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.engine.amd64.msrs import KVM_SYSTEM_TIME_NEW
 from skep.engine.amd64.tsc import tsc_hz
 from skep.errors import UserError
 from skep.vm import End, Vm
@@ -25,6 +26,9 @@ PAIRS = [
         for before, after in pairwise((*ENGINES, "translate"))
     ),
 ]
+
+A_MOMENT = 1_000_000
+"""Nanoseconds that calls of the kernel's may take."""
 
 
 class Made:
@@ -74,7 +78,9 @@ def test_a_guest_that_counts_goes_on(make: Made, before: str, after: str) -> Non
     second = make(after, "s")
     second.load(state)
     assert second.board.memory.load_u64(0x70000) == count and second.board.clock.tsc() == ticks
-    assert second.save().devices == state.devices
+    again = second.save()
+    assert again.devices == state.devices
+    assert state.kvm_clock > 0 and abs(again.kvm_clock - state.kvm_clock) < A_MOMENT
     second.thaw()
     counts_on(second)
     second.stop()
@@ -141,6 +147,18 @@ def test_a_tsc_of_another_frequency(make: Made, engine: str) -> None:
     with pytest.raises(UserError, match=f"every guest's TSC runs at {khz} kHz") as told:
         make(engine, "s", keys={"cpu.tsc_khz": str(khz // 2)})
     assert "\n" not in str(told.value) and "cpu.tsc_khz" in str(told.value)
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, ON_HARDWARE])
+@pytest.mark.parametrize("offered", [True, False])
+def test_guests_have_kvm_clock_or_not(make: Made, engine: str, offered: bool) -> None:
+    vm = make(engine, "s", keys={} if offered else {"cpu.kvmclock": "off"})
+    vm.start()
+    vm.console.expect("Hi\n", timeout=20)
+    vm.freeze()
+    state = vm.save()
+    assert (KVM_SYSTEM_TIME_NEW in state.processors[0]["msrs"]) is offered
+    assert (state.kvm_clock > 0) is offered
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, ON_HARDWARE])

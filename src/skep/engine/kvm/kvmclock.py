@@ -29,8 +29,7 @@ class KvmClock:
         self.wall = WallClock(memory, self._now, time_of_day)
 
     def at(self, tsc: int) -> int:
-        """What it says when the TSC is at ``tsc``, to the microsecond, and not too little. Negative: before its time
-        began."""
+        """What it says when the TSC is at ``tsc``, to the microsecond, and not too little."""
         passed = tsc - self._counter() - self.tsc_offset
         return self._now() + passed * NS // self._hz
 
@@ -43,4 +42,4 @@ class KvmClock:
         data = uapi.ClockData()
         uapi.ioctl(self._fd, uapi.GET_CLOCK, data)
         now: int = data.clock
-        return now
+        return now - (now >> 63 << 64)  # a VM that is loaded may not be as old as what it goes on with, until its thaw
