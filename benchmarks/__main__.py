@@ -11,14 +11,12 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import boots, disks, figures, guest, picture, processors, suite
+from benchmarks import boots, disks, figures, guest, picture, processors, start, suite
 from benchmarks.console import BenchmarkError
 from benchmarks.peers import Payload, skep_program
 from benchmarks.rows import NAMES
@@ -49,22 +47,14 @@ def host() -> dict[str, Any]:
     }
 
 
-def version_times(count: int) -> list[float]:
-    """Seconds that ``skep --version`` takes."""
-    times = []
-    for _ in range(count):
-        start = time.monotonic()
-        subprocess.run([*skep_program(), "--version"], check=True, stdout=subprocess.DEVNULL)
-        times.append(time.monotonic() - start)
-    return times
-
-
 def say(what: str) -> None:
     print(f"  {what}", file=sys.stderr, flush=True)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    result: dict[str, Any] = {"host": host(), "version": version_times(5)}
+    result: dict[str, Any] = {"host": host()}
+    if options.starts:
+        result["start"] = start.run(options.starts)
     if options.disks:
         size, root = options.disk_size << 20, options.disk_root
         count, rows = options.disk_requests, options.disk_rows
@@ -98,7 +88,8 @@ def report(result: dict[str, Any], clock: str) -> None:
     if "boot" in result:
         for line in figures.boot_lines(result["boot"]):
             print(line)
-    print(f"skep --version: {1000 * statistics.median(result['version']):.0f} ms")
+    for line in start.lines(result["start"]) if "start" in result else ():
+        print(line)
 
 
 def row_names(text: str) -> list[str]:
@@ -116,6 +107,9 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="in a round (default %(default)s)")
     parser.add_argument(
         "--processors", type=row_names, default=[], metavar="ROW,...", help="these rows by two processes at once, too"
+    )
+    parser.add_argument(
+        "--starts", type=int, default=5, metavar="N", help="of a VM that is over at once (default %(default)s; 0: none)"
     )
     parser.add_argument("--boots", type=int, default=9, metavar="N", help="of each (default %(default)s; 0: none)")
     parser.add_argument("--boot-cmdline", default=BOOT_CMDLINE, metavar="TEXT", help="default: %(default)s")
@@ -141,8 +135,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where to (default %(default)s)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the rows as SVG, too")
     options = parser.parse_args()
-    if options.rounds < 1 or options.repetitions < 1 or options.boots < 0:
-        parser.error("--rounds and --repetitions must be at least 1, and --boots at least 0")
+    if options.rounds < 1 or options.repetitions < 1 or min(options.boots, options.starts) < 0:
+        parser.error("--rounds and --repetitions must be at least 1, and --boots and --starts at least 0")
     try:
         result = measure(options)
     except BenchmarkError as error:
