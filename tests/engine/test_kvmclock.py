@@ -7,7 +7,7 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -25,9 +25,6 @@ NEW, OLD = msrs.KVM_SYSTEM_TIME_NEW, msrs.KVM_SYSTEM_TIME
 STABLE, STOPPED = 1, 2
 NOON = 1_800_000_000 * 10**9 + 123_456_789
 GP = 13
-A_MOMENT = 200_000
-"""Nanoseconds that a call of the kernel's may take, on a busy host more often than not."""
-
 MOVABLE = pytest.mark.parametrize("boot", [NAMES[0], NAMES[2]], indirect=True)
 """Where the guest's TSC can be another than the host's: this host's KVM may be an emulation, whose guests read that."""
 
@@ -70,6 +67,19 @@ def wrmsr(guest: Tiny, index: int, value: int, vcpu: Vcpu | None = None) -> None
         vcpu.run()
 
 
+class Unsure:
+    """What is asked of an engine inside may be wrong by as long as that took: ``ns``, with a microsecond to spare."""
+
+    ns = 1000
+
+    def __enter__(self) -> Self:
+        self._began = read_tsc()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ns += (read_tsc() - self._began) * 10**9 // tsc_hz()
+
+
 def clocked(boot: Machines, text: str = f"start: {SET}", **options: Any) -> Tiny:
     guest: Tiny = boot(text, time_of_day=lambda: NOON, **options)
     return guest
@@ -105,7 +115,9 @@ def test_the_guest_is_told_time_and_frequency(boot: Machines, index: int) -> Non
     tsc = read_tsc()
     assert 0 <= page.at(tsc) <= 60 * 10**9
     assert abs(page.at(tsc + tsc_hz()) - page.at(tsc) - 10**9) < 1000
-    assert abs(guest.vm.kvm_clock(tsc) - page.at(tsc)) < A_MOMENT
+    with Unsure() as unsure:
+        clock = guest.vm.kvm_clock(tsc)
+    assert abs(clock - page.at(tsc)) < unsure.ns
     assert guest.state["msrs"][NEW] == PLACE | 1
 
 
@@ -216,17 +228,17 @@ def test_it_stands_still_with_the_tsc(boot: Machines) -> None:
     wrmsr(guest, NEW, PLACE | 1)
     before = told(guest)
     assert not before.flags & STOPPED
-    offset = 0
+    offset, unsure = 0, Unsure()
     for _ in range(3):
         stood = read_tsc() + offset
         time.sleep(0.05)
         offset = stood - read_tsc()
-        guest.vm.set_tsc_offset(offset)
+        with unsure:
+            guest.vm.set_tsc_offset(offset)
         enter(guest)
         after = told(guest)
         assert after.flags & STOPPED and after.version % 2 == 0
-        assert 0 <= after.at(stood) - before.at(stood) < A_MOMENT or 0 <= before.at(stood) - after.at(stood) < A_MOMENT
-        assert abs(guest.vm.kvm_clock(stood) - before.at(stood)) < A_MOMENT
+        assert abs(after.at(stood) - before.at(stood)) < unsure.ns
         guest.memory.store_u8(PLACE + 29, after.flags & ~STOPPED)
 
 
@@ -236,10 +248,11 @@ def test_a_guest_that_moves_its_tsc_keeps_its_time(boot: Machines) -> None:
     wrmsr(guest, NEW, PLACE | 1)
     before = told(guest)
     hour = 3600 * tsc_hz()
-    wrmsr(guest, msrs.IA32_TSC_ADJUST, hour)
+    with Unsure() as unsure:
+        wrmsr(guest, msrs.IA32_TSC_ADJUST, hour)
     after = told(guest)
     tsc = read_tsc()
-    assert abs(after.at(tsc + hour) - before.at(tsc)) < A_MOMENT
+    assert abs(after.at(tsc + hour) - before.at(tsc)) < unsure.ns
 
 
 @MOVABLE
@@ -254,11 +267,12 @@ def test_processors_agree_or_it_is_said_that_they_do_not(boot: Machines) -> None
     assert first.flags & second.flags & STABLE
     tsc = read_tsc()
     assert first.at(tsc) == second.at(tsc)
-    wrmsr(guest, msrs.IA32_TSC_ADJUST, 1 << 32)
-    wrmsr(guest, msrs.IA32_TSC_ADJUST, 0, other)
+    with Unsure() as unsure:
+        wrmsr(guest, msrs.IA32_TSC_ADJUST, 1 << 32)
+        wrmsr(guest, msrs.IA32_TSC_ADJUST, 0, other)
     first, second = (told(guest, place) for place in places)
     assert not (first.flags | second.flags) & STABLE
-    assert abs(first.at(tsc + (1 << 32)) - second.at(tsc)) < A_MOMENT
+    assert abs(first.at(tsc + (1 << 32)) - second.at(tsc)) < unsure.ns
     wrmsr(guest, msrs.IA32_TSC_ADJUST, 1 << 32, other)
     wrmsr(guest, msrs.IA32_TSC_ADJUST, 1 << 32)
     first, second = (told(guest, place) for place in places)
@@ -330,15 +344,19 @@ def test_another_engine_goes_on_with_it(before: str, after: str) -> None:
         wrmsr(one, NEW, PLACE | 1)
         wrmsr(one, msrs.KVM_WALL_CLOCK_NEW, WALL)
         stood = read_tsc()
-        page, saved, clock = one.memory.read(PLACE, 32), one.state["msrs"], one.vm.kvm_clock(stood)
+        page, saved = one.memory.read(PLACE, 32), one.state["msrs"]
+        with Unsure() as unsure:
+            clock = one.vm.kvm_clock(stood)
         was = told(one).at(stood)
     time.sleep(0.05)
     with Tiny(named(after), text, time_of_day=lambda: NOON, cpu_model="baseline") as other:
         other.memory.write(PLACE, page)
-        other.vm.set_kvm_clock(stood, clock)
+        with unsure:
+            other.vm.set_kvm_clock(stood, clock)
         other.set(msrs=saved)
-        other.vm.set_tsc_offset(stood - read_tsc())
+        with unsure:
+            other.vm.set_tsc_offset(stood - read_tsc())
         enter(other)
         now = told(other)
         assert [other.state["msrs"][index] for index in (NEW, msrs.KVM_WALL_CLOCK_NEW)] == [PLACE | 1, WALL]
-        assert now.flags & STOPPED and abs(now.at(stood) - was) < A_MOMENT
+        assert now.flags & STOPPED and abs(now.at(stood) - was) < unsure.ns
