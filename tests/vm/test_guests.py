@@ -24,7 +24,12 @@ GUEST = """
         lea rsi, [rip + hello]
         call print
         mov al, [r15]
-        cmp al, 'o'
+        cmp al, 'l'
+        jne does
+        call letters
+        inc r15
+        mov al, [r15]
+does:   cmp al, 'o'
         je off
         cmp al, 'r'
         je reboot
@@ -192,6 +197,24 @@ more:   mov al, [rsi]
         out dx, al
         jmp more
 printed:
+        ret
+
+letters:                                ; 10,000, asking LSR before each, as Linux's kernel does
+        mov ecx, 10000
+        mov bl, 'A'
+full:   mov dx, 0x3fd
+        in al, dx
+        test al, 0x20
+        je full
+        mov dx, 0x3f8
+        mov al, bl
+        out dx, al
+        inc bl
+        cmp bl, 'Z' + 1
+        jne letter
+        mov bl, 'A'
+letter: dec ecx
+        jne full
         ret
 
 hello:  db 72, 105, 10, 0
@@ -373,6 +396,20 @@ def test_the_console_both_ways(make: Make) -> None:
     vm.console.expect("abc", timeout=20)
     vm.console.send("q")
     assert ended(vm) is End.POWERED_OFF
+
+
+@pytest.mark.parametrize("command", "orthsw")
+def test_all_that_it_said_is_seen(make: Make, command: str) -> None:
+    """However many bytes came, and whatever came right after them."""
+    vm = make(f"l{command}")
+    text = "".join(chr(ord("A") + n % 26) for n in range(10_000))
+    vm.console.expect(text, timeout=20)
+    if command == "r":
+        vm.console.expect(text, timeout=20)
+    if command not in "ot":
+        vm.stop()
+    assert ended(vm) is {"o": End.POWERED_OFF, "t": End.TRIPLE_FAULT}.get(command, End.STOPPED)
+    assert command == "r" or not vm.console.read(), "nothing twice"
 
 
 def test_a_timer_wakes_a_halted_guest_a_hundred_times(make: Make) -> None:

@@ -72,7 +72,10 @@ class Streams:
             if self._kept or self._closed:
                 return
             self._kept = True
-            self._posted.keep_streams(True)
+            try:
+                self._posted.keep_streams(True)
+            except OSError:  # the host has no memory for it now; those that are kept all the same are looked for
+                pass
             if self._thread is None:
                 self._thread = threading.Thread(target=self._main, name="skep-streams", daemon=True)
                 self._thread.start()
