@@ -257,6 +257,7 @@ def test_a_guest_that_moves_its_tsc_keeps_its_time(boot: Machines) -> None:
 
 @MOVABLE
 def test_processors_agree_or_it_is_said_that_they_do_not(boot: Machines) -> None:
+    """KVM says it of TSCs that it was told of itself alone."""
     guest = clocked(boot, cpus=2)
     (other,) = guest.others
     places = PLACE, PLACE + 64
@@ -271,7 +272,8 @@ def test_processors_agree_or_it_is_said_that_they_do_not(boot: Machines) -> None
         wrmsr(guest, msrs.IA32_TSC_ADJUST, 1 << 32)
         wrmsr(guest, msrs.IA32_TSC_ADJUST, 0, other)
     first, second = (told(guest, place) for place in places)
-    assert not (first.flags | second.flags) & STABLE
+    if boot.engine.name == "translate":
+        assert not (first.flags | second.flags) & STABLE
     assert abs(first.at(tsc + (1 << 32)) - second.at(tsc)) < unsure.ns
     wrmsr(guest, msrs.IA32_TSC_ADJUST, 1 << 32, other)
     wrmsr(guest, msrs.IA32_TSC_ADJUST, 1 << 32)
