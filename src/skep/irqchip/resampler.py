@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 class Resampler:
     """``wanted`` tells whether a wire is still to be asserted. All but ``close`` is called under ``lock``, the board's.
-    A thread that sees to the ends of interrupts begins when the first engine is adopted."""
+    A wire is bound, and the thread that sees to the ends of interrupts begins, when one is first used: most guests use
+    messages instead, and to bind one takes the host's kernel some milliseconds."""
 
     def __init__(self, gsis: Iterable[int], wanted: Callable[[int], bool], lock: Lock) -> None:
         self._wanted = wanted
@@ -32,6 +33,8 @@ class Resampler:
         self._raise = {gsi: bells.hang() for gsi in gsis}
         self._ended = {gsi: bells.hang() for gsi in self._raise}
         self._closing = bells.hang()
+        self._engine: EngineChips | None = None
+        self._bound: set[int] = set()
         self._thread: threading.Thread | None = None
 
     def adopt(self, engine: EngineChips) -> None:
@@ -39,21 +42,31 @@ class Resampler:
         for gsi in self._raise:
             for eventfd in (self._raise[gsi], self._ended[gsi]):
                 bells.answer(eventfd)
-            engine.bind_line(gsi, self._raise[gsi], self._ended[gsi])
+        self._engine = engine
+        self._bound.clear()
         self._held.clear()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._main, name="skep-lines", daemon=True)
-            self._thread.start()
 
     def hold(self, gsis: Iterable[int]) -> None:
         """The state of the engine's I/O APIC was set: these wires it asserts, or tells the end of their interrupts."""
         self._held = set(self._raise).intersection(gsis)
+        for gsi in self._held:
+            self._bind(gsi)
 
     def assert_line(self, gsi: int) -> None:
         if gsi in self._held and not bells.answer(self._ended[gsi]):
             return
+        self._bind(gsi)
         self._held.add(gsi)
         bells.ring(self._raise[gsi], 1)
+
+    def _bind(self, gsi: int) -> None:
+        if gsi in self._bound or self._engine is None:
+            return
+        self._bound.add(gsi)
+        self._engine.bind_line(gsi, self._raise[gsi], self._ended[gsi])
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._main, name="skep-lines", daemon=True)
+            self._thread.start()
 
     def close(self) -> None:
         if self._thread is not None:
