@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-_VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", re.ASCII)
+# Compiled when one is first used: few of them are.
+_VM_NAME = r"(?a)[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"
 _TRUE = frozenset({"true", "on", "yes", "1"})
 _FALSE = frozenset({"false", "off", "no", "0"})
-_NUMBER = re.compile(r"[0-9]{1,20}|0x[0-9a-f]{1,16}", re.ASCII | re.IGNORECASE)
-_SIZE = re.compile(r"([0-9]{1,20})([kmgt]?)(i?b)?", re.ASCII | re.IGNORECASE)
+_NUMBER = r"(?ai)[0-9]{1,20}|0x[0-9a-f]{1,16}"
+_SIZE = r"(?ai)([0-9]{1,20})([kmgt]?)(i?b)?"
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-_UUID = re.compile(r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE)
+_UUID = r"(?ai)[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}"
 
 MIB = 1 << 20
 
@@ -25,7 +26,7 @@ def text(value: str) -> str:
 
 def vm_name(value: str) -> str:
     """What a file may be called too, everywhere."""
-    if not _VM_NAME.fullmatch(value):
+    if not re.fullmatch(_VM_NAME, value):
         raise ValueError(f"{value!r} is not 1 to 64 of A-Z a-z 0-9 . _ + -, a letter or digit first")
     return value
 
@@ -55,7 +56,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     """A decimal number, or hexadecimal after 0x, in ``low`` to ``high`` inclusive."""
 
     def parse(value: str) -> int:
-        if not _NUMBER.fullmatch(value):
+        if not re.fullmatch(_NUMBER, value):
             raise ValueError(f"{value!r} is not a number")
         number = int(value, 16 if value[:2].lower() == "0x" else 10)
         if not low <= number <= high:
@@ -67,7 +68,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 
 def size(value: str) -> int:
     """Bytes from a number with K, M, G or T (powers of 1024), as everywhere in bhyve."""
-    found = _SIZE.fullmatch(value)
+    found = re.fullmatch(_SIZE, value)
     if not found:
         raise ValueError(f"{value!r} is not a size; write 512M or 4G")
     return int(found[1]) << _SHIFT[found[2].lower()]
@@ -100,6 +101,6 @@ def choice(*names: str) -> Callable[[str], str]:
 
 def uuid(value: str) -> str:
     """RFC 9562's text form, in lower case."""
-    if not _UUID.fullmatch(value):
+    if not re.fullmatch(_UUID, value):
         raise ValueError(f"{value!r} is not a UUID")
     return value.lower()
