@@ -191,39 +191,47 @@ class TestExits:
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("instruction", ["rdmsr", "wrmsr"])
-def test_one_that_comes_with_a_refused_msr_is_not_lost(boot: Machines, instruction: str) -> None:
-    """Of the local APIC's. #GP is first; the interrupt waits until its handler has interrupts on again."""
+@pytest.mark.parametrize("instruction", ["rdmsr", "wrmsr", "insb"])
+def test_one_that_comes_with_an_exception_is_not_lost(boot: Machines, instruction: str) -> None:
+    """Of a local APIC's MSR that is refused, or of a port's byte that goes where no page is. The exception is first;
+    the interrupt waits until its handler has interrupts on again."""
     text = f"""
         start: sti
         mov ecx, 0x810
-        xor eax, eax
-        xor edx, edx
-        {instruction}
+        mov edx, 0x60
+        mov edi, 0xdead0000
+        here: {instruction}
+        behind:
         lost: test ebx, ebx
         je lost
         cli
         hlt
-        refused: out 0xf4, al
+        fault: out 0xf4, al
         add rsp, 8
-        add qword [rsp], 2
+        add qword [rsp], behind - here
         iretq
         handler: inc ebx
-        mov rdi, [rsp + 16]
+        mov rsi, [rsp + 16]
         iretq
     """
-    guest = boot(text, handlers={13: "refused", V: "handler"})
+    guest = boot(text, handlers={13: "fault", 14: "fault", V: "handler"})
+    read, come = guest.interrupts.read_msr, threading.Event()
 
-    read = guest.interrupts.read_msr
+    def comes(*_: int) -> None:
+        if not come.is_set():
+            come.set()
+            guest.interrupts.raise_vector(V)
 
     def refused(index: int, value: int = 0) -> int | None:
         if index == 0x810:
-            guest.interrupts.raise_vector(V)
+            comes()
         return read(index)
 
     guest.interrupts.read_msr = guest.interrupts.write_msr = refused  # type: ignore[method-assign,assignment]
+    guest.io.on_read = comes
+    guest.io.on_write = comes  # of an engine that looks for the page first, and asks no port
     at_end(guest)
-    assert guest.reg("rbx") == 1 and guest.reg("rdi") & 0x200
+    assert guest.reg("rbx") == 1 and guest.reg("rsi") & 0x200
 
 
 def pending_program(body: str) -> str:

@@ -75,6 +75,9 @@ _IO = uapi.EXIT_IO
 _NONE_KNOWN = bytes(0x10000)
 _SYNCED_RIP = (uapi.Run.s.offset + uapi.Regs.rip.offset) // 8
 
+_UNFINISHED = frozenset((uapi.EXIT_IO, uapi.EXIT_MMIO, uapi.EXIT_X86_RDMSR, uapi.EXIT_X86_WRMSR))
+"""Reasons with an instruction that the next KVM_RUN finishes, perhaps by an exception: KVM would forget an interrupt
+that was injected before that."""
 _REASONS = 64
 """More than KVM has for leaving the guest."""
 
@@ -198,6 +201,8 @@ class KvmVcpu:
             return Exit(ExitReason.KICKED)
         if self._debugger.stepping and not self._halted:
             return None
+        if self._words[_REASON] in _UNFINISHED:
+            self._run.ready_for_interrupt_injection = 0
         if not self._way.offer(self._run, self._halted):
             return self._halted_exit()
         self._halted = False
@@ -312,7 +317,6 @@ class KvmVcpu:
         msr.error, msr.data = value is None, value or 0
         if value is None:
             self.exits.note_refused("rdmsr", msr.index)
-            self._exception_first()
 
     def _write_msr(self) -> None:
         msr = self._run.msr
@@ -323,11 +327,6 @@ class KvmVcpu:
             msr.error = not self._interrupts.write_msr(msr.index, msr.data)
         if msr.error:
             self.exits.note_refused("wrmsr", msr.index)
-            self._exception_first()
-
-    def _exception_first(self) -> None:
-        """KVM raises one when it is entered next. It would forget an interrupt that was injected before that."""
-        self._run.ready_for_interrupt_injection = 0
 
     def _unknown(self) -> Exit:
         return self._failure(f"KVM left the guest for a reason unknown to Skep: {self._run.exit_reason}")
