@@ -412,6 +412,21 @@ def test_all_that_it_said_is_seen(make: Make, command: str) -> None:
     assert command == "r" or not vm.console.read(), "nothing twice"
 
 
+def test_freezes_lose_nothing_of_what_it_says(make: Make) -> None:
+    """And in a freeze it says nothing, though it was in the middle of it."""
+    vm = make("ls")
+    text = ""
+    deadline = time.monotonic() + 20
+    while len(text) < 10_000 and time.monotonic() < deadline:
+        vm.freeze()
+        text += vm.console.read()
+        time.sleep(0.01)
+        assert not vm.console.read()
+        vm.thaw()
+        time.sleep(0.005)
+    assert text == "".join(chr(ord("A") + n % 26) for n in range(10_000))
+
+
 def test_a_timer_wakes_a_halted_guest_a_hundred_times(make: Make) -> None:
     vm = make("i")
     vm.console.expect("Ticked\n", timeout=20)

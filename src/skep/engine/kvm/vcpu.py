@@ -183,6 +183,8 @@ class KvmVcpu:
             left, self._kept = self._kept or self._look(), None
             while left is None:
                 left = self._enter()
+            if self._ring[0] != self._ring[1]:  # it was at a read of what is known, which does not wait for them
+                self._make_posted()
             return left
         finally:
             with self._guard:
