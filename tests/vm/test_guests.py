@@ -412,6 +412,15 @@ def test_all_that_it_said_is_seen(make: Make, command: str) -> None:
     assert command == "r" or not vm.console.read(), "nothing twice"
 
 
+def test_what_a_port_is_known_to_read_is_no_exit_to_python(make: Make, request: pytest.FixtureRequest) -> None:
+    if "kvm" not in request.node.callspec.params["make"] or "alone" in request.node.callspec.params["make"]:
+        pytest.skip("under KVM, where that has the local APICs")
+    vm = make("ls")
+    vm.console.expect("".join(chr(ord("A") + n % 26) for n in range(10_000)), timeout=20)
+    ((_, exits),) = vm.exits()
+    assert exits["ports whose value is known"] == 10_000 and exits["ports"] < 500
+
+
 def test_freezes_lose_nothing_of_what_it_says(make: Make) -> None:
     """And in a freeze it says nothing, though it was in the middle of it."""
     vm = make("ls")

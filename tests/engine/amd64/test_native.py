@@ -8,7 +8,7 @@ import gc
 import os
 import termios
 
-from skep.engine.amd64.native import Ioctl
+from skep.engine.amd64.native import Builtin, ioctl
 
 
 def test_an_ioctl_says_what_the_kernel_does() -> None:
@@ -16,11 +16,11 @@ def test_an_ioctl_says_what_the_kernel_does() -> None:
     read, write = os.pipe()
     try:
         os.set_inheritable(read, True)
-        assert Ioctl(termios.FIOCLEX)(read)() == 0
+        assert Builtin(ioctl(termios.FIOCLEX))(read)() == 0
         assert fcntl.fcntl(read, fcntl.F_GETFD) == fcntl.FD_CLOEXEC
-        assert Ioctl(termios.FIONBIO)(read)() == -errno.EFAULT
-        assert Ioctl(1)(read)() == -errno.ENOTTY
-        assert Ioctl(1)(1 << 30)() == -errno.EBADF
+        assert Builtin(ioctl(termios.FIONBIO))(read)() == -errno.EFAULT
+        assert Builtin(ioctl(1))(read)() == -errno.ENOTTY
+        assert Builtin(ioctl(1))(1 << 30)() == -errno.EBADF
     finally:
         os.close(read)
         os.close(write)
@@ -29,7 +29,7 @@ def test_an_ioctl_says_what_the_kernel_does() -> None:
 def test_an_ioctl_outlives_who_made_it() -> None:
     read, write = os.pipe()
     try:
-        calls = [Ioctl(termios.FIOCLEX)(fd) for fd in (read, write) for _ in range(100)]
+        calls = [Builtin(ioctl(termios.FIOCLEX))(fd) for fd in (read, write) for _ in range(100)]
         gc.collect()
         assert [call() for call in calls] == [0] * 200
     finally:

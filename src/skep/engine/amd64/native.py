@@ -45,48 +45,62 @@ def function(code: bytes, result: Any, *arguments: Any) -> Callable[..., int]:
     return call
 
 
-class Ioctl:
-    """Makes of a descriptor a function that does ``ioctl(descriptor, request, 0)`` without the GIL, and returns what
-    the kernel does: minus the error where it refuses.
+class Builtin:
+    """Makes of a number a function without arguments that runs ``code`` without the GIL. ``code`` is position
+    independent and finds the number in r12; what it leaves in rax is the result. It may change all registers but rbx
+    and rsp.
 
-    They are what C calls built-in functions. ctypes' way to libc's ``ioctl``, with what it does for arguments and
+    The functions are what C calls built-in ones. ctypes' way to libc's ``ioctl``, with what it does for arguments and
     errno, takes a third of all that Python does at an exit. On a host of another architecture they raise
     :class:`HostError`.
     """
 
-    def __init__(self, request: int) -> None:
+    def __init__(self, code: bytes) -> None:
         if not is_amd64():
             return
-        self._page, address = _executable(_ioctl(request))
-        self._method = _MethodDef(b"ioctl", address, _NOARGS, None)
+        self._page, address = _executable(_unlocked(code))
+        self._method = _MethodDef(b"native", address, _NOARGS, None)
         self._new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.py_object)(
             ("PyCFunction_NewEx", ctypes.pythonapi)
         )
 
-    def __call__(self, descriptor: int) -> Callable[[], int]:
+    def __call__(self, number: int) -> Callable[[], int]:
         if not is_amd64():
             return _absent
         # The last argument is what the function keeps alive: us.
-        made: Callable[[], int] = self._new(ctypes.addressof(self._method), descriptor, self)
+        made: Callable[[], int] = self._new(ctypes.addressof(self._method), number, self)
         return made
 
 
-def _ioctl(request: int) -> bytes:
-    """Of a built-in function without arguments that is bound to a descriptor."""
+def ioctl(request: int) -> bytes:
+    """Code of a :class:`Builtin` for a descriptor: ``ioctl(descriptor, request, 0)``, with what the kernel gives, minus
+    the error where it refuses."""
+    return bytes.fromhex("4489e7") + ioctl_of_edi(request)  # mov edi, r12d
+
+
+def ioctl_of_edi(request: int) -> bytes:
+    """The same of the descriptor in edi."""
+    return b"".join((
+        b"\x31\xd2\xbe" + request.to_bytes(4, "little"),  # xor edx, edx; mov esi, request
+        b"\xb8" + _SYS_IOCTL.to_bytes(4, "little") + b"\x0f\x05",  # mov eax, SYS_ioctl; syscall
+    ))
+
+
+def _unlocked(code: bytes) -> bytes:
+    """A built-in function without arguments that is bound to a number."""
     api = ctypes.pythonapi
     return b"".join((
-        bytes.fromhex("53 4154 4883ec08"),  # push rbx; push r12; sub rsp, 8
+        bytes.fromhex("53 55 4154"),  # push rbx; push rbp; push r12
         _call(api.PyLong_AsLong),  # what it is bound to
         bytes.fromhex("4989c4"),  # mov r12, rax
         _call(api.PyEval_SaveThread),
-        bytes.fromhex("4889c3 4489e7 31d2"),  # mov rbx, rax; mov edi, r12d; xor edx, edx
-        b"\xbe" + request.to_bytes(4, "little"),  # mov esi, request
-        b"\xb8" + _SYS_IOCTL.to_bytes(4, "little"),  # mov eax, SYS_ioctl
-        bytes.fromhex("0f05 4989c4 4889df"),  # syscall; mov r12, rax; mov rdi, rbx
+        bytes.fromhex("4889c3"),  # mov rbx, rax
+        code,
+        bytes.fromhex("4989c4 4889df"),  # mov r12, rax; mov rdi, rbx
         _call(api.PyEval_RestoreThread),
         bytes.fromhex("4c89e7"),  # mov rdi, r12
         _call(api.PyLong_FromLong),
-        bytes.fromhex("4883c408 415c 5b c3"),  # add rsp, 8; pop r12; pop rbx; ret
+        bytes.fromhex("415c 5d 5b c3"),  # pop r12; pop rbp; pop rbx; ret
     ))
 
 

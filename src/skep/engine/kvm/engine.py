@@ -11,7 +11,7 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from skep.engine.contract import EngineVm
 from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.apics import KvmApics
 from skep.engine.kvm.chips import KvmChips
-from skep.engine.kvm.counted import IN_KERNEL, by_cause
+from skep.engine.kvm.counted import IN_KERNEL
 from skep.engine.kvm.doorbells import KvmDoorbells
 from skep.engine.kvm.kvmclock import KvmClock
 from skep.engine.kvm.posted import Posted
@@ -187,7 +187,7 @@ class KvmVm:
             self.posted: PostedWrites | None = None
             self._posted: Posted | None = None
             self._streams: Streams | None = None
-            self._constants: Sequence[int] | None = None
+            self._constants: ConstantPorts | None = None
             if _has(kvm, uapi.CAP_COALESCED_PIO):
                 self.posted = self._posted = Posted(self._fd, _has(kvm, uapi.CAP_COALESCED_MMIO), io)
                 self._streams = Streams(self._posted)
@@ -310,7 +310,7 @@ class KvmVm:
             self._clock.set(tsc, ns)
 
     def answer_ports(self, constants: ConstantPorts) -> None:
-        self._constants = constants.words
+        self._constants = constants
 
     def observe(self, *, times: bool, perf_map: bool) -> None:
         pass  # the counters cost nothing, and the guest's code is its own
@@ -319,7 +319,7 @@ class KvmVm:
         exits: Counter[str] = Counter()
         kernels: Counter[str] = Counter()
         for vcpu in self._vcpus:
-            exits.update(by_cause(vcpu.counts))
+            exits.update(vcpu.told())
             kernels.update(vcpu.counted.read(*IN_KERNEL))
         told: dict[str, int | float] = {f"exits: {cause}": count for cause, count in exits.most_common()}
         return told | {f"in the kernel: {IN_KERNEL[name]}": count for name, count in kernels.most_common()}

@@ -17,12 +17,12 @@ from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from skep.contracts.constantports import ConstantPorts
 from skep.contracts.interrupts import HostedInterrupts, LocalInterrupts
 from skep.contracts.io import IoSpace
 from skep.engine.amd64 import kvmclock, msrs
 from skep.engine.amd64.cpuid import AVX_OFFSET, AVX_SIZE
 from skep.engine.amd64.kvmclock import WallClock
-from skep.engine.amd64.native import Ioctl
 from skep.engine.amd64.registers import SEGMENTS, Rflags
 from skep.engine.contract import Activity, Exit, ExitReason
 from skep.engine.debug import Debug
@@ -30,6 +30,7 @@ from skep.engine.exits import Exits
 from skep.engine.kvm import failures, uapi
 from skep.engine.kvm.counted import Counted, by_cause
 from skep.engine.kvm.debugger import Debugger
+from skep.engine.kvm.entry import Entry
 from skep.engine.kvm.interrupts import Hosted, Injected, KvmApic, Way
 from skep.engine.kvm.posted import EMPTY, Posted
 from skep.engine.kvm.streams import Streams
@@ -83,8 +84,6 @@ _REASONS = 64
 
 _S = TypeVar("_S", bound=ctypes.Structure)
 
-_kvm_run = Ioctl(uapi.RUN)
-
 
 class KvmVcpu:
     """See :class:`skep.engine.contract.Vcpu`."""
@@ -99,7 +98,7 @@ class KvmVcpu:
         gate: Lock,
         posted: Posted | None,
         streams: Streams | None,
-        constants: Sequence[int] | None,
+        constants: ConstantPorts | None,
         wall: WallClock | None,
         *,
         hosted: bool,
@@ -113,7 +112,6 @@ class KvmVcpu:
         ``guest_debug``: what it can do for a debugger; ``counted``: it counts for us."""
         self.index = index
         self._fd = fd
-        self._kvm_run = _kvm_run(fd)
         self._io = io
         self._interrupts = interrupts
         self._way: Way = Injected(fd, interrupts)
@@ -128,6 +126,8 @@ class KvmVcpu:
         """What KVM counts."""
         self._debugger = Debugger(fd, guest_debug)
         self._map = mmap.mmap(fd, run_size)
+        self._entry = Entry(fd, self._map)
+        self._kvm_run = self._entry.run
         self._run = uapi.Run.from_buffer(self._map)
         # The same page for what is done at every exit: a field of a ctypes structure costs three times as much.
         self._bytes = memoryview(self._map)
@@ -138,7 +138,10 @@ class KvmVcpu:
         if posted is not None and streams is not None:
             self._stream_ports = posted.streams
             streams.adopt(fd)
-        self._constants = constants if constants is not None else _NONE_KNOWN
+        self._constants: Sequence[int] = constants.words if constants is not None else _NONE_KNOWN
+        # Where the TPR is ours, it is looked at after each exit.
+        self._table = constants.address if constants is not None and hosted else 0
+        self._entry.answer(self._table)
         self._halves, self._words, self._quads = (self._bytes.cast("H"), self._bytes.cast("I"), self._bytes.cast("Q"))
         self._run.kvm_valid_regs = uapi.SYNC_X86_REGS if synced else 0
         self._guard = threading.Lock()  # of _thread, and of the signal to it
@@ -224,9 +227,14 @@ class KvmVcpu:
         return Activity.HALTED if kernels["exits"] else Activity.WAITING  # the same to KVM, but for what came before
 
     def tally(self) -> dict[str, int]:
-        told = by_cause(self.counts)
+        told = self.told()
         alone = self.counted.read("exits").get("exits", 0) - sum(told.values())
         return told | ({"in the kernel": alone} if alone > 0 else {})
+
+    def told(self) -> dict[str, int]:
+        """Exits that the kernel did not see to, by cause."""
+        answered = self._entry.answered
+        return by_cause(self.counts) | ({"ports whose value is known": answered} if answered else {})
 
     def frozen(self) -> bool:
         return False
@@ -449,6 +457,7 @@ class KvmVcpu:
 
     def set_debug(self, debug: Debug) -> None:
         self._debugger.set(debug)
+        self._entry.answer(0 if debug else self._table)
         for reason, access in ((uapi.EXIT_IO, self._port), (uapi.EXIT_MMIO, self._mmio)):
             self._handlers[reason] = access if not debug else partial(self._access_debugged, access)
 
@@ -493,6 +502,7 @@ class KvmVcpu:
         self._way.close()
         self.counted.close()
         self._bytes.release()
+        self._entry.close()
         self._map.close()
         os.close(fd)
 
