@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from skep.contracts.conformance import DeviceConformance
 from skep.contracts.io import IoRegion
 from skep.devices.virtio.pci import VirtioPci
+from skep.devices.virtio.queue import Chain
 from skep.devices.virtio.rnd import VirtioRnd
 from tests.devices.virtio.driver import NEEDS_RESET, Board, Driver
 
@@ -69,6 +71,46 @@ def test_5_4_6_1_a_readable_buffer_is_against_the_rules(made: Made) -> None:
     queue.kick()
     assert made.board.messages.wait(driver.CONFIG_DATA)
     assert driver.status & NEEDS_RESET
+
+
+class Later(VirtioRnd):
+    """Its requests are done when the test says so."""
+
+    def __init__(self, board: Board) -> None:
+        super().__init__("later", board.memory, board.lock)
+        self.chains: list[Chain] = []
+
+    def serve(self, chain: Chain) -> None:  # type: ignore[override]
+        self.chains.append(chain)
+
+
+def test_what_is_done_while_an_interrupt_is_sent_has_its_own() -> None:
+    """By another thread, whose turn comes between the message and the end of the report that sent it."""
+    board = Board()
+    device = Later(board)
+    function = VirtioPci(device)
+    board.add(function)
+    driver = Driver(board, 0)
+    queue = driver.start()
+    for _ in range(2):
+        queue.add([(driver.allocate(16), 16, True)])
+    queue.kick()
+    driver.wait(lambda: len(device.chains) == 2)
+    other = threading.Thread(target=device.finish, args=((device.chains[1], 0),))
+    signal = board.messages.signal
+
+    def meanwhile(address: int, data: int) -> None:
+        signal(address, data)
+        if not other.ident:
+            other.start()
+            driver.wait(lambda: device.worker.idle)
+
+    board.messages.signal = meanwhile  # type: ignore[method-assign]
+    device.finish((device.chains[0], 0))
+    other.join()
+    assert len(queue.wait(2)) == 2 and board.messages.count(driver.QUEUE_DATA) == 2
+    function.close()
+    board.memory.close()
 
 
 class TestConformance(DeviceConformance[VirtioPci]):

@@ -351,10 +351,10 @@ class VirtioDevice(Fields):
     def _take_report(self) -> None:
         if self._resetting and self.worker.idle:
             self._finish_reset()
-        for index in self._to_interrupt - self._queue_resets:  # of which nothing more is told (2.6.1.1.1)
-            if self._transport is not None:
+        for _ in range(len(self._to_interrupt)):
+            index = self._to_interrupt.pop()  # before the interrupt: another thread's turn may want the next one
+            if self._transport is not None and index not in self._queue_resets:  # of those no more is told (2.6.1.1.1)
                 self._transport.queue_interrupt(index)
-        self._to_interrupt.clear()
         if self._queue_resets and self.worker.idle:
             self._finish_queue_resets()
         if self._broken is not None:
