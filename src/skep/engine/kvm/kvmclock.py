@@ -15,8 +15,8 @@ _M64 = (1 << 64) - 1
 class KvmClock:
     """``fd`` is the VM's, ``tsc_hz`` and ``tsc_offset`` are its TSC's.
 
-    The kernel's clock goes on in a freeze. At the thaw it is put back to where it was at the freeze, as the TSC is:
-    later than that by the microsecond that it takes, so that it never goes backwards.
+    The kernel's clock goes on in a freeze. At the thaw it is put back by as much as the TSC was, which is some calls
+    of the kernel's earlier: the guest runs only after both, and sees neither go backwards.
     """
 
     def __init__(
