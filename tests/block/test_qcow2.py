@@ -503,3 +503,15 @@ def test_one_l2_table_for_many(tmp_path: Path, look: str) -> None:
         with pytest.raises(DamagedImage, match=f"{tables} tables"):
             work[look]()
         assert image.check().corruptions
+
+
+@pytest.mark.parametrize("size", [0, 1 << 16])
+def test_what_is_beyond_the_disk_is_not_compressed(tmp_path: Path, size: int) -> None:
+    """Found by fuzzing: the end of a disk of no bytes has no place in the tables."""
+    path = tmp_path / "disk.qcow2"
+    create_image(path, "qcow2", size)
+    with open_image(path) as image:
+        image.write_compressed(b"", size)
+        with pytest.raises(ImageError, match="whole clusters"):
+            image.write_compressed(b"x" * 65536, size)
+        assert image.check().clean

@@ -441,8 +441,11 @@ class Written(Owning):
     def write_compressed(self, data: bytes | memoryview, offset: int, packed: bytes | None = None) -> None:
         """A whole cluster, or the end of the disk; one that does not get smaller is written as it is."""
         self._may_write()
-        if offset % self._cluster or (len(data) != self._cluster and offset + len(data) != self.size):
+        end = offset + len(data)
+        if offset % self._cluster or end > self.size or (len(data) != self._cluster and end != self.size):
             raise ImageError("only whole clusters are compressed", self.path)
+        if not data:
+            return
         packed = self.pack(data) if packed is None else packed
         if not packed:
             self.pwritev([memoryview(data)], offset)
