@@ -206,7 +206,8 @@ class KvmVcpu:
             return Exit(ExitReason.KICKED)
         if self._debugger.stepping and not self._halted:
             return None
-        if self._words[_REASON] in _UNFINISHED:
+        reason = self._words[_REASON]
+        if reason in _UNFINISHED and not (reason == _IO and self._bytes[_LEFT] == _OUT):  # OUT has no exception left
             self._run.ready_for_interrupt_injection = 0
         if not self._way.offer(self._run, self._halted):
             return self._halted_exit()
