@@ -36,7 +36,11 @@ PACKAGES = (
 )
 PROGRAMS = ("tests/engine/kvm/exits.c",)
 """In C: L1 has no compiler."""
-CPUS = 2
+CPUS = 3
+"""Of L1, whose first keeps house. QEMU 10.0 (and before) forgets on that one that a guest runs, or that it does not,
+where another processor loads its x87 state meanwhile: cpu_clear_ignne() reads and writes the first processor's flags
+from that other's thread. Guests ended by triple faults nobody ordered, and a processor deaf to interrupts took L1
+along. So guests, and all that is tested, are on the others."""
 MEMORY = "2048"
 """Of L1, in MiB."""
 TOOLS = ("mke2fs", "setpriv")
@@ -55,6 +59,7 @@ mkdir /dev/pts /dev/shm
 mount -t devpts pts /dev/pts
 mount -t tmpfs shm /dev/shm
 ip link set lo up
+taskset -p {tested:x} $$ > /dev/null
 modprobe kvm_amd
 stty -F /dev/ttyS1 -opost 2> /dev/null
 # A VM that exists from the beginning to the end: KVM switches SVM on with the first VM and off with the last, and
@@ -116,7 +121,7 @@ class Payload:
             subprocess.run(("gcc", "-O2", "-static", "-o", programs / source.stem, source), check=True)
         guest = debian.obtain()
         _copy(guest.kernel.parent, self._staged / "guest" / guest.kernel.parent.name)
-        (self._staged / "run.sh").write_text(_RUN)
+        (self._staged / "run.sh").write_text(_RUN.format(tested=(1 << CPUS) - 2))
 
     def put(self, path: Path) -> None:
         """A file or a directory, at ``/mnt/put/NAME``."""
