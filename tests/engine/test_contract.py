@@ -156,12 +156,16 @@ def test_an_nmi_that_waits_is_part_of_the_state(boot: Machines, blocked: int) ->
 # Leaving
 
 
-@pytest.mark.parametrize("loop", ["pause", "out 0x80, al"], ids=["in the guest", "leaving it"])
+LOOPS = {"in the guest": "pause", "leaving it": "out 0x80, al", "reading": "in al, 0x80", "a device": "mov al, [rbx]"}
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 @pytest.mark.parametrize("what", ["interrupt", "NMI"])
 def test_no_kick_is_lost(boot: Machines, what: str, loop: str) -> None:
     """Each is raised at whatever moment the one before was seen to have come."""
     text = f"""
-start:  sti
+start:  mov rbx, MMIO
+        sti
 again:  {loop}
         jmp again
 counts: inc qword [rip + count]
@@ -170,7 +174,7 @@ ends:   cli
         hlt
 count:  dq 0
 """
-    guest = boot(text, handlers={2: "counts", 0x40: "counts", 0x41: "ends"})
+    guest = boot(text.replace("MMIO", str(MMIO)), handlers={2: "counts", 0x40: "counts", 0x41: "ends"})
     where, lost = guest.program["count"], []
 
     def ask() -> None:

@@ -78,7 +78,7 @@ _SYNCED_RIP = (uapi.Run.s.offset + uapi.Regs.rip.offset) // 8
 
 _UNFINISHED = frozenset((uapi.EXIT_IO, uapi.EXIT_MMIO, uapi.EXIT_X86_RDMSR, uapi.EXIT_X86_WRMSR))
 """Reasons with an instruction that the next KVM_RUN finishes, perhaps by an exception: KVM would forget an interrupt
-that was injected before that."""
+that was injected before that. So where one waits, it is finished first."""
 _REASONS = 64
 """More than KVM has for leaving the guest."""
 
@@ -206,9 +206,12 @@ class KvmVcpu:
             return Exit(ExitReason.KICKED)
         if self._debugger.stepping and not self._halted:
             return None
-        reason = self._words[_REASON]
-        if reason in _UNFINISHED and not (reason == _IO and self._bytes[_LEFT] == _OUT):  # OUT has no exception left
-            self._run.ready_for_interrupt_injection = 0
+        if self._words[_REASON] in _UNFINISHED:
+            if self._run.if_flag and self._interrupts.pending():
+                self._complete_io()
+                left, self._kept = self._kept, None
+                return left
+            self._run.ready_for_interrupt_injection = 0  # one that comes only now waits for a window
         if not self._way.offer(self._run, self._halted):
             return self._halted_exit()
         self._halted = False
@@ -258,7 +261,7 @@ class KvmVcpu:
             if not failed:
                 reason = words[_REASON]
             elif failed in (-errno.EINTR, -errno.EAGAIN):  # kicked; started by another processor
-                reason = uapi.EXIT_INTR
+                reason = words[_REASON] = uapi.EXIT_INTR  # KVM leaves the one before
             else:
                 self._make_posted()
                 return self._failure(f"KVM_RUN: {os.strerror(-failed)}")
@@ -508,13 +511,15 @@ class KvmVcpu:
         os.close(fd)
 
     def _complete_io(self) -> None:
-        """An access that left the guest is finished by the next KVM_RUN; before that the registers are not final."""
+        """An access that left the guest is finished by the next KVM_RUN; before that the registers are not final, and
+        whether an interrupt can be taken is not known. The one behind this returns at once, to look anew."""
         while True:
             self._run.immediate_exit = 1
             try:
                 ioctl(self._fd, uapi.RUN)
             except OSError as error:
                 if error.errno == errno.EINTR:
+                    self._words[_REASON] = uapi.EXIT_INTR
                     return self._make_posted()
                 raise
             match self._run.exit_reason:
