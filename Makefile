@@ -46,9 +46,8 @@ run-root: $(RUN_STAMP)
 	exec $(BIN)/skep run --memory $(MEMORY) --kernel "$$(made kernel)" --initrd "$$(made initrd)" \
 	    --disk $(DISK) --cmdline "console=ttyS0 root=/dev/vda" $(RUN_OPTIONS)
 
-# The nested machine is left out: guests in it end by a triple fault now and then, and it is not known whose fault it is.
 test: lint
-	$(BIN)/pytest -m "not slow" --nested=never
+	$(BIN)/pytest -m "not slow"
 
 test-all: lint
 	$(BIN)/pytest

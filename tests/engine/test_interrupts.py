@@ -288,8 +288,6 @@ class TestShadows:
 
     def test_mov_ss_holds_for_one_instruction(self, boot: Machines) -> None:
         """The interrupt arrives while MOV SS reads its operand from a device."""
-        if boot.engine.name == "kvm":
-            pytest.skip("KVM takes an interrupt while an access is under way, and brings it behind the instruction")
         text = """
             start: mov eax, MMIO
             sti
