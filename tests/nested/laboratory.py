@@ -62,9 +62,6 @@ ip link set lo up
 taskset -p {tested:x} $$ > /dev/null
 modprobe kvm_amd
 stty -F /dev/ttyS1 -opost 2> /dev/null
-# A VM that exists from the beginning to the end: KVM switches SVM on with the first VM and off with the last, and
-# where VMs come and go one by one, L1 froze within some dozens.
-perl -e 'open K, "+<", "/dev/kvm" or die; ioctl K, 0xAE01, 0 or die; fork and exit; sleep'
 (while sleep 5; do echo; done) > /dev/ttyS2 &
 mkdir -p /tmp/cache/skep
 ln -s /mnt/guest /tmp/cache/skep/guest
