@@ -18,7 +18,15 @@ class Machine:
     def __init__(self, time: Time) -> None:
         self.asked: list[str] = []
         self.sci = Wire()
-        self.pm = AcpiPm(time.clock, self.sci, lambda: self.asked.append("off"), lambda: self.asked.append("reset"))
+        ask = self.asked.append
+        self.pm = AcpiPm(
+            time.clock,
+            self.sci,
+            power_off=lambda: ask("off"),
+            reset_machine=lambda: ask("reset"),
+            sleep=lambda: ask("sleep"),
+            wake=lambda: ask("wake"),
+        )
         self.bus = Bus(time.lock)
         self.pm.attach(self.bus)
 
@@ -76,6 +84,29 @@ def test_soft_off_needs_the_right_type_and_the_enable_bit(time: Time) -> None:
     assert machine.bus.port_read(BASE + 4, 2) == 4 << 10 | 1, "SLP_EN reads 0, SCI_EN 1"
     machine.bus.port_write(BASE + 4, 2, 1 << 13 | 5 << 10)
     assert machine.asked == ["off"]
+
+
+def test_the_power_button_ends_a_sleep(time: Time) -> None:
+    machine = Machine(time)
+    machine.bus.port_write(BASE + 4, 2, 1 << 13 | 1 << 10)
+    assert machine.asked == ["sleep"] and machine.pm.asleep
+    machine.pm.press_power_button()
+    machine.pm.press_power_button()
+    assert machine.asked == ["sleep", "wake"] and not machine.pm.asleep
+    assert machine.bus.port_read(BASE, 2) == 0x8100
+    machine.bus.port_write(BASE, 2, 0x8100)
+    assert machine.bus.port_read(BASE, 2) == 0
+
+
+def test_an_alarm_ends_a_sleep_where_that_is_enabled(time: Time) -> None:
+    machine = Machine(time)
+    machine.bus.port_write(BASE + 4, 2, 1 << 13 | 1 << 10)
+    machine.pm.note_alarm()
+    assert machine.asked == ["sleep"]
+    machine.bus.port_write(BASE + 2, 2, 0x400)
+    assert machine.asked == ["sleep", "wake"] and machine.bus.port_read(BASE, 2) == 0x8400
+    machine.bus.port_write(BASE + 4, 2, 1 << 13 | 1 << 10)
+    assert machine.asked == ["sleep", "wake"] * 2, "what is not cleared wakes at once"
 
 
 def test_timer_runs_at_its_rate_and_wraps_at_32_bits(time: Time) -> None:

@@ -26,9 +26,15 @@ class Clock:
         self.time = time
         self.irq = Wire()
         self.skew = 0
-        self.rtc = Rtc(time.clock, self.irq, low_memory=512 << 20, high_memory=5 << 30, wall=self.wall)
+        self.alarms = 0
+        self.rtc = Rtc(
+            time.clock, self.irq, low_memory=512 << 20, high_memory=5 << 30, wall=self.wall, alarm=self.alarmed
+        )
         self.bus = Bus(time.lock)
         self.rtc.attach(self.bus)
+
+    def alarmed(self) -> None:
+        self.alarms += 1
 
     def wall(self) -> int:
         return START * S + self.time.counter + self.skew
@@ -175,6 +181,7 @@ def test_alarm(clock: Clock, time: Time) -> None:
     assert not clock.irq.level
     time.pass_ns(23 * 3600 * S)
     assert clock.irq.rises == 2, "the next day"
+    assert clock.alarms == 2
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,22 @@ count:  dq 0
     assert not lost and guest.load("count") == TIMES
 
 
+@pytest.mark.parametrize("access", ["out 0x80, al", "mov [rbx], al"])
+def test_an_exit_asked_for_in_an_access_comes_right_behind_it(boot: Machines, access: str) -> None:
+    """What sends a machine to sleep is the last that it does."""
+    guest = boot(f"mov rbx, {MMIO}\n {access}\n behind: inc qword [rip + count]\n hlt\n count: dq 0")
+    guest.io.on_write = lambda port, size, value: guest.vcpu.request_exit()
+    write = guest.io.mmio_write
+
+    def mmio_write(gpa: int, size: int, value: int) -> None:
+        guest.vcpu.request_exit()
+        write(gpa, size, value)
+
+    guest.io.mmio_write = mmio_write  # type: ignore[method-assign]
+    assert guest.vcpu.run().reason is ExitReason.KICKED
+    assert guest.load("count") == 0 and guest.reg("rip") == guest.program["behind"]
+
+
 def test_a_triple_fault_tells_the_last_exits(boot: Machines) -> None:
     guest = boot("mov al, 7\n out 0x80, al\n ud2")
     guest.set(idtr={"base": 0, "limit": 0})

@@ -41,6 +41,8 @@ class Told:
             power_off=lambda: self.events.append("power off"),
             leave=lambda status: self.events.append(f"leave {status}"),
             reset=lambda: self.events.append("reset"),
+            sleep=lambda: self.events.append("sleep"),
+            wake=lambda: self.events.append("wake"),
             start_cpu=lambda index, state: self.events.append(f"start {index}"),
             stop_cpu=lambda index: self.events.append(f"stop {index}"),
             failed=self.errors.append,
@@ -285,7 +287,7 @@ def test_random_traffic_over_the_whole_board_raises_nothing(made: Made) -> None:
             value = board.io.port_read(port, size)
             assert 0 <= value < 1 << 8 * size
             assert 0 <= board.io.mmio_read(gpa, size) < 1 << 8 * size
-    assert set(made.told.events) <= {"power off", "reset", "stop 1", "start 1"}
+    assert set(made.told.events) <= {"power off", "reset", "sleep", "wake", "stop 1", "start 1"}
 
 
 def test_why_not_kvm_is_a_sentence() -> None:

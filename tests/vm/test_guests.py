@@ -59,6 +59,10 @@ does:   cmp al, 'o'
         je both
         cmp al, 'w'
         je idle
+        cmp al, 'z'
+        je sleep
+        cmp al, 'y'
+        je nap
         hlt
 
 off:    mov dx, 0x604
@@ -189,6 +193,35 @@ all:                                    ; starts all others, each of which count
         mov dword [rdi + 0x300], 0xc4608
         jmp spin
 
+nap:    mov dx, 0x602                   ; an alarm each second is to wake it
+        mov ax, 0x400
+        out dx, ax
+        lea rsi, [rip + alarm]
+set:    mov al, [rsi]
+        out 0x70, al
+        mov al, [rsi + 1]
+        out 0x71, al
+        add rsi, 2
+        cmp byte [rsi], 0
+        jne set
+sleep:  lea rsi, [rip + wakes]          ; to RAM, and real mode at 0x8000 afterwards
+        mov rdi, 0x8000
+        mov ecx, 18
+copy:   mov al, [rsi]
+        mov [rdi], al
+        inc rsi
+        inc rdi
+        dec ecx
+        jne copy
+        mov rdi, 0xe004c                ; the FACS's waking vector
+        mov dword [rdi], 0x8000
+        mov byte [0x7000], 0
+        mov dx, 0x604
+        mov ax, 0x2400
+        out dx, ax
+awake:  inc byte [0x7000]               ; which is never
+        jmp awake
+
 print:  mov dx, 0x3f8
 more:   mov al, [rsi]
         inc rsi
@@ -219,6 +252,19 @@ letter: dec ecx
 
 hello:  db 72, 105, 10, 0
 ticked: db 84, 105, 99, 107, 101, 100, 10, 0
+alarm:  dw 0xff05
+        dw 0xff03
+        dw 0xff01
+        dw 0x220b
+        db 0
+wakes:  db 0xa0, 0, 0x70                ; mov al, [0x7000]; add al, '0'
+        db 4, 0x30
+        db 0xba, 0xf8, 3                ; mov dx, 0x3f8; out dx, al
+        db 0xee
+        db 0xba, 4, 6                   ; and off
+        db 0xb8, 0, 0x34
+        db 0xef
+        db 0xeb, 0xfe
 no_idt: dw 0
         dq 0
 idt:    dw 0xfff
@@ -434,6 +480,52 @@ def test_freezes_lose_nothing_of_what_it_says(make: Make) -> None:
         vm.thaw()
         time.sleep(0.005)
     assert text == "".join(chr(ord("A") + n % 26) for n in range(10_000))
+
+
+def sleeps(vm: Vm) -> None:
+    deadline = time.monotonic() + 20
+    while not vm.asleep:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_suspends_to_ram_until_its_alarm(make: Make) -> None:
+    """And does nothing behind the instruction that sends it to sleep."""
+    vm = make("y")
+    vm.console.expect("0", timeout=20)
+    assert ended(vm) is End.POWERED_OFF
+
+
+def test_suspends_to_ram_until_the_power_button(make: Make) -> None:
+    vm = make("z")
+    sleeps(vm)
+    assert not vm.processors() and not vm.exits()
+    assert vm.board.memory.load_u32(0xE004C) == 0x8000, "memory stays"
+    vm.freeze()
+    vm.power_button()
+    vm.thaw()
+    vm.console.expect("0", timeout=20)
+    assert ended(vm) is End.POWERED_OFF and not vm.asleep
+
+
+def test_what_sleeps_is_explained_reset_and_stopped(make: Make) -> None:
+    vm = make("z")
+    sleeps(vm)
+    assert "suspended to RAM" in str(vm.explain())
+    vm.reset()
+    vm.console.expect("Hi\n", timeout=20)
+    sleeps(vm)
+    vm.stop()
+    assert ended(vm) is End.STOPPED
+
+
+def test_what_has_nothing_to_wake_to_begins_anew(make: Make) -> None:
+    vm = make("z")
+    sleeps(vm)
+    vm.board.memory.store_u32(0xE004C, 0)
+    vm.power_button()
+    vm.console.expect("Hi\n", timeout=20)
+    sleeps(vm)
 
 
 def test_a_timer_wakes_a_halted_guest_a_hundred_times(make: Make) -> None:

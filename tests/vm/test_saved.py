@@ -14,7 +14,7 @@ from skep.engine.amd64.tsc import tsc_hz
 from skep.errors import UserError
 from skep.vm import End, Vm
 from tests.engine.engines import ON_HARDWARE, need
-from tests.vm.test_guests import IRQCHIPS, kernel
+from tests.vm.test_guests import IRQCHIPS, kernel, sleeps
 
 __all__ = ["kernel"]
 
@@ -103,6 +103,24 @@ def test_a_guest_asleep_between_ticks_is_woken(make: Made, before: str, after: s
     second.load(state)
     second.thaw()
     counts_on(second, 50)
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_a_guest_that_suspended_to_ram_wakes_elsewhere(make: Made, before: str, after: str) -> None:
+    first = make(before, "z")
+    first.start()
+    sleeps(first)
+    first.freeze()
+    state = first.save()
+    first.close()
+    second = make(after, "z")
+    second.load(state)
+    assert second.asleep
+    second.thaw()
+    second.power_button()
+    second.console.expect("0", timeout=20)
+    outcome = second.wait(20)
+    assert outcome is not None and outcome.end is End.POWERED_OFF
 
 
 def test_processors_that_were_not_started_wait_on(make: Made) -> None:

@@ -109,7 +109,7 @@ class Performer:
         outcome = vm.wait(0)
         return actions.VmStatus(
             name=vm.name,
-            state=vm.state.value,
+            state="asleep" if vm.asleep and vm.state is State.RUNNING else vm.state.value,
             pid=os.getpid(),
             engine=vm.engine.name,
             memory=vm.settings.memory_size,

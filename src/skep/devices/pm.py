@@ -1,8 +1,9 @@
 """ACPI fixed hardware: PM1a, the PM timer, GPE0, and the reset register (ACPI 6.4, 4.8; ICH9 data sheet 13.8, 13.7.5).
 
-The only fixed events are the power button and the timer; the others have their bits and never happen. General-purpose
-events are for others on the board to raise. There are no sleeping states but S5 (soft off), and no system management
-mode: SCI_EN is always set, as after a firmware that hands over in ACPI mode.
+The fixed events are the power button, the RTC's alarm and the timer; the others have their bits and never happen.
+General-purpose events are for others on the board to raise. There are two sleeping states, S3 (suspend to RAM), which
+the button and the alarm end, and S5 (soft off); and no system management mode: SCI_EN is always set, as after a
+firmware that hands over in ACPI mode.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ GPE0_SIZE = 4
 """16 events: as many status bits, then as many enable bits."""
 SCI_GSI = 9
 PM_TIMER_HZ = 3_579_545
-SLEEP_TYPE_S5 = 5
-"""SLP_TYP of the DSDT's _S5."""
+SLEEP_TYPE_S3, SLEEP_TYPE_S5 = 1, 5
+"""SLP_TYP of the DSDT's _S3 and _S5."""
 RESET_PORT = 0xCF9
 RESET_VALUE = 0x06
 """RESET_REG and RESET_VALUE of the FADT: RST_CPU with SYS_RST."""
@@ -44,21 +45,29 @@ _CONTROL_BITS = 0x1C02  # SLP_TYP, BM_RLD
 class AcpiPm(Fields):
     """The registers at :data:`BASE`, and :attr:`reset_control` for port 0xcf9.
 
-    ``power_off`` and ``reset_machine`` are called in the middle of the guest's write, under the board lock: they
-    take note, and return.
+    ``power_off``, ``reset_machine``, ``sleep`` and ``wake`` are called under the board lock, all but ``wake`` in the
+    middle of the guest's write: they take note, and return. For each ``sleep`` there is one ``wake`` at most.
     """
 
     name = "acpi-pm"
     state_fields: ClassVar[tuple[str, ...]] = (
-        "status", "enable", "control", "timer_high", "gpe_status", "gpe_enable", "reset_control",
+        "status", "enable", "control", "asleep", "timer_high", "gpe_status", "gpe_enable", "reset_control",
     )  # fmt: skip
 
     def __init__(
-        self, clock: GuestClock, sci: IrqLine, power_off: Callable[[], None], reset_machine: Callable[[], None]
+        self,
+        clock: GuestClock,
+        sci: IrqLine,
+        power_off: Callable[[], None],
+        reset_machine: Callable[[], None],
+        sleep: Callable[[], None],
+        wake: Callable[[], None],
     ) -> None:
         self._clock = clock
         self._sci = sci
         self._power_off = power_off
+        self._sleep = sleep
+        self._wake = wake
         self._timer = clock.timer(self._timer_toggled)
         self.reset_control = ResetControl(reset_machine)
         self.reset()
@@ -66,6 +75,8 @@ class AcpiPm(Fields):
     def reset(self) -> None:
         self.status = self.enable = self.control = 0
         self.gpe_status = self.gpe_enable = 0
+        self.asleep = False
+        """In S3."""
         self.timer_high = self._ticks() >> 31
         """How often the timer's bit 31 had changed when TMR_STS was set last."""
         self.reset_control.reset()
@@ -95,6 +106,11 @@ class AcpiPm(Fields):
         self.status |= PWRBTN_STS
         self._changed()
 
+    def note_alarm(self) -> None:
+        """The RTC's. Under the board lock."""
+        self.status |= RTC_STS
+        self._changed()
+
     def raise_event(self, number: int) -> None:
         """A general-purpose event, which the DSDT's ``_GPE`` has a method for. Under the board lock."""
         self.gpe_status |= 1 << number
@@ -106,6 +122,10 @@ class AcpiPm(Fields):
     def _changed(self) -> None:
         """Drive the SCI; watch the timer's bit 31 where its change is to interrupt."""
         self._note_timer()
+        if self.asleep and self.status & (self.enable & RTC_STS | PWRBTN_STS):
+            self.asleep = False
+            self.status |= WAK_STS
+            self._wake()
         self._sci.set(bool(self.status & self.enable or self.gpe_status & self.gpe_enable))
         if self.enable & TMR_STS and not self.status & TMR_STS:
             self._timer.arm(-(-(self.timer_high + 1 << 31) * _NS // PM_TIMER_HZ))
@@ -144,8 +164,13 @@ class AcpiPm(Fields):
         if written >> 32 & 0xFFFF:
             control = self.control & ~(written >> 32) | bits >> 32 & written >> 32
             self.control = control & _CONTROL_BITS
-            if control & SLP_EN and control >> 10 & 7 == SLEEP_TYPE_S5:
+            sleep_type = control >> 10 & 7 if control & SLP_EN else None
+            if sleep_type == SLEEP_TYPE_S5:
                 self._power_off()
+            elif sleep_type == SLEEP_TYPE_S3 and not self.asleep:
+                self.asleep = True
+                self._sleep()
+                self._changed()
 
 
 class ResetControl(Fields):

@@ -61,12 +61,15 @@ class Rtc(Fields):
         high_memory: int,
         wall: Callable[[], int] = time.time_ns,
         local_time: bool = False,
+        alarm: Callable[[], None] = lambda: None,
     ) -> None:
         """``low_memory`` and ``high_memory`` are the bytes of RAM below and above 4 GiB, told where PCs tell them;
-        ``wall`` is the host's time in ns since 1970, UTC."""
+        ``wall`` is the host's time in ns since 1970, UTC. ``alarm`` is called, under the board lock, at an alarm whose
+        interrupt is enabled."""
         self._clock = clock
         self._irq = irq
         self._wall = wall
+        self._alarm = alarm
         self._update_timer = clock.timer(self._timer_fired)
         self._periodic_timer = clock.timer(self._timer_fired)
         self.offset_ns = 0
@@ -276,6 +279,8 @@ class Rtc(Fields):
             alarm = self._next_alarm(self.updates_seen)
             if alarm is not None and alarm <= seconds:
                 self.memory[C] |= AF
+                if self.memory[B] & AIE:
+                    self._alarm()
             self.updates_seen = seconds
             self.memory[C] |= UF
 

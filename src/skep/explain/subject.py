@@ -26,6 +26,7 @@ class Cause(enum.Enum):
     SILENT = "the guest says nothing"
     MUTE = "the guest has not said anything yet"
     """Which may be quite right: it is a failure if there are findings."""
+    ASLEEP = "the guest suspended to RAM; its clock's alarm or the power button wakes it"
     ASKED = "the guest, as it is now"
 
 

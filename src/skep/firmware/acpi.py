@@ -16,6 +16,8 @@ _OEM_ID, _OEM_TABLE_ID, _CREATOR = b"SKEP  ", b"SKEPAMD6", b"SKEP"
 _LAST_XAPIC_ID = 0xFE  # 0xff is for all
 _SYSTEM_MEMORY, _SYSTEM_IO = 0, 1  # address spaces of a generic address structure, 5.2.3.2
 _BYTE, _WORD, _DWORD = 1, 2, 3  # its access sizes
+WAKING_VECTOR = 12
+"""Where in the FACS the operating system says, in 32 bits, where it wakes (5.2.10)."""
 
 
 class Pci(NamedTuple):
@@ -82,6 +84,7 @@ class Platform(NamedTuple):
     gpe0_size: int
     reset_port: int
     reset_value: int
+    s3_sleep_type: int
     s5_sleep_type: int
     century: int
     """The CMOS byte that holds the century."""
@@ -95,6 +98,8 @@ class Platform(NamedTuple):
 class Tables(NamedTuple):
     rsdp: int
     """Guest-physical address of the RSDP."""
+    facs: int
+    """And of the FACS."""
     data: bytes
     """Everything, from the address it was built for."""
 
@@ -118,7 +123,7 @@ def build(platform: Platform, base: int, limit: int) -> Tables:
     blob[:rsdp_size] = rsdp(place(xsdt(tables)))
     if len(blob) > limit:
         raise ValueError(f"the ACPI tables take {len(blob)} bytes of {limit}")
-    return Tables(base, bytes(blob))
+    return Tables(base, facs_address, bytes(blob))
 
 
 def _checksum(data: bytes | bytearray) -> int:
@@ -153,14 +158,15 @@ def xsdt(addresses: list[int]) -> bytes:
 
 
 def facs() -> bytes:
-    """Firmware ACPI Control Structure, version 2: no global lock is held, nothing to wake to (5.2.10)."""
-    return struct.pack("<4sIIIIIQB31x", b"FACS", 64, 0, 0, 0, 0, 0, 2)
+    """Firmware ACPI Control Structure: no global lock is held, nothing to wake to (5.2.10). Version 0 has the one
+    waking vector that is for real mode, and not the one for protected mode."""
+    return struct.pack("<4sIIIIIQB31x", b"FACS", 64, 0, 0, 0, 0, 0, 0)
 
 
 def fadt(platform: Platform, facs_address: int, dsdt_address: int) -> bytes:
     """Fixed ACPI Description Table, revision 6 (5.2.9)."""
-    wbinvd, proc_c1, slp_button, fix_rtc, tmr_val_ext, reset_reg_sup = 1 << 0, 1 << 2, 1 << 5, 1 << 6, 1 << 8, 1 << 10
-    flags = wbinvd | proc_c1 | slp_button | fix_rtc | reset_reg_sup  # bit 4 clear: a fixed power button
+    wbinvd, proc_c1, slp_button, tmr_val_ext, reset_reg_sup = 1 << 0, 1 << 2, 1 << 5, 1 << 8, 1 << 10
+    flags = wbinvd | proc_c1 | slp_button | reset_reg_sup  # 4 and 6 clear: a fixed power button, and RTC_STS
     if platform.pm_timer_32bit:
         flags |= tmr_val_ext
     legacy_devices, with_8042, vga_not_present = 1 << 0, 1 << 1, 1 << 2  # bit 5 clear: an RTC
@@ -222,7 +228,7 @@ def hpet(timer: Hpet) -> bytes:
 
 def dsdt(platform: Platform) -> bytes:
     """Differentiated System Description Table: processors, the PCI root, and what sits on no bus that can be asked."""
-    s5 = aml.integer(platform.s5_sleep_type)
+    s3, s5 = aml.integer(platform.s3_sleep_type), aml.integer(platform.s5_sleep_type)
     ports = [
         aml.io(platform.pm1a_event, 4),
         aml.io(platform.pm1a_control, 2),
@@ -285,6 +291,7 @@ def dsdt(platform: Platform) -> bytes:
         2,
         aml.scope("_SB", *processors, *devices)
         + aml.scope("_GPE", _event(platform.generation.event, r"\_SB.GENC"))
+        + aml.name("_S3", aml.package(s3, s3, aml.integer(0), aml.integer(0)))
         + aml.name("_S5", aml.package(s5, s5, aml.integer(0), aml.integer(0))),
     )
 

@@ -28,6 +28,10 @@ class Events(NamedTuple):
     """The guest ended the VM with an exit status of its own."""
     reset: Callable[[], None]
     """The guest asked for a reset."""
+    sleep: Callable[[], None]
+    """The guest sent the machine to sleep, on a processor's thread: it does nothing more."""
+    wake: Callable[[], None]
+    """Something woke the machine."""
     start_cpu: Callable[[int, Any], None]
     """Start processor ``index`` in ``state``; it waited since it was made, or since ``stop_cpu``."""
     stop_cpu: Callable[[int], None]
@@ -59,6 +63,13 @@ class Board(Protocol):
 
         Gives the first processor's state, for :meth:`skep.engine.contract.Vcpu.set_state`.
         """
+
+    def sleep(self) -> None:
+        """Suspend to RAM: what loses its power is reset; memory stays. No processor is running, and the board is
+        paused."""
+
+    def wake(self) -> Any:
+        """From ``sleep``: the first processor's state, as of ``reset``; None where the guest has nothing to wake to."""
 
     def time_of_day(self) -> int:
         """What its clock chip says, in ns since 1970."""

@@ -155,23 +155,33 @@ class Amd64Board:
         else:
             pit = Pit(self.clock, irq0)
         pit.attach(self.bus)
+        self.pm = pm.AcpiPm(
+            self.clock,
+            self.lines.source(pm.SCI_GSI),
+            events.power_off,
+            events.reset,
+            sleep=events.sleep,
+            wake=events.wake,
+        )
+        self.pm.attach(self.bus)
         rtc = Rtc(
             self.clock,
             timer.replaceable(self.lines.source(RTC_IRQ)),
             low_memory=self.memory.low_size,
             high_memory=self.memory.high_size,
             local_time=settings.rtc_use_localtime,
+            alarm=self.pm.note_alarm,
         )
         rtc.attach(self.bus)
         self.time_of_day = rtc.now_ns
         self.keyboard = Ps2Keyboard(self.lock)
         controller = I8042(self.lines.source(KEYBOARD_IRQ), self.keyboard, events.reset)
         controller.attach(self.bus)
-        self.pm = pm.AcpiPm(self.clock, self.lines.source(pm.SCI_GSI), events.power_off, events.reset)
-        self.pm.attach(self.bus)
         self.generation = VmGenId(self.memory, VMGENID_BASE, lambda: self.pm.raise_event(VMGENID_GPE))
         self.devices.insert(0, pit)  # an engine's ticks by itself, and a tick that is lost would be the last
         self.devices += [rtc, timer, controller, self.pm, self.generation]
+        self._awake = (rtc, self.pm)
+        """What has power in S3."""
 
     def _host_pit(self, irq0: IrqLine, timer: hpet.Hpet) -> Pit:
         pit = HostedPit(self.clock, irq0, self.lock)
@@ -230,6 +240,18 @@ class Amd64Board:
         for port, value in self._image.ports:
             self.bus.port_write(port, 1, value)
         return {**power_on_state(), **state}
+
+    def sleep(self) -> None:
+        for device in self.devices:
+            if device not in self._awake:
+                device.reset()
+        with self.lock:
+            self.pci.assign(PCI_PORTS, PCI_MEMORY)
+
+    def wake(self) -> CpuState | None:
+        """ACPI 6.4, 5.2.10: real mode at the FACS's waking vector."""
+        vector = self.memory.load_u32(self._tables.facs + acpi.WAKING_VECTOR) if self._tables.facs else 0
+        return real_mode_state(vector >> 4 & 0xFFFF, vector & 0xF) if vector else None
 
     def pause(self) -> None:
         with self.lock:
@@ -377,18 +399,23 @@ def power_on_state() -> CpuState:
 
 
 def startup_state(vector: int) -> CpuState:
-    """After INIT and a start-up message: real mode at page ``vector`` (SDM 3, 9.1.4 and table 9-1)."""
+    """After INIT and a start-up message: real mode at page ``vector``."""
+    return real_mode_state(vector << 8, 0)
+
+
+def real_mode_state(segment: int, offset: int) -> CpuState:
+    """After INIT, but for where it goes on (SDM 3, 9.1.4 and table 9-1)."""
     present = Attr.P | Attr.S | Attr.ACCESSED | Attr.WRITABLE
     data: Segment = {"selector": 0, "base": 0, "limit": 0xFFFF, "attributes": present}
     code: Segment = {
-        "selector": vector << 8,
-        "base": vector << 12,
+        "selector": segment,
+        "base": segment << 4,
         "limit": 0xFFFF,
         "attributes": present | Attr.CODE,
     }
     return {
         **power_on_state(),
-        "rip": 0, "cs": code, "ds": data, "es": data, "ss": data, "fs": data, "gs": data,
+        "rip": offset, "cs": code, "ds": data, "es": data, "ss": data, "fs": data, "gs": data,
         "cr0": Cr0.ET | Cr0.NW | Cr0.CD, "cr3": 0,
         "msrs": {msrs.KVM_SYSTEM_TIME_NEW: 0},  # as KVM's INIT has it: what lay there may be another kernel's now
     }  # fmt: skip

@@ -40,9 +40,11 @@ class X86Options(View):
 
 
 class Tables(NamedTuple):
-    """Bytes by guest-physical address; ``rsdp`` is where ACPI begins, 0 without it."""
+    """Bytes by guest-physical address; ``rsdp`` is where ACPI begins, ``facs`` where the guest says what it wakes to, 0
+    without ACPI."""
 
     rsdp: int
+    facs: int
     places: dict[int, bytes]
 
 
@@ -55,10 +57,10 @@ def make_tables(
     if view(tree.node("x86"), X86Options).mptable:
         places[MPTABLE_BASE] = _mptable(settings, model)
     if not settings.acpi_tables:
-        return Tables(0, places)
+        return Tables(0, 0, places)
     made = _acpi(settings, serial)
     places[ACPI_BASE] = made.data
-    return Tables(made.rsdp, places)
+    return Tables(made.rsdp, made.facs, places)
 
 
 def memory_map(memory: GuestMemory) -> list[E820]:
@@ -96,6 +98,7 @@ def _acpi(settings: Settings, serial: tuple[acpi.Serial, ...]) -> acpi.Tables:
         gpe0_size=pm.GPE0_SIZE,
         reset_port=pm.RESET_PORT,
         reset_value=pm.RESET_VALUE,
+        s3_sleep_type=pm.SLEEP_TYPE_S3,
         s5_sleep_type=pm.SLEEP_TYPE_S5,
         century=RTC_CENTURY,
         keyboard=acpi.Keyboard((i8042.DATA_PORT, i8042.STATUS_PORT), KEYBOARD_IRQ),

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from skep.chardev.plugs import Plugs
 from skep.config import Tree, check_settings
@@ -38,6 +38,10 @@ PROGRAM = "program"
 """The ``path`` of a serial port whose other end is the program's: see :meth:`Vm.serial`."""
 _BETWEEN_LOOKS = 0.01
 """Seconds."""
+_WITHIN = (Step.RESET, Step.SLEEP, Step.WAKE, Step.EXPLAIN, Step.SAVE, Step.LOOK)
+"""Steps that have something to do though the state stays."""
+
+_S = TypeVar("_S")
 
 
 class _Request:
@@ -135,6 +139,10 @@ class Vm:
         self._tuned = False
         self._parting = False
         """The guest asked for its end or a reset, and may well halt for good until that comes."""
+        self.asleep = False
+        """The guest suspended the machine to RAM. It has no processors, until its clock's alarm or the power button
+        wakes it."""
+        self._kvm_clock_asleep = 0
         self._said_hopeless = False
         self._stillness: Stillness | None = None
         """Where processors sleep that do not tell when it is for good."""
@@ -363,7 +371,7 @@ class Vm:
         """Take a step. False: others come first, and then this one again."""
         before = self.state
         try:
-            if after is not before or request.step in (Step.RESET, Step.EXPLAIN, Step.SAVE, Step.LOOK):
+            if after is not before or request.step in _WITHIN:
                 self._do(request, after)
                 if request.step is Step.FREEZE and self._guest_was_first(request):
                     self.state = after  # a reset happens to a frozen VM, whose guest does not run before it is thawed
@@ -401,18 +409,15 @@ class Vm:
                 if request.state is not None:
                     self._load(request.state)
             case Step.RESET:
-                frozen = after is State.FROZEN
-                if self._explainer.panicked():
-                    self._park()
-                    self._tell_why(Cause.PANIC)
-                self._processors_off()
-                gc.collect()  # no automatic collection while guests run, and an engine's VM may be full of cycles
-                if not frozen:
-                    board.pause()
-                state = board.reset()
-                if not frozen:
-                    board.resume()
-                self._power_on(state, paused=frozen)
+                self._reset(frozen=after is State.FROZEN)
+            case Step.SLEEP:
+                self._kvm_clock_asleep = self._kvm_clock()
+                self._power_off(board.sleep, frozen=after is State.FROZEN)
+                self.asleep, self._last_seen = True, []
+                self.say(Cause.ASLEEP.value)
+            case Step.WAKE:
+                if self.asleep:  # and not reset meanwhile
+                    self._wake(frozen=after is State.FROZEN)
             case Step.FREEZE:
                 self._park()
                 board.pause()
@@ -437,16 +442,45 @@ class Vm:
         board.reset()
         board.pause()
         put(board, state)
-        self._power_on(*state.processors, paused=True, kvm_clock=state.kvm_clock)
+        if state.processors:
+            self._power_on(*state.processors, paused=True, kvm_clock=state.kvm_clock)
+        else:
+            self.asleep, self._kvm_clock_asleep = True, state.kvm_clock
         self._start_watch()
 
     def _kvm_clock(self) -> int:
-        return 0 if self._engine_vm is None else self._engine_vm.kvm_clock(self.board.clock.tsc())
+        if self._engine_vm is None:
+            return self._kvm_clock_asleep
+        return self._engine_vm.kvm_clock(self.board.clock.tsc())
+
+    def _reset(self, *, frozen: bool) -> None:
+        if self._explainer.panicked():
+            self._park()
+            self._tell_why(Cause.PANIC)
+        self._power_on(self._power_off(self.board.reset, frozen=frozen), paused=frozen)
+
+    def _wake(self, *, frozen: bool) -> None:
+        state = self.board.wake()
+        if state is None:
+            self._reset(frozen=frozen)
+        else:
+            self._power_on(state, paused=frozen, kvm_clock=self._kvm_clock_asleep)
+
+    def _power_off(self, reset: Callable[[], _S], *, frozen: bool) -> _S:
+        """No processors any more; ``reset`` is done to the paused board."""
+        self._processors_off()
+        gc.collect()  # no automatic collection while guests run, and an engine's VM may be full of cycles
+        if not frozen:
+            self.board.pause()
+        state = reset()
+        if not frozen:
+            self.board.resume()
+        return state
 
     def _power_on(self, state: Any, *others: Any, paused: bool, kvm_clock: int | None = None) -> None:
         """The first processor runs, unless ``paused``; the others wait to be started by it, or go on too.
         ``kvm_clock``: what that clock says, which begins at 0 otherwise."""
-        self._parting = False
+        self._parting = self.asleep = False
         self._explainer.begin()
         if not self._tuned:  # before the engine makes what a reset is to collect
             self._tuned = True
@@ -513,7 +547,7 @@ class Vm:
             self.board.clock.remove_offset_listener(self._engine_vm.set_tsc_offset)
             self.board.adopt(None)
             self._engine_vm.close()
-            self._engine_vm = None
+            self._engine_vm = self._stillness = None
 
     def _end(self, outcome: Outcome) -> None:
         if self._outcome is None:
@@ -554,6 +588,8 @@ class Vm:
             power_off=lambda: self._guest_ends(Outcome(End.POWERED_OFF)),
             leave=lambda status: self._guest_ends(Outcome(End.LEFT, status=status)),
             reset=self._guest_resets,
+            sleep=self._guest_sleeps,
+            wake=lambda: self._tell(_Request(Step.WAKE)),
             start_cpu=self._start_cpu,
             stop_cpu=self._stop_cpu,
             failed=self._failed,
@@ -579,6 +615,12 @@ class Vm:
         elif self._processors:
             self._parting = True
             self._tell(_Request(Step.RESET, asker=self._processors[0]))
+
+    def _guest_sleeps(self) -> None:
+        for processor in self._processors:
+            processor.hold()
+        self._parting = True
+        self._tell(_Request(Step.SLEEP, asker=self._processors[0]))
 
     def _failed(self, error: BaseException) -> None:
         self._tell(_Request(Step.END, failure(error, "the board")))
@@ -638,8 +680,9 @@ class Vm:
         try:
             if self._processors:
                 self._last_seen = [one.seen(places.get(one.index, ())) for one in self._processors]
+            subject = Cause.ASLEEP if self.asleep else cause
             request.explanation = explanation = self._explainer.explain(
-                cause, self.board, self._last_seen, request.silent_for
+                subject, self.board, self._last_seen, request.silent_for
             )
         finally:
             if self.state is State.RUNNING:
@@ -650,7 +693,7 @@ class Vm:
 
     def _too_late(self, cause: Cause) -> bool:
         """Something changed since an explanation was asked for: a silent guest was frozen, a halted one reset."""
-        if self.state is not State.RUNNING:
+        if self.state is not State.RUNNING or self.asleep:
             return True
         if cause is Cause.PANIC:
             return self._explainer.done or not self._explainer.panicked()

@@ -61,6 +61,8 @@ class Step(enum.Enum):
     FREEZE = "freeze"
     THAW = "thaw"
     RESET = "reset"
+    SLEEP = "suspend to RAM"
+    WAKE = "wake"
     SAVE = "save"
     LOAD = "load a state into"
     EXPLAIN = "explain"
@@ -80,6 +82,10 @@ TRANSITIONS = {
     (State.FROZEN, Step.SAVE): State.FROZEN,
     (State.RUNNING, Step.RESET): State.RUNNING,
     (State.FROZEN, Step.RESET): State.FROZEN,
+    (State.RUNNING, Step.SLEEP): State.RUNNING,
+    (State.FROZEN, Step.SLEEP): State.FROZEN,
+    (State.RUNNING, Step.WAKE): State.RUNNING,
+    (State.FROZEN, Step.WAKE): State.FROZEN,
     (State.RUNNING, Step.EXPLAIN): State.RUNNING,
     (State.RUNNING, Step.LOOK): State.RUNNING,
     (State.FROZEN, Step.EXPLAIN): State.FROZEN,
