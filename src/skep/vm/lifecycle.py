@@ -619,8 +619,9 @@ class Vm:
     def _guest_sleeps(self) -> None:
         for processor in self._processors:
             processor.hold()
-        self._parting = True
-        self._tell(_Request(Step.SLEEP, asker=self._processors[0]))
+        if self._processors:
+            self._parting = True
+            self._tell(_Request(Step.SLEEP, asker=self._processors[0]))
 
     def _failed(self, error: BaseException) -> None:
         self._tell(_Request(Step.END, failure(error, "the board")))
