@@ -412,7 +412,7 @@ class Vm:
                 self._reset(frozen=after is State.FROZEN)
             case Step.SLEEP:
                 self._kvm_clock_asleep = self._kvm_clock()
-                self._power_off(board.sleep, frozen=after is State.FROZEN)
+                self._without_processors(board.sleep, frozen=after is State.FROZEN)
                 self.asleep, self._last_seen = True, []
                 self.say(Cause.ASLEEP.value)
             case Step.WAKE:
@@ -457,7 +457,7 @@ class Vm:
         if self._explainer.panicked():
             self._park()
             self._tell_why(Cause.PANIC)
-        self._power_on(self._power_off(self.board.reset, frozen=frozen), paused=frozen)
+        self._power_on(self._without_processors(self.board.reset, frozen=frozen), paused=frozen)
 
     def _wake(self, *, frozen: bool) -> None:
         state = self.board.wake()
@@ -466,16 +466,16 @@ class Vm:
         else:
             self._power_on(state, paused=frozen, kvm_clock=self._kvm_clock_asleep)
 
-    def _power_off(self, reset: Callable[[], _S], *, frozen: bool) -> _S:
-        """No processors any more; ``reset`` is done to the paused board."""
+    def _without_processors(self, do: Callable[[], _S], *, frozen: bool) -> _S:
+        """Processors end; ``do`` something to the paused board."""
         self._processors_off()
         gc.collect()  # no automatic collection while guests run, and an engine's VM may be full of cycles
         if not frozen:
             self.board.pause()
-        state = reset()
+        done = do()
         if not frozen:
             self.board.resume()
-        return state
+        return done
 
     def _power_on(self, state: Any, *others: Any, paused: bool, kvm_clock: int | None = None) -> None:
         """The first processor runs, unless ``paused``; the others wait to be started by it, or go on too.
