@@ -13,15 +13,18 @@ import sys
 import termios
 import threading
 import time
+import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from skep.chardev.backlog import LIMIT
+from skep.chardev.backlog import LIMIT, Backlog
+from skep.chardev.link import Link
 from skep.chardev.listener import BUSY
 from skep.chardev.loop import Loop
 from skep.chardev.plugs import Plugs
+from skep.chardev.pump import Pump
 from skep.contracts.chardev import CharBackend
 from skep.errors import UserError
 from tests.chardev.test_chardev import Fifo, wait_for
@@ -201,6 +204,26 @@ def test_a_slow_reader_gets_all_of_what_a_patient_port_writes(line: CharBackend)
             at += min(room, 30_000)
         reader.join(30)
     assert got == data and line.status().dropped == 0
+
+
+def test_who_left_unheard_holds_up_no_end() -> None:
+    """A terminal that nobody has open any more is always ready, and takes only so much."""
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    os.set_blocking(master, False)
+    loop, backlog = Loop("test"), Backlog()
+    backlog.put(bytes(LIMIT))
+    links: list[Link] = []
+    loop.run(lambda: links.append(Link(loop, master, Pump(), backlog, lambda: None)))
+    loop.run(links[0].flush)
+    loop.run(links[0].detach)
+    os.close(slave)
+    finisher = threading.Thread(target=links[0].finish, args=(0.2,), daemon=True)
+    finisher.start()
+    finisher.join(10)
+    loop.close()
+    os.close(master)
+    assert not finisher.is_alive()
 
 
 def test_a_reader_that_stops_reading_never_makes_the_port_wait(line: CharBackend) -> None:

@@ -67,12 +67,18 @@ class Link:
         self._loop.watch(self._fd)
 
     def finish(self, patience: float) -> None:
-        """After ``detach``: pass on what is left, but wait only ``patience`` seconds for who does not read."""
+        """After ``detach``: pass on what is left, but wait only ``patience`` seconds for who does not read, and not at
+        all for who left."""
         deadline = time.monotonic() + patience
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
-        while not self._mute and len(self._backlog) and poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        while not self._mute and (left := len(self._backlog)):
+            ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            if not ready or ready[0][1] & _GONE:  # a terminal without anybody is ready all the time, and takes nothing
+                return
             self._pass_on()
+            if len(self._backlog) >= left and time.monotonic() > deadline:
+                return
 
     def _pass_on(self) -> bool:
         """One piece of the backlog; False: there is none, or it takes no more now."""
