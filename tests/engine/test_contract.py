@@ -164,7 +164,7 @@ LOOPS = {"in the guest": "pause", "leaving it": "out 0x80, al", "reading": "in a
 def test_no_kick_is_lost(boot: Machines, what: str, loop: str) -> None:
     """Each is raised at whatever moment the one before was seen to have come."""
     text = f"""
-start:  mov rbx, MMIO
+start:  mov rbx, {MMIO}
         sti
 again:  {loop}
         jmp again
@@ -174,7 +174,7 @@ ends:   cli
         hlt
 count:  dq 0
 """
-    guest = boot(text.replace("MMIO", str(MMIO)), handlers={2: "counts", 0x40: "counts", 0x41: "ends"})
+    guest = boot(text, handlers={2: "counts", 0x40: "counts", 0x41: "ends"})
     where, lost = guest.program["count"], []
 
     def ask() -> None:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
 from skep.guest.debian import Guest
+from tests.chardev.test_chardev import wait_for
 from tests.linux import BOOT, ENGINES, Linux
 
 DEVICES = ("virtio-rnd", "virtio-console,console=program")
-
-
-def asleep(linux: Linux) -> None:
-    deadline = time.monotonic() + BOOT
-    while not linux.vm.asleep:
-        assert time.monotonic() < deadline, "it does not fall asleep"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -32,7 +25,7 @@ def test_linux_suspends_to_ram_and_wakes(guest: Guest, engine: str, tmp_path: Pa
         linux("echo +2 > /sys/class/rtc/rtc0/wakealarm; echo mem > /sys/power/state")
         assert float(linux("cat /proc/uptime").split()[0]) > before + 1, "it knows how long it slept"
         linux.begin("echo mem > /sys/power/state")
-        asleep(linux)
+        assert wait_for(lambda: linux.vm.asleep, BOOT)
         linux.vm.freeze()
         linux.vm.thaw()
         linux.vm.power_button()

@@ -16,6 +16,7 @@ import pytest
 
 from skep.vm import End, Step, Vm
 from tests.boot.bzimage import LOAD, write_guest
+from tests.chardev.test_chardev import wait_for
 from tests.engine.engines import ON_HARDWARE, WHOLE_ON_HARDWARE, need
 
 GUEST = """
@@ -483,10 +484,7 @@ def test_freezes_lose_nothing_of_what_it_says(make: Make) -> None:
 
 
 def sleeps(vm: Vm) -> None:
-    deadline = time.monotonic() + 20
-    while not vm.asleep:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    assert wait_for(lambda: vm.asleep, 20)
 
 
 def test_suspends_to_ram_until_its_alarm(make: Make) -> None:
